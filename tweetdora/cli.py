@@ -1,0 +1,181 @@
+"""Flags and recipes: how the settings of config.py are read.
+
+A recipe is a flat YAML file of the same keys as the flags. Flags win over the recipe, the recipe over the defaults:
+
+    accelerate launch train.py --config recipes/quickstart.yaml --learning_rate 1e-4
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from tweetdora.config import DEFAULT_RUN_DIR, InputError, ModelConfig, TaskConfig, TrainConfig
+
+# The Trainer flags that --help shows; --help_all shows all.
+_SHOWN_TRAINER_FLAGS = {
+    *TrainConfig.__annotations__,
+    "max_steps",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "gradient_accumulation_steps",
+    "seed",
+    "run_name",
+    "resume_from_checkpoint",
+} - {"logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters", "per_device_train_batch_size"}
+
+
+def parse_train(argv: Sequence[str] | None, description: str) -> tuple[TaskConfig, ModelConfig, TrainConfig]:
+    """Read recipe and flags of train.py.
+
+    Raises:
+        InputError: an unknown key, a wrong value or a contradiction.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser([TaskConfig, ModelConfig, TrainConfig], description)
+    parser.add_argument("--help_all", action="store_true", help="Show every flag of the Trainer too, and exit.")
+    if "--help_all" in argv:
+        argv = ["--help"]
+    else:
+        for action in parser._actions:
+            if action.dest in _trainer_fields() - _SHOWN_TRAINER_FLAGS:
+                action.help = argparse.SUPPRESS
+    task, model, training, *_ = parser.parse_strictly(with_recipe(parser, argv))
+    return task, model, training
+
+
+def parse_with_target(argv: Sequence[str] | None, config_class: type, description: str, target_help: str) -> Any:
+    """Read the flags of a script that takes one folder (or model id); the target is the result's `target`."""
+    parser = _parser([config_class], description)
+    parser.add_argument("target", nargs="?", default=DEFAULT_RUN_DIR, help=target_help)
+    config, rest = parser.parse_strictly(argv)
+    config.target = rest.target
+    return config
+
+
+def read_task(recipe_path: str | None) -> TaskConfig:
+    """The task that a recipe names; without a recipe the published one."""
+    if recipe_path is None:
+        return TaskConfig()
+    parser = _parser([TaskConfig, ModelConfig, TrainConfig], "")
+    argv = with_recipe(parser, ["--config", recipe_path])
+    namespace = parser.parse_args(argv)
+    return TaskConfig(**{item.name: getattr(namespace, item.name) for item in dataclasses.fields(TaskConfig)})
+
+
+def with_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """`argv` with the keys of its --config recipe in front as flags, so that one parser checks both and flags win.
+
+    >>> with_recipe(parser, ["--config", "r.yaml", "--r", "4"])    # r.yaml: "r: 16" and "target_modules: [q_proj]"
+    ['--r', '16', '--target_modules', 'q_proj', '--r', '4']
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    given, rest = first.parse_known_args(argv)
+    if given.config is None:
+        return rest
+    recipe = _read_yaml(given.config)
+    fields = {action.dest: action for action in parser._actions}
+    flags: list[str] = []
+    for key, value in recipe.items():
+        if key not in fields or key in ("help", "help_all", "config"):
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(f"{given.config}: unknown key {key!r}.{hint} The keys are the flags of train.py --help.")
+        if value is None:
+            parser.set_defaults(**{key: None})
+        else:
+            flags += [f"--{key}", *_as_flag_values(given.config, key, value, fields[key])]
+    return flags + rest
+
+
+def _as_flag_values(path: str, key: str, value: Any, action: argparse.Action) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    for item in values:
+        if isinstance(item, (dict, list)):
+            raise InputError(f"{path}: {key} is {value!r}; expected a plain value or a list of them.")
+        # YAML 1.1 reads an unquoted yes, no, on or off as a truth value.
+        if isinstance(item, bool) and action.type is str:
+            raise InputError(f'{path}: {key} holds {item} where a word is expected; put it in quotes, like "no".')
+    return [str(item) for item in values]
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            recipe = yaml.safe_load(stream)
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: there is no such file; recipes are in recipes/.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not readable YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise InputError(
+            f"--config {path}: expected lines such as 'learning_rate: 3e-5', found {type(recipe).__name__}."
+        )
+    return recipe
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Whole words for the kind of a value, one line for a flag, no default where it says nothing."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=119)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = [option for option in action.option_strings if "-" not in option[2:]]
+        if not shown:
+            return super()._format_action_invocation(action)
+        value = (
+            ""
+            if action.nargs == 0
+            else " " + self._format_args(action, self._get_default_metavar_for_optional(action))
+        )
+        return ", ".join(shown) + value
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return getattr(action.type, "__name__", "value").replace("string_to_bool", "bool")
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", argparse.SUPPRESS) or action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    """An argument parser whose complaints are InputErrors."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+    def parse_strictly(self, argv: Sequence[str] | None) -> tuple[Any, ...]:
+        """The dataclasses, then a namespace of the other arguments; an unknown flag is an InputError."""
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        return tuple(parsed)
+
+
+def _parser(config_classes: list[type], description: str) -> _Parser:
+    # Flags are not abbreviated: a shortened flag would change its meaning when another is added.
+    parser = _Parser(config_classes, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    if TaskConfig in config_classes:
+        parser.add_argument("--config", metavar="FILE", help="Recipe: a YAML file of these flags; flags win over it.")
+    # The --no_... twin of a flag says nothing that "--flag false" does not.
+    for action in parser._actions:
+        if action.option_strings and action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def _trainer_fields() -> set[str]:
+    return {item.name for item in dataclasses.fields(TrainConfig)}

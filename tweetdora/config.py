@@ -1,0 +1,360 @@
+"""The settings of a run: dataclasses whose defaults are the published run, each checked when it is made."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from transformers import TrainingArguments
+
+PUBLISHED_REPO = "liuhailin0123/llm-course-hw3-dora"
+RUNS_DIR = "runs"
+DEFAULT_RUN_DIR = os.path.join(RUNS_DIR, "llm-course-hw3-dora")
+
+SYSTEM_PROMPT = (
+    "You are a tweet sentiment classifier. For each tweet input, analyze its sentiment and output exactly one word: "
+    '"negative", "neutral", or "positive". Do not include any extra text.'
+)
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what was found, what was expected and what to do."""
+
+
+@dataclass
+class TaskConfig:
+    """What is classified: data, label words and the prompt that asks for one of them."""
+
+    _argument_group_name: ClassVar[str] = "task"
+
+    dataset_name: str = field(
+        default="cardiffnlp/tweet_eval",
+        metadata={"help": "Data set: a Hub id, a local data-set folder, or one .csv, .json, .jsonl or .parquet file."},
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration (subset) of the data set; 'sentiment' when --dataset_name is not given."},
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the data set on the Hub; none: the newest."}
+    )
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train on; slices such as train[:80%%] work."}
+    )
+    validation_split: str = field(
+        default="validation", metadata={"help": "Split that is answered while training; slices work."}
+    )
+    test_split: str = field(default="test", metadata={"help": "Split that evaluate.py measures; slices work."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text to classify."})
+    label_column: str = field(default="label", metadata={"help": "Column that holds the label."})
+    label_words: list[str] = field(
+        default_factory=lambda: ["negative", "neutral", "positive"],
+        metadata={"help": "The answer for each class, in the order of the data set's classes."},
+    )
+    label_values: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Values of the label column in the order of --label_words, where it holds neither class numbers "
+            "nor the label words themselves (for example: --label_values -1 0 1)."
+        },
+    )
+    system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "System prompt that asks for one label word."})
+    max_train_samples: int | None = field(
+        default=10_000, metadata={"help": "Train on the first N rows of the train split, N rows; 0: all rows."}
+    )
+    max_length: int = field(
+        default=512,
+        metadata={"help": "Longest row in tokens, answer included; a longer text is cut at its end, and counted."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataset_config is None and self.dataset_name == "cardiffnlp/tweet_eval":
+            self.dataset_config = "sentiment"
+        if self.max_train_samples == 0:
+            self.max_train_samples = None
+        if self.max_train_samples is not None and self.max_train_samples < 0:
+            raise InputError(f"--max_train_samples is {self.max_train_samples}; give a positive number, or 0 for all.")
+        folded = [word.strip().casefold() for word in self.label_words]
+        if len(folded) < 2 or len(set(folded)) < len(folded) or "" in folded:
+            raise InputError(
+                f"--label_words is {self.label_words}; expected at least two words that differ in more than case."
+            )
+        if self.label_values is not None and len(self.label_values) != len(self.label_words):
+            raise InputError(
+                f"--label_values has {len(self.label_values)} values and --label_words {len(self.label_words)} words; "
+                "give one value for each word, in the same order."
+            )
+
+
+@dataclass
+class ModelConfig:
+    """Which model is tuned, and how the adapter is made. The adapter's fields have PEFT's own names."""
+
+    _argument_group_name: ClassVar[str] = "model and adapter"
+
+    model_name_or_path: str = field(
+        default="OuteAI/Lite-Oute-1-300M-Instruct",
+        metadata={"help": "Base model: Hub id or local folder of a chat model."},
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the base model on the Hub; none: the newest."}
+    )
+    method: Literal["dora", "lora"] = field(default="dora", metadata={"help": "Adapter method."})
+    r: int = field(default=8, metadata={"help": "Rank of the adapter matrices."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, 0 to below 1."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["k_proj", "v_proj"],
+        metadata={"help": "Names of the linear layers that get an adapter; all-linear: every one but the head."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.lora_alpha < 1:
+            raise InputError(f"--r is {self.r} and --lora_alpha {self.lora_alpha}; both must be 1 or more.")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--lora_dropout is {self.lora_dropout}; expected 0 or more, and below 1.")
+
+
+@dataclass
+class TrainConfig(TrainingArguments):
+    """The Trainer's own arguments with this project's defaults, and a few fields the Trainer does not have."""
+
+    _argument_group_name: ClassVar[str] = "training (transformers.TrainingArguments; --help_all lists the rest)"
+
+    output_dir: str = field(
+        default=DEFAULT_RUN_DIR, metadata={"help": "Run folder; adapter, run.json and checkpoints go there."}
+    )
+    learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of AdamW."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})
+    global_batch_size: int = field(
+        default=16,
+        metadata={"help": "Rows in one optimizer step, over all processes and accumulation steps together."},
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows in one forward pass of one process. It follows from --global_batch_size, the number of "
+            "processes and --gradient_accumulation_steps; a different value is refused."
+        },
+    )
+    batching: Literal["packed", "padded"] = field(
+        default="packed",
+        metadata={
+            "help": "packed: the prompt that all rows share is computed once; padded: row by row, the same loss."
+        },
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
+        default="auto",
+        metadata={"help": "Compute precision. auto: what accelerate launch says, else bf16 where the device has it."},
+    )
+    cpu_threads: int = field(
+        default=0, metadata={"help": "Threads of one process on the CPU; 0: all cores, shared between the processes."}
+    )
+    eval_samples: int = field(
+        default=200, metadata={"help": "First N validation rows to answer by generation while training; 0: none."}
+    )
+    eval_steps: float = field(default=100, metadata={"help": "Answer the validation rows every N steps."})
+    max_new_tokens: int = field(default=16, metadata={"help": "Longest generated answer, in tokens."})
+    logging_steps: float = field(default=10, metadata={"help": "Log loss, learning rate and speed every N steps."})
+    save_steps: float = field(default=100, metadata={"help": "Write a checkpoint every N steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows answered or scored at once."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["wandb"],
+        metadata={"help": "Trackers; wandb runs offline when there is no login. none: no tracker."},
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every adapter weight gets a gradient, so there is nothing to look for."}
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Where push_to_hub.py publishes: owner/name. A run of the published recipe goes to {PUBLISHED_REPO}."
+        },
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Load and check everything, print the plan and one row, and stop."}
+    )
+    # Decided here, not given: what the precision is and why.
+    precision_reason: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self._refuse_what_cannot_be()
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+        self.precision, self.precision_reason = decide_precision(
+            requested=self.precision,
+            flags={name for name in ("bf16", "fp16") if getattr(self, name)},
+            launcher=os.environ.get("ACCELERATE_MIXED_PRECISION"),
+            device_type="cpu" if self.use_cpu else "cuda",
+        )
+        # bf16 is mixed precision without autocast: the frozen base is held in bf16, the adapter in float32, and PEFT
+        # casts between them. Autocast would cast at every operation (2.6 s against 1.5 s a step on two CPU cores).
+        # fp16 needs autocast and the loss scaling that come with the Trainer's flag.
+        self.bf16, self.fp16 = False, self.precision == "fp16"
+        self.eval_strategy = "steps" if self.eval_samples else "no"
+        self.output_dir = os.path.normpath(os.path.expanduser(self.output_dir))
+        self.run_name = self.run_name or os.path.basename(self.output_dir)
+        batch_size, self.per_device_train_batch_size = self.per_device_train_batch_size, 1
+        super().__post_init__()
+        self.mixed_precision = "fp16" if self.fp16 else "no"
+        # Started by plain `python`, the Trainer would wrap the model in DataParallel on several GPUs, which splits
+        # rows that belong together and is slower than one process for each GPU.
+        self.visible_gpus = self._n_gpu
+        self._n_gpu = min(self._n_gpu, 1)
+        self.per_device_train_batch_size = self._rows_per_pass(batch_size)
+
+    def _refuse_what_cannot_be(self) -> None:
+        if self.push_to_hub:
+            raise InputError("--push_to_hub is not train.py's: train first, then python push_to_hub.py publishes.")
+        if self.hub_token is not None:
+            raise InputError("--hub_token: a token in a flag ends up in logs; set HF_TOKEN or run `hf auth login`.")
+        if self.eval_samples < 0 or self.max_new_tokens < 1:
+            raise InputError(
+                f"--eval_samples is {self.eval_samples} and --max_new_tokens {self.max_new_tokens}; "
+                "expected 0 or more, and 1 or more."
+            )
+        if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
+            raise InputError(
+                f"--hub_model_id is {self.hub_model_id!r}; expected owner/name, such as {PUBLISHED_REPO}."
+            )
+        if self.max_steps == 0 or self.num_train_epochs <= 0:
+            raise InputError(
+                f"--max_steps is {self.max_steps} and --num_train_epochs {self.num_train_epochs}: nothing to train. "
+                "Give a positive number (--dry_run true shows the plan without training)."
+            )
+
+    def _rows_per_pass(self, requested: int | None) -> int:
+        """Rows of one forward pass of one process, so that an optimizer step always sees --global_batch_size rows."""
+        parts = self.world_size * self.gradient_accumulation_steps
+        rows, rest = divmod(self.global_batch_size, parts)
+        if rest or rows == 0:
+            raise InputError(
+                f"--global_batch_size {self.global_batch_size} cannot be shared evenly by {self.world_size} processes "
+                f"x {self.gradient_accumulation_steps} accumulation steps; give a multiple of {parts}."
+            )
+        if requested not in (None, rows):
+            raise InputError(
+                f"--per_device_train_batch_size {requested} contradicts --global_batch_size {self.global_batch_size}: "
+                f"with {self.world_size} processes and {self.gradient_accumulation_steps} accumulation steps it is "
+                f"{rows}. Leave it out, or change --global_batch_size or --gradient_accumulation_steps."
+            )
+        return rows
+
+
+def decide_precision(requested: str, flags: set[str], launcher: str | None, device_type: str) -> tuple[str, str]:
+    """The compute precision and the reason for it, as one sentence part.
+
+    `requested` is --precision, `flags` those of --bf16 and --fp16 that are on, `launcher` what accelerate launch put
+    into the environment ("no" also when nobody chose), `device_type` "cpu" or "cuda".
+
+    Raises:
+        InputError: the sources contradict one another, or the device cannot compute in that precision.
+    """
+    chosen = {f"--{name} true": name for name in sorted(flags)}
+    if requested != "auto":
+        chosen[f"--precision {requested}"] = requested
+    if launcher not in (None, "", "no"):
+        chosen[f"accelerate launch's mixed_precision: {launcher}"] = launcher
+    if len(set(chosen.values())) > 1:
+        raise InputError(
+            f"{' contradicts '.join(chosen)}. Give the precision in one place: --precision, or mixed_precision in "
+            "accelerate_config.yaml."
+        )
+    device_name = "this CPU" if device_type == "cpu" else torch.cuda.get_device_name()
+    if not chosen:
+        if has_bf16(device_type):
+            return "bf16", f"{device_name} computes in bf16"
+        return "fp32", f"{device_name} has no bf16 units"
+    source, precision = next(iter(chosen.items()))
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise InputError(f"{source}: expected no, bf16 or fp16.")
+    if precision == "bf16" and not has_bf16(device_type):
+        raise InputError(f"{source}: {device_name} has no bf16 units. Use --precision fp32.")
+    if precision == "fp16" and device_type == "cpu":
+        raise InputError(f"{source}: fp16 needs a GPU. Use --precision bf16 or fp32.")
+    return precision, f"asked for by {source}"
+
+
+def has_bf16(device_type: str) -> bool:
+    """Whether the device has bf16 arithmetic of its own (PyTorch can emulate it anywhere, slowly)."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+@dataclass
+class EvaluateConfig:
+    """Flags of evaluate.py beside the target."""
+
+    split: Literal["train", "validation", "test"] = field(
+        default="test", metadata={"help": "Which of the task's splits to answer."}
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "Answer the first N rows only; none: all."})
+    batch_size: int = field(default=64, metadata={"help": "Rows answered at once."})
+    max_new_tokens: int = field(default=16, metadata={"help": "Longest generated answer, in tokens."})
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
+        default="auto", metadata={"help": "Compute precision; auto: bf16 where the device has it."}
+    )
+    bootstrap_samples: int = field(default=10_000, metadata={"help": "Resamples behind the 95 %% intervals."})
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+    config: str | None = field(
+        default=None,
+        metadata={"help": "Recipe that names the task, for a target that is not a run folder; none: tweet_eval."},
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the results go; none: <run folder>/evaluation."}
+    )
+    report_to: Literal["wandb", "none"] = field(
+        default="wandb", metadata={"help": "Add the results to the training run's W&B run, if it has one."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_samples", "batch_size", "max_new_tokens", "bootstrap_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is {value}; expected 1 or more.")
+
+
+@dataclass
+class PushConfig:
+    """Flags of push_to_hub.py beside the run folder."""
+
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository on the Hub, owner/name; none: the one the run names."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Build and verify the folder, push nothing."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Number format of the published weights; merging is always in float32."}
+    )
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    check_samples: int = field(
+        default=64, metadata={"help": "Rows on which the saved model is compared with the adapter model."}
+    )
+    split: Literal["train", "validation", "test"] = field(
+        default="test", metadata={"help": "Split whose evaluation goes on the card, and whose rows are compared."}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence on the card; none: the base model's, where its card names one."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the publishable folder is built; none: <run folder>/publish."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.check_samples < 1:
+            raise InputError(f"--check_samples is {self.check_samples}; expected 1 or more.")
+        if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
+            raise InputError(f"--hub_model_id is {self.hub_model_id!r}; expected owner/name.")
+
+
+def is_published_run(task: TaskConfig, model: ModelConfig) -> bool:
+    """Whether data, prompt, base model and adapter settings are those of the published run."""
+    return (dataclasses.replace(task, dataset_revision=None), dataclasses.replace(model, model_revision=None)) == (
+        TaskConfig(),
+        ModelConfig(),
+    )

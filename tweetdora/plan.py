@@ -1,0 +1,229 @@
+"""What a training run is: checked and described before it starts. The description is the beginning of its record."""
+
+import dataclasses
+import math
+import os
+import shutil
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers.trainer_utils import get_last_checkpoint
+
+from tweetdora.config import InputError, ModelConfig, TaskConfig, TrainConfig, is_published_run, PUBLISHED_REPO
+from tweetdora.data import EncodedRows, Encoder, Rows, class_counts
+from tweetdora.modeling import trainable_parameters
+from tweetdora.records import (
+    RECORD_VERSION,
+    RUN_FILE,
+    command_line,
+    environment,
+    read_json,
+    tensors_sha256,
+    utc_now,
+)
+from tweetdora.tracking import wandb_mode
+
+# Trainer arguments that change the result of a run; the record names them, and a resumed run must have the same.
+RESULT_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim",
+    "optim_args",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "num_train_epochs",
+    "max_steps",
+    "global_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "precision",
+    "batching",
+    "seed",
+    "data_seed",
+    "neftune_noise_alpha",
+    "full_determinism",
+)
+
+
+def find_checkpoint(training: TrainConfig) -> str | None:
+    """The checkpoint to go on from; None for a new run.
+
+    Raises:
+        InputError: the run folder is taken, or there is nothing to go on from.
+    """
+    asked = training.resume_from_checkpoint
+    folder = training.output_dir
+    run_file = os.path.join(folder, RUN_FILE)
+    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    if asked in (None, "", "false", "False"):
+        training.resume_from_checkpoint = None
+        if os.path.exists(run_file) or last:
+            status = f"the run there is {read_json(run_file)['status']}" if os.path.exists(run_file) else ""
+            raise InputError(
+                f"--output_dir {folder} already holds a run ({status or 'it has checkpoints'}). Go on with it by "
+                "--resume_from_checkpoint true, choose another --output_dir, or delete the folder."
+            )
+        return None
+    if os.path.exists(run_file) and read_json(run_file)["status"] == "finished":
+        raise InputError(f"the run in {folder} is finished; there is nothing to resume. Choose another --output_dir.")
+    checkpoint = last if asked in ("true", "True") else asked
+    if checkpoint is None or not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
+        raise InputError(
+            f"--resume_from_checkpoint {asked}: found no checkpoint in {folder if checkpoint is None else checkpoint}. "
+            "Leave the flag out to start anew (and delete the folder if it holds an unfinished run)."
+        )
+    return checkpoint
+
+
+def check_disk(training: TrainConfig, trainable: int) -> None:
+    """Refuse to start where the checkpoints will not fit.
+
+    A checkpoint is the adapter and AdamW's two moments in float32; one more than --save_total_limit exists while a
+    new one is written.
+
+    Raises:
+        InputError: too little room, or the folder cannot be written.
+    """
+    needed = trainable * 4 * 3 * ((training.save_total_limit or 10) + 1) + 50_000_000
+    try:
+        os.makedirs(training.output_dir, exist_ok=True)
+        free = shutil.disk_usage(training.output_dir).free
+        writable = os.access(training.output_dir, os.W_OK)
+    except OSError as error:
+        raise InputError(f"--output_dir {training.output_dir} cannot be made: {error}") from error
+    if not writable:
+        raise InputError(f"--output_dir {training.output_dir} is not writable; choose another folder.")
+    if free < needed:
+        raise InputError(
+            f"--output_dir {training.output_dir}: {free / 1e6:,.0f} MB free, but adapter, checkpoints and plots need "
+            f"about {needed / 1e6:,.0f} MB. Make room, choose another folder, or lower --save_total_limit."
+        )
+
+
+def describe_run(
+    *,
+    task: TaskConfig,
+    model_config: ModelConfig,
+    training: TrainConfig,
+    base: dict[str, Any],
+    model: PeftModel,
+    encoder: Encoder,
+    train_rows: Rows,
+    encoded: EncodedRows,
+    validation_rows: Rows | None,
+) -> dict[str, Any]:
+    """Everything that is known of a run before its first step, as the record keeps it."""
+    rows = len(train_rows)
+    steps_per_epoch = math.ceil(rows / training.global_batch_size)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
+    arguments = {name: getattr(training, name) for name in RESULT_ARGUMENTS}
+    arguments = {name: getattr(value, "value", value) for name, value in arguments.items()}
+    adapter_start = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    hub_model_id = training.hub_model_id or (PUBLISHED_REPO if is_published_run(task, model_config) else None)
+    return {
+        "record_version": RECORD_VERSION,
+        "name": training.run_name,
+        "status": "planned",
+        "created": utc_now(),
+        "command": command_line(),
+        "task": dataclasses.asdict(task),
+        "model": dataclasses.asdict(model_config),
+        "training": arguments,
+        "precision_reason": training.precision_reason,
+        "max_new_tokens": training.max_new_tokens,
+        "hub_model_id": hub_model_id,
+        "base": base,
+        "prompt_format": encoder.format.to_dict(),
+        "adapter": {
+            "trainable_parameters": trainable_parameters(model),
+            "start_sha256": tensors_sha256(adapter_start),
+        },
+        "train_data": {
+            **train_rows.source,
+            "class_counts": class_counts(train_rows, task),
+            "tokens": encoded.tokens,
+            "supervised_tokens": encoded.supervised_tokens,
+            "cut_texts": encoded.cut_texts,
+        },
+        "validation_data": validation_rows
+        and {**validation_rows.source, "class_counts": class_counts(validation_rows, task)},
+        "steps": steps,
+        "environment": environment(),
+    }
+
+
+def format_plan(run: dict[str, Any], training: TrainConfig) -> str:
+    """The plan as a person reads it before the first step."""
+    data, base, validation = run["train_data"], run["base"], run["validation_data"]
+    adapter, settings = run["adapter"]["trainable_parameters"], run["model"]
+    device = training.device.type if training.device.type == "cpu" else torch.cuda.get_device_name(training.device)
+    threads = f", {training.cpu_threads} threads each" if training.device.type == "cpu" else ""
+    counts = ", ".join(f"{count:,} {word}" for word, count in data["class_counts"].items())
+    name = "/".join(filter(None, (data["name"], data["config"])))
+    lines = [
+        ("base model", f"{base['name_or_path']} ({base['architecture']}, {base['parameters']:,} parameters)"),
+        (
+            "adapter",
+            f"{settings['method']} on {', '.join(settings['target_modules'])}, r {settings['r']}, "
+            f"alpha {settings['lora_alpha']}: {adapter:,} trainable parameters ({adapter / base['parameters']:.3%})",
+        ),
+        ("training rows", f"{data['rows']:,} of {name}, {data['split']}: {counts}"),
+        (
+            "tokens",
+            f"{data['tokens']:,}, of which {data['supervised_tokens']:,} carry loss; {data['cut_texts']:,} texts cut "
+            f"to --max_length {run['task']['max_length']}",
+        ),
+        ("validation", f"{validation['rows']:,} rows every {training.eval_steps:g} steps" if validation else "none"),
+        (
+            "steps",
+            f"{run['steps']:,} of {training.global_batch_size} rows = {training.world_size} process(es) x "
+            f"{training.gradient_accumulation_steps} x {training.per_device_train_batch_size}; "
+            f"learning rate {training.learning_rate:g}, {run['training']['lr_scheduler_type']}",
+        ),
+        ("device", f"{device}{threads}"),
+        ("precision", f"{training.precision}: {training.precision_reason}"),
+        ("tracker", _tracker_line(training)),
+        ("run folder", training.output_dir),
+    ]
+    if training.visible_gpus > 1:
+        number = training.visible_gpus
+        lines.append(
+            ("note", f"{number} GPUs are visible, 1 is used: accelerate launch --multi_gpu train.py uses all")
+        )
+    if run["prompt_format"]["system_in_user_turn"]:
+        lines.append(("note", "the chat template takes no system message: the prompt heads the user's turn"))
+    return "\n".join(f"  {label:<14} {text}" for label, text in lines)
+
+
+def _tracker_line(training: TrainConfig) -> str:
+    trackers = []
+    for name in training.report_to or ["none"]:
+        mode, reason = wandb_mode() if name == "wandb" else ("", "")
+        trackers.append(f"wandb, {mode}: {reason}" if name == "wandb" else name)
+    return "; ".join(trackers)
+
+
+def check_same_run(saved: dict[str, Any], planned: dict[str, Any]) -> None:
+    """Refuse to resume a run under other settings, data or base.
+
+    Raises:
+        InputError: names every setting that differs.
+    """
+    differences = []
+    for part in ("task", "model", "training", "base", "train_data", "prompt_format"):
+        for key in sorted({*saved[part], *planned[part]}):
+            before, now = saved[part].get(key), planned[part].get(key)
+            if before != now:
+                differences.append(f"{part}.{key}: was {before!r}, now {now!r}")
+    if differences:
+        raise InputError(
+            "--resume_from_checkpoint: this is not the run that was interrupted. " + "; ".join(differences) + ". "
+            "Give the settings of the first command, or start anew in another --output_dir."
+        )

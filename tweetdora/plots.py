@@ -1,0 +1,67 @@
+"""Pictures of a run: loss and validation curves, confusion matrices before and after."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # files only: a training machine has no screen
+from matplotlib import pyplot as plt
+
+_STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "white",  # a transparent picture would be unreadable on a dark page
+    "savefig.dpi": 150,
+    "axes.titlesize": 11,
+}
+_BLUE, _ORANGE, _GREY = "#2166ac", "#d95f02", "#767676"
+
+
+def plot_training(log_history: Sequence[dict[str, Any]], path: str, title: str) -> None:
+    """Training and validation loss over steps; beside it, where they were measured, validation macro-F1 and rates."""
+    train = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    validation = [entry for entry in log_history if "eval_loss" in entry]
+    with plt.rc_context(_STYLE):
+        columns = 2 if validation else 1
+        figure, axes = plt.subplots(1, columns, figsize=(5 * columns, 3.4), squeeze=False, layout="constrained")
+        _curve(axes[0, 0], train, _BLUE, "training")
+        _curve(axes[0, 0], [(entry["step"], entry["eval_loss"]) for entry in validation], _ORANGE, "validation", "o-")
+        axes[0, 0].set(xlabel="step", ylabel="loss per supervised token", ylim=(0, None), title=title)
+        axes[0, 0].legend(frameon=False)
+        if validation:
+            shown = (("eval_macro_f1", _ORANGE, "macro-F1"), ("eval_parse_rate", _BLUE, "parse rate"))
+            for name, colour, label in (*shown, ("eval_stop_rate", _GREY, "stop rate")):
+                _curve(axes[0, 1], [(entry["step"], entry[name]) for entry in validation], colour, label, "o-")
+            axes[0, 1].set(xlabel="step", ylim=(0, 1.03), title="validation rows, answered by generation")
+            axes[0, 1].legend(frameon=False, loc="lower right")
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _curve(axis: Any, points: Sequence[tuple[float, float]], colour: str, label: str, style: str = "-") -> None:
+    if points:
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, style, color=colour, label=label, markersize=4)
+
+
+def plot_confusion(matrix: Sequence[Sequence[int]], label_words: Sequence[str], path: str, title: str) -> None:
+    """Counts by label (rows) and answer (columns, the last for unparsed), coloured by the share of the row."""
+    counts = np.asarray(matrix)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    with plt.rc_context(_STYLE):
+        size = 2.4 + 0.8 * len(label_words)
+        figure, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axis.set_xticks(range(counts.shape[1]), [*label_words, "unparsed"], rotation=25)
+        axis.set_yticks(range(counts.shape[0]), label_words)
+        axis.set(xlabel="answer", ylabel="label", title=title)
+        for row, column in np.ndindex(*counts.shape):
+            colour = "white" if shares[row, column] > 0.55 else "black"
+            text = f"{counts[row, column]:,}\n{shares[row, column]:.0%}"
+            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+        axis.spines[:].set_visible(False)
+        figure.savefig(path)
+        plt.close(figure)

@@ -1,0 +1,70 @@
+"""Weights & Biases: one run per training, offline when there is no login, never a prompt."""
+
+import netrc
+import os
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import wandb
+
+from tweetdora.data import Rows
+from tweetdora.generation import UNPARSED, Answer
+
+UNPARSED_NAME = "unparsed"
+SAMPLE_ROWS = 50  # rows of the table of sample answers
+
+
+def wandb_mode() -> tuple[str, str]:
+    """online, offline, shared or disabled, and the reason; WANDB_MODE decides, else whether there is a login."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode, "WANDB_MODE says so"
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return "online", "the environment holds a W&B login"
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
+            return "online", f"there is a login for {host}"
+    except (OSError, netrc.NetrcParseError):
+        pass  # no readable netrc file is no login
+    return "offline", "no W&B login was found (wandb login, or WANDB_API_KEY)"
+
+
+def start_wandb(run_dir: str, name: str, config: dict[str, Any], run_id: str | None = None) -> dict[str, Any]:
+    """Open the W&B run that the Trainer's callback then uses; `run_id` continues an earlier one.
+
+    Returns what the run's record keeps: id, mode, address (None offline) and folder.
+    """
+    mode, _ = wandb_mode()
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "tweetdora"),
+        name=name,
+        dir=run_dir,
+        id=run_id,
+        resume="allow" if run_id else None,
+        mode=mode,
+        config=config,
+        settings=wandb.Settings(silent=True),
+    )
+    return {"id": run.id, "mode": mode, "url": run.url, "project": run.project}
+
+
+def log_answers(prefix: str, rows: Rows, answers: Sequence[Answer], label_words: Sequence[str], step: int) -> None:
+    """Log a confusion matrix and a table of the first answers to the open W&B run."""
+    names = [*label_words, UNPARSED_NAME]
+    predictions = [len(label_words) if answer.predicted == UNPARSED else answer.predicted for answer in answers]
+    table = wandb.Table(columns=["row", "text", "label", "answer", "predicted", "stopped"])
+    shown = list(zip(rows.ids, rows.texts, rows.classes, answers, predictions, strict=True))[:SAMPLE_ROWS]
+    for row_id, text, label, answer, predicted in shown:
+        table.add_data(row_id, text, label_words[label], answer.text, names[predicted], answer.stopped)
+    matrix = wandb.plot.confusion_matrix(
+        y_true=rows.classes, preds=predictions, class_names=names, title=f"{prefix}, step {step}"
+    )
+    wandb.log({f"{prefix}/confusion_matrix": matrix, f"{prefix}/answers": table, "train/global_step": step})
+
+
+def finish_wandb(summary: dict[str, Any] | None = None, exit_code: int = 0) -> None:
+    """Close the open W&B run, if there is one."""
+    if wandb.run is not None:
+        wandb.run.summary.update(summary or {})
+        wandb.finish(exit_code=exit_code)

@@ -1,0 +1,227 @@
+"""The Trainer: loss on answers only, validation by generation, and a stop that loses nothing."""
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+import wandb
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from tweetdora.attention import check_packable
+from tweetdora.config import TaskConfig
+from tweetdora.data import IGNORE_INDEX, Encoder, Rows, encode_rows
+from tweetdora.generation import Answer, answer_rows
+from tweetdora.metrics import measure
+from tweetdora.modeling import save_adapter
+from tweetdora.packing import PackedCollator, PaddedCollator, token_count
+from tweetdora.tracking import log_answers
+
+# Validation figures that go to the log and the tracker while training.
+LOGGED_SCORES = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_rate", "stop_rate")
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is NaN or infinite."""
+
+
+class AnswerTrainer(Trainer):
+    """transformers' Trainer for rows of prompt and answer.
+
+    - The logits are computed only for the columns that carry loss, and in float32.
+    - The loss is a sum over supervised tokens divided by their number in the whole optimizer step, over all processes
+      and accumulation steps, so that the split of a batch does not change it.
+    - evaluate() answers the validation rows by generation.
+    - A checkpoint holds the adapter, not the base.
+    """
+
+    def __init__(
+        self, *, task: TaskConfig, encoder: Encoder, validation_rows: Rows | None, **trainer_arguments: Any
+    ) -> None:
+        packed = trainer_arguments["args"].batching == "packed"
+        collator = PackedCollator() if packed else PaddedCollator(pad_token_id=encoder.stop_token_id)
+        validation = encode_rows(validation_rows, encoder).examples if validation_rows else None
+        super().__init__(data_collator=collator, eval_dataset=validation, **trainer_arguments)
+        if packed:
+            check_packable(self.model.get_base_model())
+        self.task, self.encoder, self.validation_rows = task, encoder, validation_rows
+        self.last_answers: list[Answer] = []
+        # compute_loss divides by the supervised tokens of the whole step, so accumulation must not divide again.
+        self.loss_is_scaled_for_ga = True
+        self._window_started, self._window_rows, self._window_tokens = time.perf_counter(), 0, 0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The batches of one optimizer step, and the supervised tokens in them, over all processes.
+
+        The Trainer's own count leaves out the first column of the labels, which holds no loss in its layout; in that
+        of these collators it does.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches)
+        return batches, self.accelerator.reduce(torch.as_tensor(supervised, device=device))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One forward and backward pass; rows and tokens are counted for the log."""
+        self._window_rows += len(inputs["row_ids"])
+        self._window_tokens += token_count(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Cross-entropy over the supervised tokens of a collated batch.
+
+        Raises:
+            TrainingDiverged: the loss is not finite.
+        """
+        labels = inputs["labels"]  # (B, K)
+        total = supervised_loss_sum(model, inputs)
+        if not torch.isfinite(total):
+            raise TrainingDiverged(
+                f"the loss is {total.item()} in step {self.state.global_step + 1}, training rows "
+                f"{inputs['row_ids'].tolist()}. Lower --learning_rate, or try --precision fp32; the checkpoints "
+                f"before this step in {self.args.output_dir} are good."
+            )
+        if num_items_in_batch is None:
+            loss = total / (labels != IGNORE_INDEX).sum()
+        else:
+            # Gradients are averaged over processes, and the count is the sum over processes.
+            loss = total / num_items_in_batch * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and generated answers of the validation rows, each process a share of them."""
+        rows = self.validation_rows
+        indices = list(range(len(rows)))
+        with self.accelerator.split_between_processes(indices) as share:
+            loss_parts = self._loss_parts(share)
+        loss_sum, tokens = (sum(part) for part in zip(*gather_object(loss_parts), strict=True))
+        with self.accelerator.autocast():
+            self.last_answers, _ = answer_rows(
+                self.model,
+                self.processing_class,
+                self.encoder,
+                rows,
+                self.task.label_words,
+                batch_size=self.args.per_device_eval_batch_size,
+                max_new_tokens=self.args.max_new_tokens,
+            )
+        figures = measure(rows.classes, self.last_answers, self.task.label_words)
+        metrics = {"loss": loss_sum / tokens, **{name: figures[name] for name in LOGGED_SCORES}}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    @torch.no_grad()
+    def _loss_parts(self, share: Sequence[int]) -> list[tuple[float, int]]:
+        """Loss sum and supervised tokens of each batch of this process's validation rows."""
+        self.model.eval()
+        size, parts = self.args.per_device_eval_batch_size, []
+        for start in range(0, len(share), size):
+            batch = self.data_collator([self.eval_dataset[index] for index in share[start : start + size]])
+            inputs = self._prepare_inputs(batch)
+            with self.accelerator.autocast():
+                loss = supervised_loss_sum(self.model, inputs)
+            parts.append((loss.item(), int((inputs["labels"] != IGNORE_INDEX).sum())))
+        return parts
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tweets and tokens per second since the last line to the training lines."""
+        if "loss" in logs:
+            seconds = time.perf_counter() - self._window_started
+            counts = torch.tensor([self._window_rows, int(self._window_tokens)], device=self.args.device)
+            rows, tokens = self.accelerator.reduce(counts).tolist()
+            logs["tweets_per_second"] = round(rows / seconds, 2)
+            logs["tokens_per_second"] = round(tokens / seconds, 1)
+        super().log(logs, start_time)
+        self._window_started, self._window_rows, self._window_tokens = time.perf_counter(), 0, 0
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; the base model, the tokenizer and a pickle of the arguments are not part of a checkpoint."""
+        if self.args.should_save:
+            save_adapter(self.model, output_dir or self.args.output_dir)
+
+
+def supervised_loss_sum(model: nn.Module | PeftModel, batch: dict[str, Any]) -> torch.Tensor:
+    """Sum of the cross-entropy over the supervised tokens of a collated batch of either form, in float32."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "row_ids")}
+    logits = model(**inputs, use_cache=False).logits  # (1, K, V) packed, (B, K, V) padded
+    return nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the signals for the time of the training."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal_number = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint and the end."""
+        if self.signal_number is not None:
+            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class TrackAnswers(TrainerCallback):
+    """After each validation: confusion matrix and sample answers to W&B."""
+
+    def __init__(self, trainer: AnswerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log what the last validation answered."""
+        if wandb.run is not None:
+            log_answers(
+                "validation",
+                self.trainer.validation_rows,
+                self.trainer.last_answers,
+                self.trainer.task.label_words,
+                state.global_step,
+            )
