@@ -6,8 +6,8 @@
     python evaluate.py liuhailin0123/llm-course-hw3-dora  # a model, or an adapter, from the Hub or a folder
     accelerate launch evaluate.py runs/quickstart         # the rows shared out over all GPUs
 
-Leaves <run folder>/evaluation/<split>.json, and in <run folder>/evaluation/<split>/ predictions.jsonl and the confusion
-matrices.
+Leaves <run folder>/evaluation/<split>.json, and in <run folder>/evaluation/<split>/ predictions.jsonl and the
+confusion matrices.
 """
 
 if __name__ == "evaluate":
@@ -22,12 +22,14 @@ from accelerate import PartialState
 from transformers.utils import logging
 
 from tweetdora.cli import parse_with_target
-from tweetdora.config import EvaluateConfig, InputError, decide_precision
+from tweetdora.config import EvaluateConfig
 from tweetdora.data import Rows, class_counts, load_rows
+from tweetdora.errors import InputError
 from tweetdora.evaluation import Target, evaluate_target, find_target, format_results, write_predictions
 from tweetdora.generation import Answer
 from tweetdora.metrics import reference_lines
 from tweetdora.plots import plot_confusion
+from tweetdora.precision import decide_precision
 from tweetdora.records import RECORD_VERSION, command_line, environment, use_cpu_threads, utc_now, write_json
 from tweetdora.tracking import finish_wandb, log_answers, start_wandb
 

@@ -19,8 +19,8 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from tweetdora.cli import parse_train
-from tweetdora.config import InputError
-from tweetdora.data import Encoder, PromptFormat, check_trainable, encode_rows, load_rows, show_row
+from tweetdora.data import check_trainable, load_rows
+from tweetdora.errors import InputError
 from tweetdora.modeling import DTYPES, attach_adapter, base_identity, load_base, load_tokenizer, save_adapter
 from tweetdora.plan import (
     check_disk,
@@ -30,6 +30,7 @@ from tweetdora.plan import (
     format_plan,
 )
 from tweetdora.plots import plot_training
+from tweetdora.prompts import Encoder, PromptFormat, encode_rows, show_row
 from tweetdora.records import (
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,

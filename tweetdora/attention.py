@@ -1,7 +1,7 @@
 """Attention over a packed batch: each row sees the shared prefix and itself, and no row sees another.
 
-A dense mask over all T tokens of a packed batch would cost T x T; here the prefix attends to itself once, and the rows,
-padded to the longest only inside this function, attend to N x L x (P + L):
+A dense mask over all T tokens of a packed batch would cost T x T; here the prefix attends to itself once, and the
+rows, padded to the longest only inside this function, attend to N x L x (P + L):
 
                 keys:   prefix   own tokens of the same row
     prefix              causal   –
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tweetdora.config import InputError
+from tweetdora.errors import InputError
 
 ATTENTION = "tweetdora"
 

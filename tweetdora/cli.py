@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from tweetdora.config import DEFAULT_RUN_DIR, InputError, ModelConfig, TaskConfig, TrainConfig
+from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, TaskConfig, TrainConfig
+from tweetdora.errors import InputError
 
 # The Trainer flags that --help shows; --help_all shows all.
 _SHOWN_TRAINER_FLAGS = {

@@ -8,6 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from tweetdora.errors import InputError
+from tweetdora.precision import decide_precision
+
 PUBLISHED_REPO = "liuhailin0123/llm-course-hw3-dora"
 RUNS_DIR = "runs"
 DEFAULT_RUN_DIR = os.path.join(RUNS_DIR, "llm-course-hw3-dora")
@@ -16,10 +19,6 @@ SYSTEM_PROMPT = (
     "You are a tweet sentiment classifier. For each tweet input, analyze its sentiment and output exactly one word: "
     '"negative", "neutral", or "positive". Do not include any extra text.'
 )
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what was found, what was expected and what to do."""
 
 
 @dataclass
@@ -172,7 +171,8 @@ class TrainConfig(TrainingArguments):
     hub_model_id: str | None = field(
         default=None,
         metadata={
-            "help": f"Where push_to_hub.py publishes: owner/name. A run of the published recipe goes to {PUBLISHED_REPO}."
+            "help": "Where push_to_hub.py publishes: owner/name. A run of the published recipe has "
+            f"{PUBLISHED_REPO} as default."
         },
     )
     dry_run: bool = field(
@@ -243,48 +243,6 @@ class TrainConfig(TrainingArguments):
                 f"{rows}. Leave it out, or change --global_batch_size or --gradient_accumulation_steps."
             )
         return rows
-
-
-def decide_precision(requested: str, flags: set[str], launcher: str | None, device_type: str) -> tuple[str, str]:
-    """The compute precision and the reason for it, as one sentence part.
-
-    `requested` is --precision, `flags` those of --bf16 and --fp16 that are on, `launcher` what accelerate launch put
-    into the environment ("no" also when nobody chose), `device_type` "cpu" or "cuda".
-
-    Raises:
-        InputError: the sources contradict one another, or the device cannot compute in that precision.
-    """
-    chosen = {f"--{name} true": name for name in sorted(flags)}
-    if requested != "auto":
-        chosen[f"--precision {requested}"] = requested
-    if launcher not in (None, "", "no"):
-        chosen[f"accelerate launch's mixed_precision: {launcher}"] = launcher
-    if len(set(chosen.values())) > 1:
-        raise InputError(
-            f"{' contradicts '.join(chosen)}. Give the precision in one place: --precision, or mixed_precision in "
-            "accelerate_config.yaml."
-        )
-    device_name = "this CPU" if device_type == "cpu" else torch.cuda.get_device_name()
-    if not chosen:
-        if has_bf16(device_type):
-            return "bf16", f"{device_name} computes in bf16"
-        return "fp32", f"{device_name} has no bf16 units"
-    source, precision = next(iter(chosen.items()))
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise InputError(f"{source}: expected no, bf16 or fp16.")
-    if precision == "bf16" and not has_bf16(device_type):
-        raise InputError(f"{source}: {device_name} has no bf16 units. Use --precision fp32.")
-    if precision == "fp16" and device_type == "cpu":
-        raise InputError(f"{source}: fp16 needs a GPU. Use --precision bf16 or fp32.")
-    return precision, f"asked for by {source}"
-
-
-def has_bf16(device_type: str) -> bool:
-    """Whether the device has bf16 arithmetic of its own (PyTorch can emulate it anywhere, slowly)."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 @dataclass

@@ -11,8 +11,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tweetdora.cli import read_task
-from tweetdora.config import EvaluateConfig, InputError, TaskConfig
-from tweetdora.data import Encoder, PromptFormat, Rows
+from tweetdora.config import EvaluateConfig, TaskConfig
+from tweetdora.data import Rows
+from tweetdora.errors import InputError
 from tweetdora.generation import UNPARSED, Answer, answer_rows
 from tweetdora.metrics import INTERVAL_METRICS, bootstrap_intervals, measure, paired_difference
 from tweetdora.modeling import (
@@ -25,6 +26,7 @@ from tweetdora.modeling import (
     merge,
     read_adapter_config,
 )
+from tweetdora.prompts import Encoder, PromptFormat
 from tweetdora.records import ADAPTER_DIR, ADAPTER_WEIGHTS, RUN_FILE, file_sha256, read_run
 
 
@@ -168,7 +170,7 @@ def format_results(record: dict[str, Any]) -> str:
             scores = f"{figures['macro_f1']:>9.3f}  {f'[{low:.3f}, {high:.3f}]':<16}"
             others = f"{figures['macro_recall']:>13.3f}{figures['accuracy']:>10.3f}"
             lines.append(f"{name:<18}{scores}{others}{rates}{figures['tweets_per_second']:>10.1f}")
-    for name, figures in record["reference_lines"].items():
+    for figures in record["reference_lines"].values():
         label = f"always {figures['label']}" if "label" in figures else "uniform guess"
         values = [figures[metric] for metric in INTERVAL_METRICS]
         lines.append(f"{label:<18}{values[0]:>9.3f}  {'':<16}{values[1]:>13.3f}{values[2]:>10.3f}")

@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tweetdora.data import Encoder, Rows, stop_token_ids
+from tweetdora.data import Rows
+from tweetdora.prompts import Encoder, stop_token_ids
 
 UNPARSED = -1  # the class of an answer that names no label word
 

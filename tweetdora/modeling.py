@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from tweetdora.attention import ATTENTION
-from tweetdora.config import InputError, ModelConfig
+from tweetdora.config import ModelConfig
+from tweetdora.errors import InputError
 from tweetdora.records import file_sha256
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

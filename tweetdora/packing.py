@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tweetdora.data import IGNORE_INDEX
+from tweetdora.prompts import IGNORE_INDEX
 
 
 class PackedCollator:

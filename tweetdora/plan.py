@@ -10,9 +10,11 @@ import torch
 from peft import PeftModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from tweetdora.config import InputError, ModelConfig, TaskConfig, TrainConfig, is_published_run, PUBLISHED_REPO
-from tweetdora.data import EncodedRows, Encoder, Rows, class_counts
+from tweetdora.config import PUBLISHED_REPO, ModelConfig, TaskConfig, TrainConfig, is_published_run
+from tweetdora.data import Rows, class_counts
+from tweetdora.errors import InputError
 from tweetdora.modeling import trainable_parameters
+from tweetdora.prompts import EncodedRows, Encoder
 from tweetdora.records import (
     RECORD_VERSION,
     RUN_FILE,
@@ -76,7 +78,7 @@ def find_checkpoint(training: TrainConfig) -> str | None:
     checkpoint = last if asked in ("true", "True") else asked
     if checkpoint is None or not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
         raise InputError(
-            f"--resume_from_checkpoint {asked}: found no checkpoint in {folder if checkpoint is None else checkpoint}. "
+            f"--resume_from_checkpoint {asked}: found no checkpoint in {checkpoint or folder}. "
             "Leave the flag out to start anew (and delete the folder if it holds an unfinished run)."
         )
     return checkpoint

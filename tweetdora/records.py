@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from tweetdora.config import RUNS_DIR, InputError
+from tweetdora.config import RUNS_DIR
+from tweetdora.errors import InputError
 
 RECORD_VERSION = 1
 RUN_FILE = "run.json"

@@ -16,11 +16,12 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tweetdora.attention import check_packable
 from tweetdora.config import TaskConfig
-from tweetdora.data import IGNORE_INDEX, Encoder, Rows, encode_rows
+from tweetdora.data import Rows
 from tweetdora.generation import Answer, answer_rows
 from tweetdora.metrics import measure
 from tweetdora.modeling import save_adapter
 from tweetdora.packing import PackedCollator, PaddedCollator, token_count
+from tweetdora.prompts import IGNORE_INDEX, Encoder, encode_rows
 from tweetdora.tracking import log_answers
 
 # Validation figures that go to the log and the tracker while training.
@@ -157,7 +158,7 @@ class AnswerTrainer(Trainer):
         self._window_started, self._window_rows, self._window_tokens = time.perf_counter(), 0, 0
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter; the base model, the tokenizer and a pickle of the arguments are not part of a checkpoint."""
+        """Write the adapter; a checkpoint holds no base model, tokenizer or pickled arguments."""
         if self.args.should_save:
             save_adapter(self.model, output_dir or self.args.output_dir)
 
