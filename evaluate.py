@@ -14,17 +14,13 @@ if __name__ == "evaluate":
     raise ImportError("this is the script evaluate.py; to get the library here, import tweetdora.metrics first")
 
 import os
-import sys
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from transformers.utils import logging
 
-from tweetdora.cli import parse_with_target
+from tweetdora.cli import parse_with_target, run_script
 from tweetdora.config import EvaluateConfig
 from tweetdora.data import Rows, class_counts, load_rows
-from tweetdora.errors import InputError
 from tweetdora.evaluation import Target, evaluate_target, find_target, format_results, write_predictions
 from tweetdora.generation import Answer
 from tweetdora.metrics import reference_lines
@@ -108,9 +104,4 @@ def track_results(
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    torch.manual_seed(0)
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"evaluate.py: {error}")
+    run_script(main, "evaluate.py")

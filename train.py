@@ -10,18 +10,24 @@ run folder from there.
 """
 
 import os
-import sys
 import time
 from typing import Any
 
 from accelerate import PartialState
 from transformers import set_seed
-from transformers.utils import logging
 
-from tweetdora.cli import parse_train
+from tweetdora.cli import parse_train, run_script
 from tweetdora.data import check_trainable, load_rows
 from tweetdora.errors import InputError
-from tweetdora.modeling import DTYPES, attach_adapter, base_identity, load_base, load_tokenizer, save_adapter
+from tweetdora.modeling import (
+    DTYPES,
+    attach_adapter,
+    base_identity,
+    load_base,
+    load_tokenizer,
+    read_base_card,
+    save_adapter,
+)
 from tweetdora.plan import (
     check_disk,
     check_same_run,
@@ -74,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         model_config=model_config,
         training=training,
         base=identity,
+        base_card=read_base_card(model_config.model_name_or_path, model_config.model_revision),
         model=model,
         encoder=encoder,
         train_rows=train_rows,
@@ -157,8 +164,4 @@ def save_run(trainer: AnswerTrainer, run: dict[str, Any], seconds: float) -> Non
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"train.py: {error}")
+    run_script(main, "train.py")

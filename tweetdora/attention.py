@@ -40,7 +40,7 @@ def attention(
     With `packing` (see PackedCollator) B is 1 and S is T.
     """
     dtype = query.dtype
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and query.element_size() < 4:
         # Small matrix products in bf16 spend their time on copies on a CPU; float32 is faster and more exact.
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
@@ -113,18 +113,27 @@ def check_packable(model: PreTrainedModel) -> None:
     Raises:
         InputError: names the feature, and the flag for padded batches.
     """
-    config = model.config
-    reason = None
-    if not model._supports_attention_backend:
-        reason = "its code does not take attention functions"
-    elif getattr(config, "attn_logit_softcapping", None):
-        reason = "it caps attention scores"
-    elif not set(_layer_types(config)) <= {"full_attention", "sliding_attention"}:
-        reason = f"it has layers of the kinds {', '.join(sorted(set(_layer_types(config))))}"
-    if reason:
+    if reason := _why_not_packable(model):
         raise InputError(
-            f"--batching packed does not fit {config.model_type}: {reason}. Use --batching padded, which is slower."
+            f"--batching packed does not fit {model.config.model_type}: {reason}. Use --batching padded, which is "
+            "slower."
         )
+
+
+def is_packable(model: PreTrainedModel) -> bool:
+    """Whether rows of the model may share the states of what they begin with."""
+    return _why_not_packable(model) is None
+
+
+def _why_not_packable(model: PreTrainedModel) -> str | None:
+    config = model.config
+    if not model._supports_attention_backend:
+        return "its code does not take attention functions"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps attention scores"
+    if other := set(_layer_types(config)) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of the kind {', '.join(sorted(other))}"
+    return None
 
 
 def _layer_types(config: PretrainedConfig) -> list[str]:

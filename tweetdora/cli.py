@@ -9,11 +9,13 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, TaskConfig, TrainConfig
 from tweetdora.errors import InputError
@@ -121,6 +123,21 @@ def _read_yaml(path: str) -> dict[str, Any]:
             f"--config {path}: expected lines such as 'learning_rate: 3e-5', found {type(recipe).__name__}."
         )
     return recipe
+
+
+def run_script(main: Callable[[], int], name: str) -> NoReturn:
+    """Run a script's main and exit: a message without a traceback for what the user can mend, 130 for Ctrl-C."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading and saving weights, a second each
+    # PEFT 0.21 reads a name that transformers 5.23 has renamed.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"{name}: stopped by Ctrl-C; nothing that was finished before is lost.", file=sys.stderr)
+        sys.exit(130)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

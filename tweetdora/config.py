@@ -158,7 +158,7 @@ class TrainConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log loss, learning rate and speed every N steps."})
     save_steps: float = field(default=100, metadata={"help": "Write a checkpoint every N steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows answered or scored at once."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows answered or scored at once."})
     report_to: list[str] = field(
         default_factory=lambda: ["wandb"],
         metadata={"help": "Trackers; wandb runs offline when there is no login. none: no tracker."},
@@ -253,7 +253,7 @@ class EvaluateConfig:
         default="test", metadata={"help": "Which of the task's splits to answer."}
     )
     max_samples: int | None = field(default=None, metadata={"help": "Answer the first N rows only; none: all."})
-    batch_size: int = field(default=64, metadata={"help": "Rows answered at once."})
+    batch_size: int = field(default=128, metadata={"help": "Rows answered at once."})
     max_new_tokens: int = field(default=16, metadata={"help": "Longest generated answer, in tokens."})
     precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
         default="auto", metadata={"help": "Compute precision; auto: bf16 where the device has it."}
@@ -291,7 +291,7 @@ class PushConfig:
     )
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     check_samples: int = field(
-        default=64, metadata={"help": "Rows on which the saved model is compared with the adapter model."}
+        default=32, metadata={"help": "Rows on which the saved model is compared with the adapter model."}
     )
     split: Literal["train", "validation", "test"] = field(
         default="test", metadata={"help": "Split whose evaluation goes on the card, and whose rows are compared."}

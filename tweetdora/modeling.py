@@ -5,7 +5,8 @@ import re
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -94,6 +95,18 @@ def base_identity(model: PreTrainedModel, name_or_path: str) -> dict[str, Any]:
         files = sorted(name for name in os.listdir(name_or_path) if name.endswith(".safetensors"))
         identity["weights_sha256"] = {name: file_sha256(os.path.join(name_or_path, name)) for name in files}
     return identity
+
+
+def read_base_card(name_or_path: str, revision: str | None) -> dict[str, Any]:
+    """Licence, languages and base of the model's own card, as far as it has one and it can be read."""
+    try:
+        path = os.path.join(name_or_path, "README.md")
+        if not os.path.isdir(name_or_path):
+            path = hf_hub_download(name_or_path, "README.md", revision=revision)
+        card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError):
+        return {}
+    return {name: card[name] for name in ("license", "language", "base_model") if card.get(name)}
 
 
 def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:

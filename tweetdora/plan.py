@@ -115,6 +115,7 @@ def describe_run(
     model_config: ModelConfig,
     training: TrainConfig,
     base: dict[str, Any],
+    base_card: dict[str, Any],
     model: PeftModel,
     encoder: Encoder,
     train_rows: Rows,
@@ -142,6 +143,7 @@ def describe_run(
         "max_new_tokens": training.max_new_tokens,
         "hub_model_id": hub_model_id,
         "base": base,
+        "base_card": base_card,
         "prompt_format": encoder.format.to_dict(),
         "adapter": {
             "trainable_parameters": trainable_parameters(model),

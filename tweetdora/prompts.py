@@ -51,7 +51,7 @@ class PromptFormat:
                 "choose an instruction-tuned (chat) model."
             )
         system_in_user_turn = not _takes_system_role(tokenizer, task.system_prompt)
-        messages = _messages(task.system_prompt, system_in_user_turn)
+        messages = _messages(task.system_prompt, _TEXT_MARK, system_in_user_turn)
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if prompt.count(_TEXT_MARK) != 1:
             raise InputError(f"the chat template of {tokenizer.name_or_path} does not repeat the user's text once.")
@@ -67,17 +67,21 @@ class PromptFormat:
         """For a record; PromptFormat(**record) reads it back."""
         return asdict(self)
 
+    def messages(self, system_prompt: str, text: str) -> list[dict[str, str]]:
+        """The chat messages of a prompt, as apply_chat_template takes them."""
+        return _messages(system_prompt, text, self.system_in_user_turn)
 
-def _messages(system_prompt: str, system_in_user_turn: bool) -> list[dict[str, str]]:
+
+def _messages(system_prompt: str, text: str, system_in_user_turn: bool) -> list[dict[str, str]]:
     if system_in_user_turn:
-        return [{"role": "user", "content": f"{system_prompt}\n\n{_TEXT_MARK}"}]
-    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": _TEXT_MARK}]
+        return [{"role": "user", "content": f"{system_prompt}\n\n{text}"}]
+    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": text}]
 
 
 def _takes_system_role(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> bool:
     """Whether the template shows a system message; some refuse the role, some leave it out without a word."""
     try:
-        rendered = tokenizer.apply_chat_template(_messages(system_prompt, False), tokenize=False)
+        rendered = tokenizer.apply_chat_template(_messages(system_prompt, _TEXT_MARK, False), tokenize=False)
     except jinja2.TemplateError:
         return False
     return system_prompt.strip() in rendered
@@ -138,16 +142,20 @@ class Encoder:
 
     def prompt_ids(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Token ids of the prompt for each text, up to where the answer begins, and how many texts had to be cut."""
-        plain = [text for text in texts if not self._control.search(text)]
+        plain = [text for text in texts if self.is_plain(text)]
         encoded = iter(self._middle_ids(plain))
         prompts, cut = [], 0
         for text in texts:
-            middle = self._spelled_out_ids(text) if self._control.search(text) else next(encoded)
+            middle = next(encoded) if self.is_plain(text) else self._spelled_out_ids(text)
             prompt = self._around(middle)
             if len(prompt) > self.max_prompt_length:
                 prompt, cut = self._cut(text), cut + 1
             prompts.append(prompt)
         return prompts, cut
+
+    def is_plain(self, text: str) -> bool:
+        """Whether a text spells out no control token."""
+        return not self._control.search(text)
 
     def _around(self, middle: list[int]) -> list[int]:
         return [*self.head_ids, *middle, *self.tail_ids]

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -157,8 +158,12 @@ def _git(folder: str, *words: str) -> str:
 
 
 def command_line() -> str:
-    """The script and its flags as they were typed; the interpreter's path is left out."""
-    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    """How this script was started: launcher, script and flags, quoted for a shell; paths to the programs left out."""
+    launcher = ["python"]
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch always sets it
+        processes = os.environ.get("WORLD_SIZE", "1")
+        launcher = ["accelerate", "launch", *([] if processes == "1" else ["--num_processes", processes])]
+    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 def peak_memory_bytes() -> dict[str, int]:

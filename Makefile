@@ -1,0 +1,40 @@
+# make demo     the main job on a real model and real tweets, offline but for the packages; ends with a table
+# make test     all tests, offline
+# make quality  formatter and linter
+# Each makes .venv from the pinned requirements when it is missing or older than they are. Nothing global is touched.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_DIR := runs/demo
+# For a shorter demo: make demo TRAIN_FLAGS="--max_steps 10" EVALUATE_FLAGS="--max_samples 50"
+TRAIN_FLAGS ?=
+EVALUATE_FLAGS ?=
+
+.PHONY: demo test quality assets
+
+demo: $(VENV)/.runtime assets
+	rm -rf $(DEMO_DIR)
+	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py \
+		--config recipes/quickstart.yaml --output_dir $(DEMO_DIR) $(TRAIN_FLAGS)
+	$(BIN)/python evaluate.py $(DEMO_DIR) $(EVALUATE_FLAGS)
+	$(BIN)/python push_to_hub.py $(DEMO_DIR) --dry_run true
+
+test: $(VENV)/.dev assets
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+assets: $(VENV)/.runtime
+	$(BIN)/python -m tweetdora.quickstart
+
+$(VENV)/.runtime: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

