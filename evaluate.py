@@ -24,6 +24,7 @@ from tweetdora.data import Rows, class_counts, load_rows
 from tweetdora.evaluation import Target, evaluate_target, find_target, format_results, write_predictions
 from tweetdora.generation import Answer
 from tweetdora.metrics import reference_lines
+from tweetdora.offline import use_cache_if_unreachable
 from tweetdora.plots import plot_confusion
 from tweetdora.precision import decide_precision
 from tweetdora.records import RECORD_VERSION, command_line, environment, use_cpu_threads, utc_now, write_json
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     use_cpu_threads(state.device, state.num_processes)
 
     # load
+    use_cache_if_unreachable(config.target)
     target = find_target(config)
+    use_cache_if_unreachable(target.task.dataset_name, target.base)
     rows = load_rows(target.task, config.split).head(config.max_samples)
     state.print(f"{config.target}: {len(rows):,} {config.split} rows, {config.precision} ({reason})", flush=True)
 

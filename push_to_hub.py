@@ -25,6 +25,7 @@ from tweetdora.hub import (
     replace_folder,
 )
 from tweetdora.model_card import card_base_name, check_records, render_card
+from tweetdora.offline import use_cache_if_unreachable
 from tweetdora.records import command_line, read_run, use_cpu_threads
 
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     # load
     evaluation, predictions = read_evaluation(run_dir, config.split)
     check_records(run, evaluation, predictions)
+    use_cache_if_unreachable(run["task"]["dataset_name"], run["base"]["name_or_path"])
     rows = load_rows(TaskConfig(**run["task"]), config.split).head(config.check_samples)
     folder = config.output_dir or os.path.join(run_dir, "publish")
     license = config.license or run["base_card"].get("license")

@@ -28,6 +28,7 @@ from tweetdora.modeling import (
     read_base_card,
     save_adapter,
 )
+from tweetdora.offline import use_cache_if_unreachable
 from tweetdora.plan import (
     check_disk,
     check_same_run,
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     state = PartialState()
 
     # load
+    use_cache_if_unreachable(task.dataset_name, model_config.model_name_or_path)
     with state.main_process_first():
         train_rows = load_rows(task, "train")
         validation_rows = load_rows(task, "validation").head(training.eval_samples) if training.eval_samples else None

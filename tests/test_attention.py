@@ -5,6 +5,7 @@ windows are shorter than the prefix, or between prefix and row.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -24,7 +25,6 @@ KINDS = {
     "llama": {},
     "llama, as many key heads as heads": {"num_key_value_heads": 4},
     "llama, float scale of its own": {"head_dim": 24},
-    "mistral": {"sliding_window": None},
     "mistral, window shorter than the prefix": {"sliding_window": 4},
     "mistral, window between prefix and row": {"sliding_window": 9},
     "mistral, window longer than the row": {"sliding_window": 64},
@@ -126,10 +126,15 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # Packed
 
 
+@pytest.fixture(scope="module")
+def expected_of(make_model) -> Callable[[str], dict[str, torch.Tensor]]:
+    """expected_of(kind): loss and gradients of ROWS one by one."""
+    return cache(lambda kind: one_by_one(adapted(make_model, kind, "sdpa"), ROWS))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_loss_and_gradients_are_those_of_separate_rows(kind, make_model):
-    expected = one_by_one(adapted(make_model, kind, "sdpa"), ROWS)
-    assert_same(collated(adapted(make_model, kind, ATTENTION), PackedCollator()(ROWS)), expected)
+def test_packed_loss_and_gradients_are_those_of_separate_rows(kind, make_model, expected_of):
+    assert_same(collated(adapted(make_model, kind, ATTENTION), PackedCollator()(ROWS)), expected_of(kind))
 
 
 def test_packed_loss_and_gradients_are_those_of_separate_rows_with_a_lora_adapter(make_model):
@@ -180,48 +185,48 @@ def test_packed_logits_are_in_the_order_of_the_labels(make_model):
     torch.testing.assert_close(actual, torch.stack(expected), rtol=0, atol=1e-10)
 
 
+def distances(length: int) -> torch.Tensor:
+    """How far before each position (rows) each position (columns) is."""
+    return torch.arange(length)[:, None] - torch.arange(length)
+
+
 # Each of these breaks the mask in another way, and must be seen by the comparison above.
 WRONG_MASKS = {
-    "not causal": lambda length, window, device: torch.ones(length, length, dtype=torch.bool),
-    "blind to itself": lambda length, window, device: (
-        torch.ones(length, length, dtype=torch.bool).tril(-1) | torch.eye(length, dtype=torch.bool)[:, :1]
-    ),
-    "no window": lambda length, window, device: torch.ones(length, length, dtype=torch.bool).tril(),
-    "window one too long": lambda length, window, device: (
-        torch.ones(length, length, dtype=torch.bool).tril().triu(-(window or length))
-    ),
-    "window one too short": lambda length, window, device: (
-        torch.ones(length, length, dtype=torch.bool).tril().triu(-((window or length) - 2))
-    ),
+    "not causal": lambda distance, window: distance.abs() < window,
+    "no window": lambda distance, window: distance >= 0,
+    "window one too long": lambda distance, window: (distance >= 0) & (distance <= window),
+    "window one too short": lambda distance, window: (distance >= 0) & (distance < window - 1),
+    "blind to the token before": lambda distance, window: (distance >= 0) & (distance < window) & (distance != 1),
 }
 
 
 @pytest.mark.parametrize("mistake", WRONG_MASKS)
-def test_comparison_with_separate_rows_sees_a_wrong_mask(mistake, make_model, monkeypatch):
+def test_comparison_with_separate_rows_sees_a_wrong_mask(mistake, make_model, expected_of, monkeypatch):
     kind = "mistral, window between prefix and row"
-    expected = one_by_one(adapted(make_model, kind, "sdpa"), ROWS)
-    monkeypatch.setattr(attention_module, "_causal_mask", WRONG_MASKS[mistake])
+    wrong = WRONG_MASKS[mistake]
+    monkeypatch.setattr(
+        attention_module, "_causal_mask", lambda length, window, device: wrong(distances(length), window)
+    )
     with pytest.raises(AssertionError, match="loss"):
-        assert_same(collated(adapted(make_model, kind, ATTENTION), PackedCollator()(ROWS)), expected)
+        assert_same(collated(adapted(make_model, kind, ATTENTION), PackedCollator()(ROWS)), expected_of(kind))
 
 
-def test_comparison_with_separate_rows_sees_rows_that_see_one_another(make_model):
+def test_comparison_with_separate_rows_sees_rows_that_see_one_another(make_model, expected_of):
     """Without `packing` one row follows the other as if it were its text."""
-    expected = one_by_one(adapted(make_model, "llama", "sdpa"), ROWS)
     batch = PackedCollator()(ROWS)
     del batch["packing"], batch["attention_mask"]
     batch["position_ids"] = torch.arange(batch["input_ids"].numel())[None]
     with pytest.raises(AssertionError, match="loss"):
-        assert_same(collated(adapted(make_model, "llama", ATTENTION), batch), expected)
+        assert_same(collated(adapted(make_model, "llama", ATTENTION), batch), expected_of("llama"))
 
 
 # Padded, and without a batch's packing
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padded_loss_and_gradients_are_those_of_separate_rows(kind, make_model):
-    expected = one_by_one(adapted(make_model, kind, "sdpa"), ROWS)
-    assert_same(collated(adapted(make_model, kind, ATTENTION), PaddedCollator(pad_token_id=4)(ROWS)), expected)
+def test_padded_loss_and_gradients_are_those_of_separate_rows(kind, make_model, expected_of):
+    batch = PaddedCollator(pad_token_id=4)(ROWS)
+    assert_same(collated(adapted(make_model, kind, ATTENTION), batch), expected_of(kind))
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral, window between prefix and row"])

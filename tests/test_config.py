@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from tweetdora import precision
-from tweetdora.cli import parse_train, parse_with_target, read_task
+from tweetdora import cli, precision
+from tweetdora.cli import parse_train, parse_with_target, read_task, run_script
 from tweetdora.config import (
     EvaluateConfig,
     ModelConfig,
@@ -131,6 +132,11 @@ def test_there_is_a_committed_recipe():
 def test_the_learning_rate_of_a_recipe_is_a_number(recipe):
     """YAML 1.1 reads 3e-5, which has no dot, as a string."""
     assert parse(*recipe("learning_rate: 3e-5"))[2].learning_rate == 0.00003
+
+
+@pytest.mark.parametrize("value", ["--Answer!", "-x", "'a=b'", "-1"])
+def test_a_value_of_a_recipe_is_no_flag(recipe, value):
+    assert parse(*recipe(f"system_prompt: {value}"))[0].system_prompt == value.strip("'")
 
 
 def test_numbers_are_words_where_words_are_expected(recipe):
@@ -452,6 +458,7 @@ def test_the_launchers_precision_reaches_the_training_arguments(monkeypatch):
         "bf16",
         "asked for by accelerate launch's mixed_precision: bf16",
     )
+    assert training.mixed_precision == "no", "the Trainer would take it from the launcher and autocast"
     with pytest.raises(InputError, match="--precision fp32 contradicts accelerate launch's mixed_precision: bf16"):
         parse("--precision", "fp32")
 
@@ -542,6 +549,7 @@ def test_help_all_shows_the_trainers_flags_too(capsys):
     assert short < long
     assert {"--adam_beta1", "--fsdp", "--hub_token", "--remove_unused_columns"} <= long
     assert {f"--{item.name}" for item in dataclasses.fields(TrainConfig) if item.init} <= long
+    assert not [option for option in long if option.startswith("--no_")], "--flag false says the same"
 
 
 def test_the_other_scripts_explain_their_target(capsys):
@@ -550,3 +558,53 @@ def test_the_other_scripts_explain_their_target(capsys):
     text = capsys.readouterr().out
     assert re.search(r"target +Folder of a run. \(default: runs/llm-course-hw3-dora\)", text)
     assert "Resamples behind the 95 % intervals. (default: 10000)" in text
+
+
+# The way out of a script
+
+
+@pytest.fixture
+def silenced(monkeypatch) -> list[str]:
+    """What run_script switches off for the whole process, noted instead."""
+    noted = []
+    for name in ("set_verbosity_error", "disable_progress_bar"):
+        monkeypatch.setattr(cli.logging, name, lambda name=name: noted.append(name))
+    return noted
+
+
+def end_of(main, capsys) -> tuple[int | str | None, str]:
+    """What run_script exits with, and what it printed."""
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        run_script(main, "train.py")
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_a_script_ends_with_the_status_of_its_main(capsys, silenced):
+    assert end_of(lambda: 0, capsys) == (0, "")
+    assert end_of(lambda: 143, capsys) == (143, "")
+    assert silenced == ["set_verbosity_error", "disable_progress_bar"] * 2
+
+
+def test_what_the_user_can_mend_is_a_message_without_a_traceback(capsys, silenced):
+    def main() -> int:
+        raise InputError("--r is 0; give 1.")
+
+    # A text as exit code is printed by the interpreter, and the status is 1.
+    assert end_of(main, capsys) == ("train.py: --r is 0; give 1.", "")
+
+
+def test_ctrl_c_is_a_message_and_the_shells_status_for_it(capsys, silenced):
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    code, said = end_of(main, capsys)
+    assert code == 130
+    assert said == "train.py: stopped by Ctrl-C; nothing that was finished before is lost.\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(silenced):
+    def main() -> int:
+        raise ValueError("ours")
+
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="ours"):
+        run_script(main, "train.py")

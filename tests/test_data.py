@@ -126,6 +126,7 @@ def test_head_is_all_rows_where_there_are_fewer():
     assert rows.head(None) is rows
     assert rows.head(3) == rows
     assert rows.head(1) == make_rows(["a"], [0], {"name": "n"})
+    assert len(rows.head(0)) == 0
 
 
 def test_the_hash_is_that_of_the_rows_as_json():
@@ -217,8 +218,8 @@ def test_what_the_folder_does_not_hold_is_refused(task, fields, message):
         (
             "text,label\na,neutral\nb,Positive\n",
             {},
-            "row 1: --label_column label holds 'Positive'; expected one of 'negative', 'neutral', 'positive'. Name the "
-            "values in the order of --label_words with --label_values",
+            "row 1: --label_column label holds 'Positive'; expected one of 'negative', 'neutral', 'positive'. Name "
+            "the values in the order of --label_words with --label_values",
         ),
         (
             "text,label\na,0\nb,2\n",

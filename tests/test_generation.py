@@ -117,7 +117,7 @@ def test_an_answer_ends_before_its_first_stop_token(tokenizer):
 @pytest.fixture(scope="module")
 def rows(task) -> Rows:
     """Texts of very unlike lengths, so that batches are padded and answers come in another order than made."""
-    texts = [*load_rows(task, "test").texts[:10], "", "x", "good " * 50, "a <|im_end|> b", "plain " * 9]
+    texts = [*load_rows(task, "test").texts[:6], "", "x", "good " * 50, "a <|im_end|> b", "plain " * 9]
     return make_rows(texts[::-1], [0] * len(texts), {})
 
 
@@ -204,6 +204,20 @@ def test_a_batch_of_one_writes_the_same_tokens_as_a_batch_of_many(make_varied, p
         assert up_to_stop(ids, [4]) == up_to_stop(alone, [4])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_has_written_any_of_the_stop_tokens_leaves_the_batch(make_varied, prompts, kind):
+    model = make_varied(kind)
+    unstopped = [greedy(model, prompt) for prompt in prompts]
+    stop_ids = common_tokens(unstopped, 4)
+    expected = [up_to_stop(ids, stop_ids) for ids in unstopped]
+    assert {ids[-1] for ids in expected} >= set(stop_ids), "each of them stops a row"
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    assert generate_sharing_prefix(model, prompts, stop_ids, NEW) == expected
+    # One call for the prefix, then as many rows as are still going.
+    assert sizes == [1, *(sum(len(ids) > step for ids in expected) for step in range(max(map(len, expected))))]
+
+
 @pytest.mark.parametrize("generate", WAYS)
 @pytest.mark.parametrize(
     "make_prompts",
@@ -223,7 +237,7 @@ def test_what_prompts_have_in_common_does_not_matter(make_varied, prompts, gener
     assert generate(model, prompts, stop_ids=[0], max_new_tokens=NEW) == expected
 
 
-@pytest.mark.parametrize("window", [4, 20, 60, 84, 85, 86])
+@pytest.mark.parametrize("window", [4, 20, 60, 77, 80, 84, 85])
 @pytest.mark.parametrize("generate", WAYS)
 def test_a_sliding_window_slides_over_tokens_and_not_over_padding(make_varied, prompts, generate, window):
     """Prompts of 26, 30 and 77 tokens: up to 85 places with the answer."""
@@ -270,8 +284,10 @@ def test_each_of_the_stop_tokens_stops(make_varied, make_tokenizer, encoder, row
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
     else:
         monkeypatch.setattr(encoder, "stop_token_id", stop)
-    only = make_rows(rows.texts[:1], [0], {})
+    only, calls = make_rows(rows.texts[:1], [0], {}), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(output))
     assert answers_of(model, tokenizer, encoder, only) == [Answer(tokenizer.decode(first[:1]), True, UNPARSED)]
+    assert len(calls) <= 3, "no token is made behind the stop token"
 
 
 def test_a_stop_token_at_once_is_an_empty_answer_that_stopped(make_varied, tokenizer, encoder, rows, prompts, way):

@@ -83,7 +83,7 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def contrast_dir(model_dir, tmp_path_factory) -> str:
-    """The tiny model with weights ten times as large: the original's answers are nearly uniform, whatever it is told."""
+    """The tiny model with weights ten times as large: the original's answers are nearly uniform whatever is asked."""
     folder = str(tmp_path_factory.mktemp("contrast") / "tiny-contrast")
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     with torch.no_grad():

@@ -52,7 +52,7 @@ QWEN3 = (
     "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-THINKS_IN_PROMPT = QWEN3.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>' }}")
+THINKS_IN_PROMPT = CHATML.replace("assistant\n' }}", "assistant\n<think>\n\n</think>\n\n' }}")
 TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "gemma": GEMMA, "drops system": DROPS_SYSTEM, "qwen3": QWEN3}
 # Tokenizers that write a space as "▁" in front of a word, and what they do with the first word of a text.
 METASPACE = ["first", "always", "never", "prepended by a normalizer"]
@@ -210,6 +210,20 @@ def test_a_control_token_spelled_in_a_text_stays_text(tokenizer, encoder, text):
     frame = prompt_of(encoder, "")
     assert [token for token in prompt if token in CONTROL_IDS] == [token for token in frame if token in CONTROL_IDS]
     assert tokenizer.decode(prompt) == encoder.format.head + text + encoder.format.tail
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_control_token_spelled_in_a_text_stays_text_in_every_template(template):
+    """Llama 2's has no control token between text and answer."""
+    tokenizer = tokenizer_of("bytes", TEMPLATES[template])
+    encoder = encoder_of(tokenizer)
+    for text in TRICKS:
+        assert tokenizer.decode(prompt_of(encoder, text)) == encoder.format.head + text + encoder.format.tail
+    long = "good <|im_end|> day </s>" * 90
+    (prompt,), cut = encoder.prompt_ids([long])
+    shown = tokenizer.decode(prompt)
+    assert cut == 1
+    assert shown.startswith(encoder.format.head + "good <|im_end|>") and shown.endswith(encoder.format.tail)
 
 
 @pytest.mark.parametrize("kind", METASPACE)
@@ -385,11 +399,20 @@ def test_a_template_without_special_tokens_around_the_answer_keeps_its_space_and
     assert tokens == [["▁negative", "</s>"], ["▁neutral", "</s>"], ["▁positive", "</s>"]]
 
 
-@pytest.mark.parametrize("template", [QWEN3, THINKS_IN_PROMPT], ids=["in the answer", "opened in the prompt"])
-def test_an_empty_thought_in_front_of_the_answer_is_left_out(template):
+def test_an_empty_thought_in_front_of_the_answer_is_left_out():
     """Qwen 3 writes one into the answer; answers are generated right behind the prompt."""
-    found = format_of(template)
+    found = format_of(QWEN3)
+    assert found.tail.endswith("assistant\n")
     assert (found.answers, found.stop_token) == (["negative", "neutral", "positive"], "<|im_end|>")
+
+
+def test_an_empty_thought_at_the_end_of_the_prompt_stays_there():
+    """Then the conversation with its answer does not go on where the prompt ends."""
+    found = format_of(THINKS_IN_PROMPT)
+    assert found.tail.endswith("assistant\n<think>\n\n</think>\n\n")
+    assert (found.answers, found.stop_token) == (["negative", "neutral", "positive"], "<|im_end|>")
+    encoder = encoder_of(tokenizer_of("bytes", THINKS_IN_PROMPT))
+    assert prompt_of(encoder, "good day") == template_ids(encoder, "good day")
 
 
 def test_label_words_of_several_words_and_tokens_are_answers(tokenizer):
@@ -407,6 +430,13 @@ def test_the_stop_token_is_what_the_template_writes_although_it_is_not_the_eos_t
     encoder = encoder_of(tokenizer)
     assert encoder.format.stop_token == "<|end|>"
     assert encoder.stop_token_id == tokenizer.convert_tokens_to_ids("<|end|>") != tokenizer.eos_token_id
+
+
+def test_a_stop_token_whose_beginning_is_a_token_too_is_found_whole():
+    tokens = [AddedToken(text, special=True, normalized=False) for text in ("<|end", "<|end|>")]
+    encoder = encoder_of(tokenizer_of("bytes", CHATML.replace("<|im_end|>", "<|end|>"), tokens))
+    assert encoder.format.stop_token == "<|end|>"
+    assert prompt_of(encoder, "good day") == template_ids(encoder, "good day")
 
 
 def test_a_tokenizer_without_chat_template_is_refused():
@@ -448,6 +478,13 @@ def test_a_format_survives_a_record(template):
     tokenizer = tokenizer_of("bytes", TEMPLATES[template])
     read_back = Encoder(tokenizer, PromptFormat(**json.loads(json.dumps(found.to_dict()))), 512)
     assert prompt_of(read_back, "good day") == prompt_of(encoder_of(tokenizer), "good day")
+
+
+def test_a_stop_token_that_the_tokenizer_does_not_have_is_refused(tokenizer, encoder):
+    """A format read from a record may meet another tokenizer, whose unknown token must not become the stop token."""
+    other = PromptFormat(**{**encoder.format.to_dict(), "stop_token": "<|eot_id|>"})
+    with pytest.raises(InputError, match=r"the stop token '<\|eot_id\|>' is no token of tiny"):
+        Encoder(tokenizer, other, 512)
 
 
 # The check of a row
@@ -520,7 +557,14 @@ def test_tokens_are_counted_over_all_rows():
 
 @pytest.mark.parametrize(
     ("configured", "tokenizers_eos", "expected"),
-    [(2, 4, [2, 3, 4]), ([2, 7], 4, [2, 3, 4, 7]), (None, 4, [3, 4]), (None, None, [3]), (3, 3, [3])],
+    [
+        (2, 4, [2, 3, 4]),
+        ([2, 7], 4, [2, 3, 4, 7]),
+        (None, 4, [3, 4]),
+        (None, None, [3]),
+        (3, 3, [3]),
+        (0, 4, [0, 3, 4]),
+    ],
 )
 def test_generation_stops_at_every_stop_token_that_anything_names(
     make_model, make_tokenizer, configured, tokenizers_eos, expected

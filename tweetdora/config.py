@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -164,6 +165,9 @@ class TrainConfig(TrainingArguments):
         metadata={"help": "Trackers; wandb runs offline when there is no login. none: no tracker."},
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+    disable_tqdm: bool | None = field(
+        default=None, metadata={"help": "No progress bar; unset: none where the output is not a terminal."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every adapter weight gets a gradient, so there is nothing to look for."}
@@ -198,6 +202,8 @@ class TrainConfig(TrainingArguments):
         self.eval_strategy = "steps" if self.eval_samples else "no"
         self.output_dir = os.path.normpath(os.path.expanduser(self.output_dir))
         self.run_name = self.run_name or os.path.basename(self.output_dir)
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
         batch_size, self.per_device_train_batch_size = self.per_device_train_batch_size, 1
         super().__post_init__()
         self.mixed_precision = "fp16" if self.fp16 else "no"

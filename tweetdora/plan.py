@@ -67,10 +67,11 @@ def find_checkpoint(training: TrainConfig) -> str | None:
     if asked in (None, "", "false", "False"):
         training.resume_from_checkpoint = None
         if os.path.exists(run_file) or last:
-            status = f"the run there is {read_json(run_file)['status']}" if os.path.exists(run_file) else ""
+            status = read_json(run_file)["status"] if os.path.exists(run_file) else "unfinished"
+            resume = "" if status == "finished" else "Go on with it by --resume_from_checkpoint true, or choose"
             raise InputError(
-                f"--output_dir {folder} already holds a run ({status or 'it has checkpoints'}). Go on with it by "
-                "--resume_from_checkpoint true, choose another --output_dir, or delete the folder."
+                f"--output_dir {folder} already holds a run ({status}). {resume or 'Choose'} another --output_dir, or "
+                "delete the folder."
             )
         return None
     if os.path.exists(run_file) and read_json(run_file)["status"] == "finished":

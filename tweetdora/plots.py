@@ -27,7 +27,7 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: str, title: str) 
     with plt.rc_context(_STYLE):
         columns = 2 if validation else 1
         figure, axes = plt.subplots(1, columns, figsize=(5 * columns, 3.4), squeeze=False, layout="constrained")
-        _curve(axes[0, 0], train, _BLUE, "training")
+        _curve(axes[0, 0], train, _BLUE, "training", "." if len(train) == 1 else "-")
         _curve(axes[0, 0], [(entry["step"], entry["eval_loss"]) for entry in validation], _ORANGE, "validation", "o-")
         axes[0, 0].set(xlabel="step", ylabel="loss per supervised token", ylim=(0, None), title=title)
         axes[0, 0].legend(frameon=False)

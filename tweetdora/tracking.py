@@ -46,7 +46,7 @@ def start_wandb(run_dir: str, name: str, config: dict[str, Any], run_id: str | N
         config=config,
         settings=wandb.Settings(silent=True),
     )
-    return {"id": run.id, "mode": mode, "url": run.url, "project": run.project}
+    return {"id": run.id, "mode": mode, "url": run.url if mode == "online" else None, "project": run.project}
 
 
 def log_answers(prefix: str, rows: Rows, answers: Sequence[Answer], label_words: Sequence[str], step: int) -> None:

@@ -1,0 +1,293 @@
+"""The model card, rendered whole from records made here and parsed back."""
+
+import copy
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tweetdora.errors import InputError
+from tweetdora.model_card import choose_samples, inline_code, render_card, table_cell
+
+WORDS = ["bad", "good"]
+
+
+def figures(macro_f1, matrix, parse_rate=1.0):
+    per_class = {
+        word: {"precision": 0.5, "recall": 0.25 * (1 + n), "f1": 0.4, "support": 3} for n, word in enumerate(WORDS)
+    }
+    return {
+        "n": 6,
+        "macro_f1": macro_f1,
+        "macro_recall": 0.375,
+        "accuracy": 0.3331,
+        "parse_rate": parse_rate,
+        "exact_rate": 0.5,
+        "stop_rate": 0.75,
+        "intervals": {"macro_f1": [0.1111, 0.8888]},
+        "per_class": per_class,
+        "confusion_matrix": matrix,
+    }
+
+
+@pytest.fixture
+def records():
+    """Run, evaluation, predictions and merge check of a small run, as the scripts write them."""
+    base = {
+        "name_or_path": "OuteAI/Lite-Oute-1-300M-Instruct",
+        "revision": "a" * 40,
+        "architecture": "M",
+        "parameters": 1_000_000,
+    }
+    prompt_format = {
+        "head": "h",
+        "tail": "t",
+        "answers": WORDS,
+        "stop_token": "<|im_end|>",
+        "system_in_user_turn": False,
+    }
+    data = {"name": "cardiffnlp/tweet_eval", "config": "sentiment", "revision": "b" * 40, "sha256": "c"}
+    run = {
+        "name": "small",
+        "command": "accelerate launch train.py --max_steps 3",
+        "task": {"label_words": WORDS, "system_prompt": 'Say "bad" or "good".', "max_length": 512},
+        "model": {
+            "method": "dora",
+            "r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0.0,
+            "target_modules": ["k_proj", "v_proj"],
+        },
+        "training": {
+            "global_batch_size": 16,
+            "learning_rate": 3e-5,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0,
+            "optim": "adamw_torch_fused",
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "precision": "bf16",
+            "seed": 42,
+        },
+        "base": base,
+        "base_card": {"license": "apache-2.0", "language": ["en"]},
+        "prompt_format": prompt_format,
+        "adapter": {"trainable_parameters": 448_000, "sha256": "d"},
+        "train_data": {
+            **data,
+            "split": "train",
+            "rows": 10_000,
+            "class_counts": {"bad": 4_000, "good": 6_000},
+            "tokens": 830_000,
+            "supervised_tokens": 20_000,
+            "cut_texts": 7,
+        },
+        "validation_data": {**data, "split": "validation", "rows": 200, "class_counts": {"bad": 90, "good": 110}},
+        "result": {
+            "steps": 625,
+            "seconds": 754.2,
+            "train_loss": 0.61234,
+            "peak_memory_bytes": {"process": 2_700_000_000},
+        },
+        "environment": {
+            "packages": {"torch": "2.13.0", "peft": "0.21.2"},
+            "hardware": {"cpu": "Fast CPU", "cores": 2, "gpus": []},
+            "git": {"commit": "e" * 40, "dirty": False},
+        },
+    }
+    evaluation = {
+        "command": "python evaluate.py runs/small",
+        "adapter_sha256": "d",
+        "base": base,
+        "label_words": WORDS,
+        "prompt_format": prompt_format,
+        "data": {**data, "split": "test", "rows": 4, "class_counts": {"bad": 3, "good": 3}},
+        "precision": "bf16",
+        "max_new_tokens": 16,
+        "bootstrap": {"samples": 10_000, "seed": 0},
+        "before": figures(0.0606, [[0, 0, 3], [1, 0, 2]], parse_rate=1 / 6),
+        "after": figures(0.4646, [[1, 1, 1], [0, 2, 1]], parse_rate=4 / 6),
+        "difference": {
+            "macro_f1": {"difference": 0.404, "interval": [0.2, 0.6]},
+            "mcnemar": {"fixed": 3, "broken": 1, "p_value": 0.625},
+        },
+        "reference_lines": {
+            "uniform": {"macro_f1": 0.5012, "macro_recall": 0.5, "accuracy": 0.5},
+            "majority": {"label": "good", "macro_f1": 0.3337, "macro_recall": 0.5, "accuracy": 0.5},
+        },
+    }
+    predictions = [
+        prediction(*row)
+        for row in (
+            ("first\nbad | row", "bad", "The tweet <b>", "good"),
+            ("fine", "good", "good", "good"),
+            ("awful", "bad", "", "bad"),
+            ("so-so", "good", "hm", "bad\n\nralitive"),
+        )
+    ]
+    merge_check = {"dtype": "float32", "rows": 32, "equal_answers": 32, "max_logit_difference": 4.6e-05}
+    return {"run": run, "evaluation": evaluation, "predictions": predictions, "merge_check": merge_check}
+
+
+def prediction(text, label, before, after):
+    found = re.search("bad|good", after)
+    answers = {
+        "before": {"answer": before, "predicted": None},
+        "after": {"answer": after, "predicted": found and found[0]},
+    }
+    return {"text": text, "label": label, **answers}
+
+
+def render(records, model_id="owner/small-dora", license="apache-2.0"):
+    commands = [records["run"]["command"], records["evaluation"]["command"], "python push_to_hub.py runs/small"]
+    return render_card(**records, model_id=model_id, license=license, commands=commands)
+
+
+def test_metadata_parses_back_to_the_records(records):
+    card = ModelCard(render(records)).data
+    assert (card.base_model, card.datasets) == ("OuteAI/Lite-Oute-1-300M-Instruct", ["cardiffnlp/tweet_eval"])
+    assert (card.license, card.library_name, card.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
+    assert card.language == ["en"] and card.model_name == "small-dora"
+    assert card.to_dict()["base_model_relation"] == "finetune"
+    found = {result.metric_name: result.metric_value for result in card.eval_results}
+    assert found == {"macro-F1": 0.4646, "macro recall": 0.375, "accuracy": 0.3331}
+    first = card.eval_results[0]
+    assert (first.dataset_type, first.dataset_config, first.dataset_split) == (
+        "cardiffnlp/tweet_eval",
+        "sentiment",
+        "test",
+    )
+    assert first.dataset_revision == "b" * 40
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "On 6 rows of cardiffnlp/tweet_eval (sentiment), test, answered by greedy generation, macro-F1 went from "
+        "**0.061** (95 % interval [0.111, 0.889]) to **0.465** ([0.111, 0.889]).",
+        "| before (OuteAI/Lite-Oute-1-300M-Instruct) | 0.061 | [0.111, 0.889] | 0.375 | 0.333 | 16.7% | 50.0% | "
+        "75.0% |",
+        "| **after** (this model) | **0.465** | [0.111, 0.889] | 0.375 | 0.333 | 66.7% | 50.0% | 75.0% |",
+        "| uniform guessing | 0.501 | | 0.500 | 0.500 | | | |",
+        '| always "good" | 0.334 | | 0.500 | 0.500 | | | |',
+        "The difference in macro-F1 is +0.404 (95 % interval [+0.200, +0.600], paired). 3 rows became right and 1 "
+        "became wrong (McNemar's exact test, p = 0.62).",
+        "| trainable parameters | 448,000 of 1,000,000 (44.800%) |",
+        "| steps | 625 of 16 rows, one pass over the training rows |",
+        "| learning rate | 3e-05, linear |",
+        "| loss | on the answer and its stop token only: 20,000 of 830,000 tokens; mean over training 0.612 |",
+        "| time | 12.6 minutes on 2 cores of Fast CPU |",
+        "| peak memory | 2.7 GB |",
+        "| `train` | 10,000 | 4,000 | 6,000 |",
+        "7 texts were cut to fit 512 tokens.",
+        "32 of 32 answers equal token for token, largest difference of a logit 4.6e-05.",
+        "- The weakest class is bad: 25% of its rows are found (recall 0.250).",
+        "- 2 of 6 answers name no label word.",
+        "TweetEval's official score for sentiment",
+        "stops at `<|im_end|>`",
+        "drops DoRA's magnitude vectors",
+        "accelerate launch train.py --max_steps 3",
+    ],
+)
+def test_the_card_says(records, line):
+    assert line in render(records)
+
+
+def test_no_placeholder_no_none_no_double_blank_line(records):
+    card = render(records)
+    assert not re.search(r"None|More Information Needed|\{\{|\}\}|\{%|undefined", card)
+    assert "\n\n\n" not in card and card.endswith("\n") and not re.search(r"[ \t]\n", card)
+
+
+def test_samples_are_the_first_right_and_the_first_wrong_of_each_label(records):
+    chosen = [(row["label"], row["text"], row["wrong"]) for row in choose_samples(records["predictions"], WORDS)]
+    assert chosen == [
+        ("bad", "awful", False),
+        ("bad", "first\nbad | row", True),
+        ("good", "fine", False),
+        ("good", "so-so", True),
+    ]
+
+
+def test_sample_rows_keep_the_table_whole(records):
+    card = render(records)
+    assert "| first bad \\| row | bad | `The tweet <b>` | `good` ✗ |" in card
+    assert "| so-so | good | `hm` | `bad⏎⏎ralitive` ✗ |" in card
+    table = card[card.index("| text | label |") :].split("\n\n")[0].splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a|b", "a\\|b"), ("<b>&", "&lt;b&gt;&amp;"), ("*x* _y_ `z`", "\\*x\\* \\_y\\_ \\`z\\`"), (" a\n\tb ", "a b")],
+)
+def test_table_cell_has_no_markup(text, expected):
+    assert table_cell(text) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("a`b", "`` a`b ``"), ("", "(empty)"), ("a\nb", "`a⏎b`")])
+def test_inline_code_holds_anything(text, expected):
+    assert inline_code(text) == expected
+
+
+def test_a_missing_fact_leaves_its_sentence_out(records):
+    run = records["run"]
+    run["base_card"], run["base"]["revision"], run["environment"]["git"], run["validation_data"] = {}, None, None, None
+    run["train_data"] |= {"cut_texts": 0, "revision": None}
+    run["model"]["method"] = "lora"
+    card = render(records, license=None)
+    for absent in (
+        "license",
+        "language:",
+        "The base model is revision",
+        "at commit",
+        "were cut",
+        "magnitude",
+        "`validation`",
+    ):
+        assert absent not in card
+    assert "LoRA adapter" in card and "\n\n\n" not in card
+
+
+def test_local_folders_do_not_pass_for_hub_ids(records, tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for record in (records["run"], records["evaluation"]):
+        record["base"] = {**record["base"], "name_or_path": str(folder)}
+    records["run"]["train_data"]["name"] = records["evaluation"]["data"]["name"] = str(folder)
+    text = render(records, model_id="runs/small/publish")
+    card = ModelCard(text).data
+    assert card.base_model is None and card.datasets is None and card.model_name == "small"
+    assert str(tmp_path) not in text and "`base`" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda r: r["evaluation"].update(adapter_sha256="other"),
+            "its adapter is 'other', the run's 'd'. Run evaluate.py",
+        ),
+        (lambda r: r["evaluation"].update(label_words=["a", "b"]), "its label words is"),
+        (lambda r: r["evaluation"].update(prompt_format={}), "its prompt is"),
+        (lambda r: r["evaluation"].update(base={}), "its base model is"),
+        (lambda r: r["predictions"].pop(), "its number of predictions is 3, the run's 4"),
+    ],
+)
+def test_contradicting_records_stop_the_card(records, change, message):
+    change(records)
+    with pytest.raises(InputError, match=re.escape(message)):
+        render(records)
+
+
+def test_every_number_of_the_results_follows_the_record(records):
+    """The companion of test_the_card_says: other records, another card."""
+    other = copy.deepcopy(records)
+    other["evaluation"]["after"]["macro_f1"] = 0.7777
+    assert "**0.778**" in render(other) and "**0.465**" not in render(other)
+
+
+def test_the_usage_snippet_is_python(records):
+    snippet = re.search(r"```python\n(.*?)```", render(records), re.DOTALL)[1]
+    compile(snippet, "snippet", "exec")
+    assert '"Say \\"bad\\" or \\"good\\"."' in snippet and 'model_id = "owner/small-dora"' in snippet

@@ -1,0 +1,132 @@
+"""Pictures: files that can be opened, of a size to look at, and other ones for other data."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from tweetdora.plots import plot_confusion, plot_training
+
+WORDS = ["negative", "neutral", "positive"]
+MATRIX = [[5, 1, 0, 0], [2, 3, 1, 1], [0, 0, 9, 0]]
+LOSSES = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}]
+VALIDATION = {"step": 20, "eval_loss": 1.5, "eval_macro_f1": 0.5, "eval_parse_rate": 0.9, "eval_stop_rate": 0.8}
+
+
+def picture(path: Path) -> np.ndarray:
+    """Its points; checked to be a PNG by what is in it."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def training(tmp_path: Path, history: list[dict[str, Any]], title: str = "a run") -> np.ndarray:
+    plot_training(history, str(tmp_path / "training.png"), title)
+    return picture(tmp_path / "training.png")
+
+
+def confusion(tmp_path: Path, matrix: Any, words: list[str] = WORDS, title: str = "after") -> np.ndarray:
+    plot_confusion(matrix, words, str(tmp_path / "confusion.png"), title)
+    return picture(tmp_path / "confusion.png")
+
+
+def digest(points: np.ndarray) -> str:
+    return hashlib.sha256(points.tobytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> dict[str, str]:
+    """Digests of the pictures that the others are compared with."""
+    folder = tmp_path_factory.mktemp("usual")
+    history = [*LOSSES, VALIDATION]
+    return {"training": digest(training(folder, history)), "confusion": digest(confusion(folder, MATRIX))}
+
+
+def test_training_curves_are_ten_by_three_inches_at_150_dots(tmp_path):
+    assert training(tmp_path, [*LOSSES, VALIDATION]).shape == (510, 1500, 3)
+
+
+def test_without_validation_there_is_one_panel(tmp_path):
+    assert training(tmp_path, LOSSES).shape == (510, 750, 3)
+
+
+def test_a_confusion_matrix_grows_with_its_classes(tmp_path):
+    three = confusion(tmp_path, MATRIX)
+    five = confusion(tmp_path, np.eye(5, 6, dtype=int), list("abcde"))
+    assert three.shape == (720, 840, 3)
+    assert five.shape == (960, 1080, 3)
+
+
+@pytest.mark.parametrize("make", [lambda path: training(path, LOSSES), lambda path: confusion(path, MATRIX)])
+def test_pictures_are_neither_empty_nor_transparent(make, tmp_path):
+    points = make(tmp_path)
+    assert (points[0, 0] == 255).all(), "the corner is white"
+    assert 0.01 < (points != 255).any(-1).mean() < 0.9
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        pytest.param([LOSSES[0], {"step": 20, "loss": 1.2}, VALIDATION], id="loss"),
+        pytest.param([*LOSSES, {**VALIDATION, "eval_loss": 1.4}], id="validation loss"),
+        pytest.param([*LOSSES, {**VALIDATION, "eval_macro_f1": 0.6}], id="macro-F1"),
+        pytest.param([*LOSSES, {**VALIDATION, "eval_parse_rate": 0.6}], id="parse rate"),
+        pytest.param([*LOSSES, {**VALIDATION, "eval_stop_rate": 0.6}], id="stop rate"),
+        pytest.param([*LOSSES, {**VALIDATION, "step": 15}], id="step"),
+    ],
+)
+def test_training_curves_show_another(history, usual, tmp_path):
+    assert digest(training(tmp_path, history)) != usual["training"]
+
+
+def test_training_curves_show_the_name_of_the_run(usual, tmp_path):
+    assert digest(training(tmp_path, [*LOSSES, VALIDATION], "another run")) != usual["training"]
+
+
+@pytest.mark.parametrize("cell", [(0, 0), (1, 3)])
+def test_a_confusion_matrix_shows_every_count(cell, usual, tmp_path):
+    other = np.array(MATRIX)
+    other[cell] += 1
+    assert digest(confusion(tmp_path, other)) != usual["confusion"]
+
+
+def test_a_confusion_matrix_shows_its_label_words(usual, tmp_path):
+    assert digest(confusion(tmp_path, MATRIX, ["bad", "neutral", "positive"])) != usual["confusion"]
+
+
+def test_the_same_data_give_the_same_picture(usual, tmp_path):
+    """The companion: what differs above is the data, not the drawing."""
+    assert digest(confusion(tmp_path, MATRIX)) == usual["confusion"]
+    assert digest(training(tmp_path, [*LOSSES, VALIDATION])) == usual["training"]
+
+
+def test_a_single_logged_step_is_seen(tmp_path):
+    """A line through one point has no length."""
+    blue = np.array([0x21, 0x66, 0xAC])
+    panel = training(tmp_path, LOSSES[:1])[40:430, 120:500]  # without its legend
+    assert (np.abs(panel.astype(int) - blue).sum(-1) < 60).any()
+
+
+@pytest.mark.parametrize("history", [[], [VALIDATION], [{"step": 3, "train_loss": 1.0, "train_runtime": 2.0}]])
+def test_a_run_too_short_to_log_a_loss_is_drawn_all_the_same(history, tmp_path):
+    assert training(tmp_path, history).shape[0] == 510
+
+
+def test_a_class_without_rows_is_drawn_without_dividing_by_its_zero(tmp_path):
+    confusion(tmp_path, [[0, 0, 0, 0], [1, 2, 0, 0], [0, 0, 3, 1]])
+
+
+def test_figures_are_closed(tmp_path):
+    plt.close("all")
+    training(tmp_path, LOSSES)
+    confusion(tmp_path, MATRIX)
+    assert plt.get_fignums() == []
+
+
+def test_pictures_need_no_screen():
+    assert matplotlib.get_backend().lower() == "agg"

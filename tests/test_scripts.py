@@ -1,0 +1,280 @@
+"""The scripts as a user starts them: processes, files in, files out. A tiny model, and once the real small one."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sklearn.metrics import f1_score
+
+from tweetdora.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["negative", "neutral", "positive"]
+
+
+def run(*words, cwd=ROOT, ok=True, **environment):
+    """Start a script with this Python; its output, both streams together."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": "", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode == 0) == ok, done.stdout
+    return done.stdout
+
+
+def main_of(script):
+    """The script's main(), to call in this process: a new one takes seconds only to import."""
+    return runpy.run_path(str(ROOT / script))["main"]
+
+
+def refused(script, *words):
+    """What a script's main() says when it refuses."""
+    with pytest.raises(InputError) as caught:
+        main_of(script)([str(word) for word in words])
+    return str(caught.value)
+
+
+def launch(*words, **options):
+    return run("-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml", *words, **options)
+
+
+def train_flags(model_dir, data_dir, output_dir):
+    values = {
+        "model_name_or_path": model_dir,
+        "dataset_name": data_dir,
+        "output_dir": output_dir,
+        "max_train_samples": 0,
+        "system_prompt": "Say how the day is.",
+        "method": "dora",
+        "r": 8,
+        "learning_rate": 2e-2,
+        "max_steps": 40,
+        "eval_steps": 20,
+        "eval_samples": 12,
+        "logging_steps": 5,
+        "save_steps": 20,
+        "precision": "fp32",
+        "hub_model_id": "owner/tiny-dora",
+    }
+    flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return [*flags, "--target_modules", "all-linear"]
+
+
+@pytest.fixture(scope="module")
+def base_dir(make_model, tokenizer, tmp_path_factory):
+    """A tiny model with large weights: an adapter on it can learn, on the usual small ones it cannot."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-base"
+    make_model(initializer_range=0.4).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(base_dir, data_dir, tmp_path_factory):
+    """A run folder that all three scripts have been through, and what they printed."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    printed = [launch("train.py", *train_flags(base_dir, data_dir, folder))]
+    printed.append(run("evaluate.py", str(folder), "--precision", "fp32", "--bootstrap_samples", "500"))
+    printed.append(run("push_to_hub.py", str(folder), "--dry_run", "true", "--check_samples", "12"))
+    return folder, printed
+
+
+def read(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def test_the_three_commands_leave_what_the_readme_says(finished):
+    folder, _ = finished
+    expected = """adapter/adapter_config.json adapter/adapter_model.safetensors adapter/tokenizer.json
+        adapter/tokenizer_config.json adapter/chat_template.jinja run.json training.png
+        checkpoint-40/trainer_state.json
+        evaluation/test.json evaluation/test/predictions.jsonl evaluation/test/confusion_before.png
+        evaluation/test/confusion_after.png publish/README.md publish/model.safetensors publish/config.json
+        publish/tokenizer.json publish/chat_template.jinja publish/generation_config.json
+        publish/adapter/adapter_model.safetensors publish/adapter/adapter_config.json publish/figures/training.png
+        publish/figures/confusion_before.png publish/figures/confusion_after.png"""
+    assert [name for name in expected.split() if not (folder / name).is_file()] == []
+    left_over = [path.name for path in folder.rglob("*") if path.name.endswith(".part")]
+    assert left_over == []
+
+
+def test_training_teaches_the_tiny_model(finished):
+    folder, _ = finished
+    record, losses = read(folder / "evaluation/test.json"), read(folder / "run.json")["result"]["log_history"]
+    losses = [entry["loss"] for entry in losses if "loss" in entry]
+    assert losses[-1] < losses[0] / 2
+    assert record["after"]["macro_f1"] > record["before"]["macro_f1"] + 0.2
+    assert record["after"]["stop_rate"] > 0.9
+
+
+def test_the_run_record_names_everything_that_a_later_script_needs(finished, base_dir, data_dir):
+    folder, _ = finished
+    record = read(folder / "run.json")
+    assert (record["status"], record["name"], record["steps"]) == ("finished", "tiny", 40)
+    assert record["task"]["label_words"] == WORDS and record["task"]["system_prompt"] == "Say how the day is."
+    assert record["model"]["method"] == "dora" and record["training"]["learning_rate"] == 2e-2
+    assert record["train_data"]["class_counts"] == {"negative": 16, "neutral": 16, "positive": 16}
+    assert record["base"]["weights_sha256"]["model.safetensors"] == sha256(f"{base_dir}/model.safetensors")
+    assert record["adapter"]["sha256"] == sha256(folder / "adapter/adapter_model.safetensors")
+    assert record["adapter"]["start_sha256"] and record["environment"]["packages"]["peft"] == "0.21.2"
+    assert record["tracker"]["mode"] == "offline" and record["result"]["peak_memory_bytes"]["process"] > 1e8
+    assert record["command"].startswith("accelerate launch train.py --model_name_or_path")
+
+
+def sha256(path):
+    return subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def test_the_recorded_score_is_that_of_the_recorded_answers(finished):
+    """Second computation: scikit-learn on predictions.jsonl."""
+    folder, _ = finished
+    rows = [json.loads(line) for line in (folder / "evaluation/test/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 24
+    for when in ("before", "after"):
+        predicted = [row[when]["predicted"] or "none" for row in rows]
+        score = f1_score([row["label"] for row in rows], predicted, labels=WORDS, average="macro", zero_division=0)
+        assert read(folder / "evaluation/test.json")[when]["macro_f1"] == pytest.approx(score, abs=1e-12)
+
+
+def test_the_cards_snippet_prints_what_the_card_says(finished, tmp_path):
+    """In a fresh process, with nothing of this project on the path."""
+    folder, _ = finished
+    card = (folder / "publish/README.md").read_text(encoding="utf-8")
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    snippet = snippet.replace('"owner/tiny-dora"', repr(str(folder / "publish")))
+    promised = re.search(r"It prints `(.*?)`\.", card)[1]
+    assert promised in WORDS
+    assert run("-c", snippet, cwd=tmp_path).splitlines()[-1] == promised
+
+
+def test_the_published_folder_and_the_adapter_measure_like_the_run(finished, tmp_path, data_dir):
+    """evaluate.py takes a run, an adapter and a model, and they are the same model."""
+    folder, _ = finished
+    recipe = tmp_path / "task.yaml"
+    recipe.write_text(f"dataset_name: {data_dir}\nsystem_prompt: Say how the day is.\n")
+    expected = read(folder / "evaluation/test.json")
+    for target in ("publish", "adapter"):
+        out = tmp_path / target
+        words = [str(folder / target), "--config", str(recipe), "--output_dir", str(out), "--precision", "fp32"]
+        assert main_of("evaluate.py")(words) == 0
+        found = read(out / "test.json")
+        assert found["after"]["confusion_matrix"] == expected["after"]["confusion_matrix"]
+        assert found["after"]["macro_f1"] == expected["after"]["macro_f1"]
+        assert ("before" in found) == (target == "adapter")
+
+
+def test_the_end_shows_the_table_and_the_card(finished):
+    _, printed = finished
+    end = printed[2]
+    for words in ("before", "after", "uniform guess", "always negative", "95 % interval", "difference in macro-F1"):
+        assert words in end
+    assert re.search(r"Card:  .*publish/README\.md\nDry run: nothing was pushed\.\n$", end)
+    assert "24 of 24" not in end and "12 of 12 answers equal" in end
+
+
+def test_scripts_print_no_warnings(finished):
+    _, printed = finished
+    for text in printed:
+        assert "Warning" not in text and "Traceback" not in text
+
+
+def test_the_same_command_again_is_refused_and_changes_nothing(finished, base_dir, data_dir):
+    folder, _ = finished
+    before = sha256(folder / "run.json")
+    said = refused("train.py", *train_flags(base_dir, data_dir, folder))
+    assert "already holds a run (the run there is finished)" in said
+    assert sha256(folder / "run.json") == before
+
+
+def test_a_push_without_a_token_is_refused_and_the_folder_stays(finished):
+    """As a process: the message without a traceback, and the exit status."""
+    folder, _ = finished
+    said = run("push_to_hub.py", str(folder), ok=False)
+    assert said.startswith("push_to_hub.py: ") and "Traceback" not in said
+    assert "no Hub token: run `hf auth login` or set HF_TOKEN" in said
+    assert (folder / "publish/model.safetensors").is_file()
+
+
+def test_dry_run_shows_plan_and_row_and_leaves_nothing(base_dir, data_dir, tmp_path, capsys):
+    words = [*train_flags(base_dir, data_dir, tmp_path / "dry"), "--dry_run", "true"]
+    assert main_of("train.py")(words) == 0
+    said = capsys.readouterr().out
+    for words in (
+        f"48 of {data_dir}, train: 16 negative, 16 neutral, 16 positive",
+        "40 of 16 rows = 1 process(es) x 1 x 16; learning rate 0.02, linear",
+        "trainable parameters",
+        "fp32: asked for by --precision fp32",
+        "wandb, offline",
+        "【negative】【<|im_end|>】",
+    ):
+        assert words in said
+    assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: write(f / "run.json", status="interrupted"),
+            "is interrupted, not finished. Go on with its train.py",
+        ),
+        (lambda f: flip(f / "adapter/adapter_model.safetensors"), "its SHA-256 differs"),
+        (lambda f: write(f / "evaluation/test.json", adapter_sha256="0"), "its adapter is '0'"),
+        (lambda f: shutil.rmtree(f / "evaluation"), "Measure first: python evaluate.py"),
+        (lambda f: (f / "run.json").unlink(), "is not a run folder"),
+    ],
+)
+def test_push_refuses_a_folder_that_is_not_whole(finished, tmp_path, damage, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish"))
+    damage(folder)
+    assert message in refused("push_to_hub.py", folder, "--dry_run", "true")
+    assert not (folder / "publish").exists()
+
+
+def write(path, **changes):
+    path.write_text(json.dumps({**read(path), **changes}))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_another_base_under_the_same_name_is_refused(finished, tmp_path, make_model, tokenizer):
+    folder, other = tmp_path / "copy", tmp_path / "base"
+    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish"))
+    make_model(seed=1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    for path in (folder / "run.json", folder / "evaluation/test.json"):
+        write(path, base={**read(path)["base"], "name_or_path": str(other)})
+    assert "is not the base model of this run" in refused("push_to_hub.py", folder, "--dry_run", "true")
+    assert "is not the base model that" in refused("evaluate.py", folder)
+
+
+def test_the_real_small_model_end_to_end(tmp_path):
+    """The quickstart recipe, shortened: SmolLM2-135M-Instruct on real tweets (`make test` makes the assets)."""
+    folder = tmp_path / "quick"
+    launch(
+        *("train.py", "--config", "recipes/quickstart.yaml", "--output_dir", str(folder), "--max_steps", "4"),
+        *("--max_train_samples", "64", "--eval_samples", "0", "--logging_steps", "1", "--learning_rate", "1e-3"),
+    )
+    run("evaluate.py", str(folder), "--max_samples", "16", "--max_new_tokens", "8")
+    run("push_to_hub.py", str(folder), "--dry_run", "true", "--check_samples", "4")
+    losses = [entry["loss"] for entry in read(folder / "run.json")["result"]["log_history"] if "loss" in entry]
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.5
+    record = read(folder / "evaluation/test.json")
+    assert record["after"]["parse_rate"] > record["before"]["parse_rate"]
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in (folder / "publish/README.md").read_text()

@@ -1,0 +1,341 @@
+"""Weights & Biases: when it is online, and what an offline run leaves on disk, read back from its own file."""
+
+import json
+import os
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import wandb
+from wandb.proto.wandb_internal_pb2 import Record
+
+from tweetdora.data import Rows, make_rows
+from tweetdora.generation import UNPARSED, Answer
+from tweetdora.plan import _tracker_line
+from tweetdora.tracking import SAMPLE_ROWS, finish_wandb, log_answers, start_wandb, wandb_mode
+from tweetdora.trainer import TrackAnswers
+
+WORDS = ["negative", "neutral", "positive"]
+ROWS = make_rows(["awful", "fine", "a table", "great", "?"], [0, 2, 1, 2, 1], {})
+ANSWERS = [
+    Answer("negative", True, 0),
+    Answer("positive", True, 2),
+    Answer("negative", True, 0),
+    Answer("I think it is", False, UNPARSED),
+    Answer("Neutral.", True, 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_logged_in(monkeypatch, tmp_path) -> None:
+    """No login, no home folder of the user's, and no terminal to ask on."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a training asked a question that nobody is there to answer")
+
+    monkeypatch.setattr("builtins.input", refuse)
+    monkeypatch.setattr("getpass.getpass", refuse)
+
+
+def write_netrc(text: str) -> None:
+    path = Path(os.environ["NETRC"])
+    path.write_text(text)
+    path.chmod(0o600)
+
+
+# Which mode, and why
+
+
+def test_without_a_login_the_run_is_offline_and_says_why():
+    assert wandb_mode() == ("offline", "no W&B login was found (wandb login, or WANDB_API_KEY)")
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_wandb_mode_in_the_environment_decides_over_a_login(mode, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wandb_mode() == (mode, "WANDB_MODE says so")
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"])
+def test_a_login_in_the_environment_is_online(name, monkeypatch):
+    monkeypatch.setenv(name, "x" * 40)
+    assert wandb_mode() == ("online", "the environment holds a W&B login")
+
+
+def test_a_login_in_netrc_is_online():
+    write_netrc("machine api.wandb.ai login user password " + "x" * 40)
+    assert wandb_mode() == ("online", "there is a login for api.wandb.ai")
+
+
+def test_a_login_for_another_host_is_no_login():
+    write_netrc("machine github.com login user password x")
+    assert wandb_mode()[0] == "offline"
+
+
+def test_a_login_for_ones_own_server_is_looked_up_by_its_name(monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
+    write_netrc("machine wandb.example.org login user password x")
+    assert wandb_mode() == ("online", "there is a login for wandb.example.org")
+
+
+def test_an_unreadable_netrc_is_no_login():
+    write_netrc("machine api.wandb.ai login user password x\nthis is no netrc line\n")
+    assert wandb_mode()[0] == "offline"
+
+
+def test_an_empty_wandb_mode_is_none(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert wandb_mode()[0] == "offline"
+
+
+@pytest.mark.parametrize(
+    ("report_to", "line"),
+    [
+        ([], "none"),
+        (["tensorboard"], "tensorboard"),
+        (["wandb"], "wandb, offline: no W&B login was found (wandb login, or WANDB_API_KEY)"),
+        (
+            ["wandb", "tensorboard"],
+            "wandb, offline: no W&B login was found (wandb login, or WANDB_API_KEY); tensorboard",
+        ),
+    ],
+)
+def test_the_plan_names_tracker_mode_and_reason(report_to, line):
+    assert _tracker_line(SimpleNamespace(report_to=report_to)) == line
+
+
+# What is left on disk
+
+
+def read_log(path: Path) -> Iterator[Record]:
+    """The records of a .wandb file: 7 bytes of header, then LevelDB's log format, in which a record may be in parts.
+
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    content = path.read_bytes()
+    assert content[:4] == b":W&B"
+    place, parts = 7, b""
+    while place + 7 <= len(content):
+        left_in_block = 32768 - place % 32768
+        if left_in_block < 7:
+            place += left_in_block
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def log_files(run_dir: Path) -> list[Path]:
+    """Those of all runs; wandb.finish() may return a moment before W&B's own process has written the end."""
+    paths = list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    patience = time.monotonic() + 20
+    while not all(any(record.HasField("exit") for record in read_log(path)) for path in paths):
+        assert time.monotonic() < patience, "W&B did not write the end of the run"
+        time.sleep(0.05)
+    return paths
+
+
+def log_of(run_dir: Path) -> list[Record]:
+    """The one run's records."""
+    (path,) = log_files(run_dir)
+    return list(read_log(path))
+
+
+def as_dict(items: Any) -> dict[str, Any]:
+    """Keys, nested ones with a slash between, and values."""
+    return {"/".join([*filter(None, [item.key]), *item.nested_key]): json.loads(item.value_json) for item in items}
+
+
+def table(run_dir: Path, name: str) -> dict[str, Any]:
+    """A logged table; W&B keeps its rows in a file beside the log."""
+    (path,) = run_dir.glob(f"wandb/offline-run-*/files/media/table/{name}_*.table.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A run folder with a finished offline run, and what start_wandb returned."""
+    run_dir = tmp_path_factory.mktemp("tracked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        for name in ("HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+            patch.setenv(name, str(run_dir / "home"))
+        started = start_wandb(str(run_dir), "a run", {"task": {"label_words": WORDS}, "steps": 12})
+        wandb.log({"train/loss": 0.5, "train/global_step": 1})
+        log_answers("validation", ROWS, ANSWERS, WORDS, step=7)
+        finish_wandb({"adapter_sha256": "0123"})
+    return run_dir, started
+
+
+def test_what_the_record_keeps_is_id_mode_project_and_no_address(tracked):
+    run_dir, started = tracked
+    assert started == {"id": started["id"], "mode": "offline", "url": None, "project": "tweetdora"}
+    assert [path.name for path in log_files(run_dir)] == [f"run-{started['id']}.wandb"]
+
+
+def test_the_run_on_disk_has_name_project_and_the_whole_configuration(tracked):
+    (run,) = (record.run for record in log_of(tracked[0]) if record.HasField("run"))
+    assert (run.run_id, run.display_name, run.project) == (tracked[1]["id"], "a run", "tweetdora")
+    config = as_dict(run.config.update)
+    assert (config["task"], config["steps"]) == ({"label_words": WORDS}, 12)
+
+
+def test_the_run_on_disk_has_the_logged_loss(tracked):
+    history = [as_dict(record.history.item) for record in log_of(tracked[0]) if record.HasField("history")]
+    assert [(line["train/loss"], line["train/global_step"]) for line in history if "train/loss" in line] == [(0.5, 1)]
+
+
+def test_the_run_on_disk_has_answers_and_matrix_at_the_step_of_the_validation(tracked):
+    history = [as_dict(record.history.item) for record in log_of(tracked[0]) if record.HasField("history")]
+    (line,) = (line for line in history if "validation/answers/nrows" in line)
+    assert (line["train/global_step"], line["validation/answers/nrows"]) == (7, 5)
+    assert line["validation/confusion_matrix_table/_type"] == "table-file"
+
+
+def test_the_table_of_answers_has_the_right_rows(tracked):
+    answers = table(tracked[0], "validation/answers")
+    assert answers["columns"] == ["row", "text", "label", "answer", "predicted", "stopped"]
+    assert answers["data"] == [
+        [0, "awful", "negative", "negative", "negative", True],
+        [1, "fine", "positive", "positive", "positive", True],
+        [2, "a table", "neutral", "negative", "negative", True],
+        [3, "great", "positive", "I think it is", "unparsed", False],
+        [4, "?", "neutral", "Neutral.", "neutral", True],
+    ]
+
+
+def test_the_confusion_matrix_counts_every_answer_and_unparsed_ones_apart(tracked):
+    """Counted by hand; the rows that are zero are left out here."""
+    matrix = table(tracked[0], "validation/confusion_matrix_table")
+    assert matrix["columns"] == ["Actual", "Predicted", "nPredictions"]
+    assert sorted(row for row in matrix["data"] if row[2]) == [
+        ["negative", "negative", 1],
+        ["neutral", "negative", 1],
+        ["neutral", "neutral", 1],
+        ["positive", "positive", 1],
+        ["positive", "unparsed", 1],
+    ]
+
+
+def test_the_confusion_matrix_says_which_step_it_is_of(tracked):
+    records = [record.config for record in log_of(tracked[0]) if record.HasField("config")]
+    charts = [value for config in records for key, value in as_dict(config.update).items() if "confusion" in key]
+    assert [chart["panel_config"]["stringSettings"]["title"] for chart in charts] == ["validation, step 7"]
+
+
+def test_the_summary_names_the_adapter(tracked):
+    summary: dict[str, Any] = {}
+    for record in log_of(tracked[0]):
+        if record.HasField("summary"):
+            summary.update(as_dict(record.summary.update))
+    assert summary["adapter_sha256"] == "0123"
+
+
+def test_the_run_is_closed(tracked):
+    assert [record.exit.exit_code for record in log_of(tracked[0]) if record.HasField("exit")] == [0]
+    assert wandb.run is None
+
+
+def test_a_long_table_of_answers_is_cut_and_the_matrix_is_not(tmp_path):
+    count = SAMPLE_ROWS + 10
+    rows = make_rows([f"text {number}" for number in range(count)], [1] * count, {})
+    start_wandb(str(tmp_path), "long", {})
+    log_answers("test", rows, [Answer("neutral", True, 1)] * count, WORDS, step=1)
+    finish_wandb()
+    log_files(tmp_path)  # waits until all is written
+    assert [row[0] for row in table(tmp_path, "test/answers")["data"]] == list(range(50))
+    assert sum(row[2] for row in table(tmp_path, "test/confusion_matrix_table")["data"]) == 60
+
+
+def test_a_run_goes_on_under_its_own_id(tmp_path):
+    first = start_wandb(str(tmp_path), "a run", {})
+    finish_wandb(exit_code=130)
+    again = start_wandb(str(tmp_path), "a run", {}, run_id=first["id"])
+    finish_wandb()
+    ids = [record.run.run_id for path in log_files(tmp_path) for record in read_log(path) if record.HasField("run")]
+    assert again["id"] == first["id"]
+    assert set(ids) == {first["id"]}
+
+
+def test_another_run_has_another_id(tmp_path):
+    ids = set()
+    for _ in range(2):
+        ids.add(start_wandb(str(tmp_path), "a run", {})["id"])
+        finish_wandb()
+    assert len(ids) == 2
+
+
+def test_an_interrupted_run_is_closed_with_its_exit_status(tmp_path):
+    start_wandb(str(tmp_path), "a run", {})
+    finish_wandb(exit_code=130)
+    assert [record.exit.exit_code for record in log_of(tmp_path) if record.HasField("exit")] == [130]
+
+
+def test_the_project_is_the_one_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    started = start_wandb(str(tmp_path), "a run", {})
+    finish_wandb()
+    assert started["project"] == "mine"
+
+
+def test_a_disabled_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    start_wandb(str(tmp_path), "a run", {})
+    log_answers("validation", ROWS, ANSWERS, WORDS, step=1)
+    finish_wandb()
+    assert list(tmp_path.rglob("*.wandb")) == []
+
+
+def test_finishing_without_a_run_is_nothing():
+    finish_wandb({"adapter_sha256": "0123"})
+    assert wandb.run is None
+
+
+# After each validation
+
+
+class Logged:
+    """In the place of log_answers."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+
+
+@pytest.fixture
+def logged(monkeypatch) -> Logged:
+    logged = Logged()
+    monkeypatch.setattr("tweetdora.trainer.log_answers", logged)
+    return logged
+
+
+def after_validation(rows: Rows) -> None:
+    """Call the callback as the Trainer does at step 40."""
+    trainer = SimpleNamespace(validation_rows=rows, last_answers=ANSWERS, task=SimpleNamespace(label_words=WORDS))
+    TrackAnswers(trainer).on_evaluate(None, SimpleNamespace(global_step=40), None)
+
+
+def test_each_validation_logs_its_answers(logged, monkeypatch):
+    monkeypatch.setattr(wandb, "run", object())
+    after_validation(ROWS)
+    assert logged.calls == [("validation", ROWS, ANSWERS, WORDS, 40)]
+
+
+def test_without_a_tracker_nothing_is_logged(logged):
+    after_validation(ROWS)
+    assert logged.calls == []

@@ -1,0 +1,38 @@
+"""Find out in seconds, not half a minute, that the Hugging Face Hub cannot be reached."""
+
+import os
+import socket
+import sys
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import datasets.config
+from huggingface_hub import constants
+
+_TIMEOUT_SECONDS = 3.0
+
+
+def use_cache_if_unreachable(*names: str) -> None:
+    """Put the Hub's libraries in offline mode if one of `names` is no local path and the Hub does not answer.
+
+    Left to themselves they try each file six times over 23 seconds. Offline, what is in the cache is used, and what is
+    not is an error at once. It is the mode that HF_HUB_OFFLINE=1 asks for; the libraries read that variable when they
+    are imported, so here the values they made of it are set.
+    """
+    if constants.HF_HUB_OFFLINE or all(os.path.exists(name) for name in names) or _reachable():
+        return
+    constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
+    print(f"note: {constants.ENDPOINT} cannot be reached; only what is cached here can be used", file=sys.stderr)
+
+
+def _reachable() -> bool:
+    address = urlsplit(constants.ENDPOINT)
+    if address.scheme in getproxies():
+        return True  # the proxy's business; the libraries find out
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        with socket.create_connection((address.hostname or "", port), timeout=_TIMEOUT_SECONDS):
+            return True
+    except OSError:
+        return False
