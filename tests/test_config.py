@@ -333,6 +333,14 @@ def test_the_run_is_named_after_its_folder():
     assert parse("--output_dir", "runs/mine", "--run_name", "other")[2].run_name == "other"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bars_are_for_terminals_unless_the_user_says_so(monkeypatch, terminal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    assert parse()[2].disable_tqdm is not terminal
+    assert parse("--disable_tqdm", "false")[2].disable_tqdm is False
+    assert parse("--disable_tqdm", "true")[2].disable_tqdm is True
+
+
 # Batch sizes
 
 

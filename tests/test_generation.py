@@ -117,7 +117,7 @@ def test_an_answer_ends_before_its_first_stop_token(tokenizer):
 @pytest.fixture(scope="module")
 def rows(task) -> Rows:
     """Texts of very unlike lengths, so that batches are padded and answers come in another order than made."""
-    texts = [*load_rows(task, "test").texts[:6], "", "x", "good " * 50, "a <|im_end|> b", "plain " * 9]
+    texts = [*load_rows(task, "test").texts[:10], "", "x", "good " * 50, "a <|im_end|> b", "plain " * 9]
     return make_rows(texts[::-1], [0] * len(texts), {})
 
 

@@ -364,5 +364,14 @@ def test_the_line_of_uniform_guesses_is_what_guesses_score_on_average():
     assert line["macro_recall"] == pytest.approx(1 / 3) == pytest.approx(line["accuracy"])
 
 
+def test_a_class_without_rows_has_its_place_in_the_lines():
+    """Rows: two negative, one neutral. Uniform guesses call one row each class: F1 4/9, 1/3 and 0."""
+    lines = reference_lines([0, 0, 1], WORDS)
+    assert lines["uniform"]["macro_f1"] == pytest.approx((2 * (2 / 3) / 3 + 2 * (1 / 3) / 2 + 0) / 3)
+    # Always negative: 2 hits, 3 called so, 2 there.
+    assert lines["majority"]["label"] == "negative"
+    assert lines["majority"]["macro_f1"] == pytest.approx(4 / 5 / 3)
+
+
 def test_the_headline_is_a_metric_with_an_interval():
     assert metrics.HEADLINE in INTERVAL_METRICS

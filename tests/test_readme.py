@@ -14,7 +14,7 @@ from tweetdora.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPT = re.compile(r"(?:accelerate launch|python) [^`\n#|]*?(?:train|evaluate|push_to_hub)\.py[^`\n#|]*")
-COMMANDS = sorted({found.strip() for found in SCRIPT.findall(README)})
+COMMANDS = sorted({found.strip() for found in SCRIPT.findall(README) if "--help" not in found})
 
 
 def parse(command):

@@ -193,7 +193,7 @@ def test_the_same_command_again_is_refused_and_changes_nothing(finished, base_di
     folder, _ = finished
     before = sha256(folder / "run.json")
     said = refused("train.py", *train_flags(base_dir, data_dir, folder))
-    assert "already holds a run (the run there is finished)" in said
+    assert "already holds a run (finished). Choose another --output_dir" in said
     assert sha256(folder / "run.json") == before
 
 

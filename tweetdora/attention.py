@@ -131,6 +131,8 @@ def _why_not_packable(model: PreTrainedModel) -> str | None:
         return "its code does not take attention functions"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps attention scores"
+    if not model._supports_sdpa:
+        return "its attention is more than scaled dot products"  # sinks in gpt-oss, for example
     if other := set(_layer_types(config)) - {"full_attention", "sliding_attention"}:
         return f"it has layers of the kind {', '.join(sorted(other))}"
     return None

@@ -11,7 +11,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -77,9 +77,9 @@ def with_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[st
     """`argv` with the keys of its --config recipe in front as flags, so that one parser checks both and flags win.
 
     >>> with_recipe(parser, ["--config", "r.yaml", "--r", "4"])    # r.yaml: "r: 16" and "target_modules: [q_proj]"
-    ['--r', '16', '--target_modules', 'q_proj', '--r', '4']
+    ['--r=16', '--target_modules', 'q_proj', '--config', 'r.yaml', '--r', '4']
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     given, rest = first.parse_known_args(argv)
     if given.config is None:
@@ -93,21 +93,29 @@ def with_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[st
             hint = f" Did you mean {near[0]}?" if near else ""
             raise InputError(f"{given.config}: unknown key {key!r}.{hint} The keys are the flags of train.py --help.")
         if value is None:
+            if key not in _optional_fields(parser):
+                raise InputError(f"{given.config}: {key} is empty (null); give a value, or leave the line out.")
             parser.set_defaults(**{key: None})
         else:
-            flags += [f"--{key}", *_as_flag_values(given.config, key, value, fields[key])]
-    return flags + rest
+            flags += _as_flags(given.config, key, value, fields[key])
+    # --config stands between, so that a stray word behind it does not become part of the recipe's last list.
+    return [*flags, "--config", given.config, *rest]
 
 
-def _as_flag_values(path: str, key: str, value: Any, action: argparse.Action) -> list[str]:
+def _as_flags(path: str, key: str, value: Any, action: argparse.Action) -> list[str]:
     values = value if isinstance(value, list) else [value]
     for item in values:
-        if isinstance(item, (dict, list)):
+        if item is None or isinstance(item, (dict, list)):
             raise InputError(f"{path}: {key} is {value!r}; expected a plain value or a list of them.")
         # YAML 1.1 reads an unquoted yes, no, on or off as a truth value.
         if isinstance(item, bool) and action.type is str:
             raise InputError(f'{path}: {key} holds {item} where a word is expected; put it in quotes, like "no".')
-    return [str(item) for item in values]
+    return [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+
+
+def _optional_fields(parser: HfArgumentParser) -> set[str]:
+    hints = [hint for config_class in parser.dataclass_types for hint in get_type_hints(config_class).items()]
+    return {name for name, hint in hints if type(None) in get_args(hint)}
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def _load_table(task: TaskConfig, split_name: str) -> datasets.Dataset:
         if ending in _FILE_BUILDERS:
             if not os.path.isfile(name):
                 raise FileNotFoundError(name)
-            return datasets.load_dataset(_FILE_BUILDERS[ending], data_files=name, split=split_name)
+            settings = {"sep": "\t"} if ending == ".tsv" else {}
+            return datasets.load_dataset(_FILE_BUILDERS[ending], data_files=name, split=split_name, **settings)
         return datasets.load_dataset(name, task.dataset_config, revision=task.dataset_revision, split=split_name)
     except (ConnectionError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(_why_not_loaded(task, split_name, error)) from error
@@ -85,11 +86,14 @@ def _load_table(task: TaskConfig, split_name: str) -> datasets.Dataset:
 
 def _why_not_loaded(task: TaskConfig, split_name: str, error: Exception) -> str:
     name = f"--dataset_name {task.dataset_name}"
-    said = " ".join(str(error).split())[:300]
+    # datasets says "An error occurred while generating the dataset"; what went wrong is its cause.
+    said = " ".join(str(error.__cause__ or error).split())[:300]
     if os.path.exists(task.dataset_name):
         return f"{name}, split {split_name!r}: {said}"
-    if os.path.splitext(task.dataset_name)[1].lower() in _FILE_BUILDERS or task.dataset_name.count("/") != 1:
-        hint = " `make assets` makes the quickstart's data." if task.dataset_name.startswith("assets") else ""
+    is_asset = task.dataset_name.startswith("assets/")
+    is_file = os.path.splitext(task.dataset_name)[1].lower() in _FILE_BUILDERS
+    if is_asset or is_file or task.dataset_name.count("/") != 1:
+        hint = " `make assets` makes the quickstart's data." if is_asset else ""
         return f"{name}: there is no such file or folder, and it is not a Hub id (owner/name).{hint}"
     if isinstance(error, ConnectionError) or "ffline" in said:
         return (
@@ -120,6 +124,10 @@ def _as_classes(table: datasets.Dataset, task: TaskConfig) -> list[int]:
     """Class numbers of the label column, which may hold class numbers, the label words, or --label_values."""
     column, feature = table[task.label_column], table.features[task.label_column]
     words = task.label_words
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
+        raise InputError(
+            f"{task.dataset_name}: --label_column {task.label_column} holds {feature}; expected one label in a row."
+        )
     if isinstance(feature, datasets.ClassLabel) and len(feature.names) != len(words):
         raise InputError(
             f"--label_words has {len(words)} words ({', '.join(words)}), but column {task.label_column!r} of "
@@ -129,7 +137,7 @@ def _as_classes(table: datasets.Dataset, task: TaskConfig) -> list[int]:
     if task.label_values is not None:
         known = {value: number for number, value in enumerate(task.label_values)}
         keys = [str(value) for value in column]
-    elif feature.dtype == "string":
+    elif feature.dtype in ("string", "large_string"):
         known = {word: number for number, word in enumerate(words)}
         keys = list(column)
     else:

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -17,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tweetdora.attention import ATTENTION
+from tweetdora.attention import ATTENTION, is_packable
 from tweetdora.config import ModelConfig
 from tweetdora.errors import InputError
 from tweetdora.records import file_sha256
@@ -58,7 +59,7 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
         raise
     except (OSError, ValueError, KeyError) as error:
         raise InputError(_why_not_loaded(name_or_path, revision, error)) from error
-    if model._supports_attention_backend:
+    if is_packable(model):
         model.set_attn_implementation(ATTENTION)
     # The last column of a batch's states is a strided view, and torch.matmul copies a frozen weight once for every row
     # rather than that view once: 10 s of 15 s when 64 rows were answered on two CPU cores.
@@ -103,8 +104,10 @@ def read_base_card(name_or_path: str, revision: str | None) -> dict[str, Any]:
         path = os.path.join(name_or_path, "README.md")
         if not os.path.isdir(name_or_path):
             path = hf_hub_download(name_or_path, "README.md", revision=revision)
+        elif not os.path.isfile(path):
+            return {}  # ModelCard.load would take the path for a Hub id
         card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError):
+    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError, LocalEntryNotFoundError):
         return {}
     return {name: card[name] for name in ("license", "language", "base_model") if card.get(name)}
 

@@ -1,6 +1,7 @@
 """What a training run is: checked and described before it starts. The description is the beginning of its record."""
 
 import dataclasses
+import glob
 import math
 import os
 import shutil
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from tweetdora.config import PUBLISHED_REPO, ModelConfig, TaskConfig, TrainConfig, is_published_run
 from tweetdora.data import Rows, class_counts
@@ -63,7 +63,7 @@ def find_checkpoint(training: TrainConfig) -> str | None:
     asked = training.resume_from_checkpoint
     folder = training.output_dir
     run_file = os.path.join(folder, RUN_FILE)
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    last = _last_checkpoint(folder)
     if asked in (None, "", "false", "False"):
         training.resume_from_checkpoint = None
         if os.path.exists(run_file) or last:
@@ -83,6 +83,15 @@ def find_checkpoint(training: TrainConfig) -> str | None:
             "Leave the flag out to start anew (and delete the folder if it holds an unfinished run)."
         )
     return checkpoint
+
+
+def _last_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
+    paths = [
+        os.path.dirname(path)
+        for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*/trainer_state.json"))
+    ]
+    return max(paths, key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
 def check_disk(training: TrainConfig, trainable: int) -> None:

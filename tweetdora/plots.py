@@ -30,7 +30,8 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: str, title: str) 
         _curve(axes[0, 0], train, _BLUE, "training", "." if len(train) == 1 else "-")
         _curve(axes[0, 0], [(entry["step"], entry["eval_loss"]) for entry in validation], _ORANGE, "validation", "o-")
         axes[0, 0].set(xlabel="step", ylabel="loss per supervised token", ylim=(0, None), title=title)
-        axes[0, 0].legend(frameon=False)
+        if train or validation:
+            axes[0, 0].legend(frameon=False)
         if validation:
             shown = (("eval_macro_f1", _ORANGE, "macro-F1"), ("eval_parse_rate", _BLUE, "parse rate"))
             for name, colour, label in (*shown, ("eval_stop_rate", _GREY, "stop rate")):

@@ -8,6 +8,7 @@
 Head, text and tail are the prompt. Loss is on the answer and on the stop token behind it, nothing else.
 """
 
+import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -95,7 +96,7 @@ def _answer_in_template(
     # Templates that open the answer with something of their own (an empty thought, say) do not continue the prompt.
     written = full[len(prompt) :] if full.startswith(prompt) else full[full.rindex(word) :]
     before, found, after = written.partition(word)
-    specials = re.search(_any_of(tokenizer.all_special_tokens), after) if tokenizer.all_special_tokens else None
+    specials = _control_tokens(tokenizer).search(after)
     stop_token = specials[0] if specials else tokenizer.eos_token
     if not found or not stop_token:
         raise InputError(
@@ -117,7 +118,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.format = prompt_format
         # Added tokens are cut out of a text before anything else is tokenised, so tokenising may begin and end at one.
-        self._control = re.compile(_any_of(map(str, tokenizer.added_tokens_decoder.values())))
+        self._control = _control_tokens(tokenizer)
         marks = [found.span() for found in self._control.finditer(prompt_format.head)]
         tail_mark = self._control.search(prompt_format.tail)
         head_end, tail_start = (
@@ -129,6 +130,12 @@ class Encoder:
         self._after_text = prompt_format.tail[:tail_start]
         self.tail_ids = self._ids(prompt_format.tail[tail_start:])
         self.stop_token_id = tokenizer.convert_tokens_to_ids(prompt_format.stop_token)
+        # An unknown token has the id of <unk>, or None.
+        if prompt_format.stop_token not in tokenizer.get_vocab():
+            raise InputError(
+                f"the stop token {prompt_format.stop_token!r} is no token of {tokenizer.name_or_path}; the prompt format "
+                "belongs to another tokenizer."
+            )
         self.answer_ids = [self._answer_ids(answer) for answer in prompt_format.answers]
         answer_length = max(map(len, self.answer_ids))
         self.max_prompt_length = max_length - answer_length
@@ -171,19 +178,22 @@ class Encoder:
             pieces.append(rest[: found.start() + 1])
             rest = rest[found.start() + 1 :]
         pieces = [*pieces, rest]
-        pieces[0], pieces[-1] = self._before_text + pieces[0], pieces[-1] + self._after_text
+        pieces[0] = self._before_text + pieces[0]
+        pieces[-1] += self._after_text  # the same piece, if there is only one
         return [token for piece in pieces for token in self._ids(piece)]
 
     def _cut(self, text: str) -> list[int]:
         """The prompt of as many of the text's first tokens as fit."""
-        ends = [end for _, end in self._offsets(text)]
-        room = self._room_for_text
-        while True:
-            prompt = self._around(self._spelled_out_ids(text[: ends[room - 1] if room > 0 else 0]))
-            if len(prompt) <= self.max_prompt_length:
-                return prompt
-            # Where the text meets the template, and where control tokens are taken apart, tokens are added.
-            room -= len(prompt) - self.max_prompt_length
+        ends = [0, *(end for _, end in self._offsets(text)[: self._room_for_text])]
+        # How many fit is searched for: where the text meets the template, and where control tokens are taken apart,
+        # there are more tokens than the text has by itself.
+        count = bisect.bisect_right(
+            range(1, len(ends)), self.max_prompt_length, key=lambda n: len(self._up_to(text, ends[n]))
+        )
+        return self._up_to(text, ends[count])
+
+    def _up_to(self, text: str, end: int) -> list[int]:
+        return self._around(self._spelled_out_ids(text[:end]))
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -197,6 +207,12 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds added tokens in a text; runs of spaces or line ends, which some tokenizers add, control nothing."""
+    tokens = map(str, tokenizer.added_tokens_decoder.values())
+    return re.compile(_any_of(token for token in tokens if token.strip()))
 
 
 def _any_of(words: Any) -> str:

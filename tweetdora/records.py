@@ -26,11 +26,11 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluat
 
 def write_json(path: str, record: Any) -> None:
     """Write a record so that a reader finds either the old file or the whole new one."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     beside = f"{path}.{os.getpid()}.part"
     with open(beside, "w", encoding="utf-8") as stream:
-        json.dump(record, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+        stream.write(text + "\n")
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(beside, path)
@@ -163,6 +163,8 @@ def command_line() -> str:
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch always sets it
         processes = os.environ.get("WORLD_SIZE", "1")
         launcher = ["accelerate", "launch", *([] if processes == "1" else ["--num_processes", processes])]
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 

@@ -53,6 +53,7 @@ class AnswerTrainer(Trainer):
             check_packable(self.model.get_base_model())
         self.task, self.encoder, self.validation_rows = task, encoder, validation_rows
         self.last_answers: list[Answer] = []
+        self.add_callback(StopOnBrokenGradient(self))
         # compute_loss divides by the supervised tokens of the whole step, so accumulation must not divide again.
         self.loss_is_scaled_for_ga = True
         self._window_started, self._window_rows, self._window_tokens = time.perf_counter(), 0, 0
@@ -170,6 +171,30 @@ def supervised_loss_sum(model: nn.Module | PeftModel, batch: dict[str, Any]) -> 
     return nn.functional.cross_entropy(
         logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
+
+
+class StopOnBrokenGradient(TrainerCallback):
+    """A loss can be finite and its gradient not: the weights, and the next checkpoint, would be NaN."""
+
+    def __init__(self, trainer: AnswerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse the step.
+
+        Raises:
+            TrainingDiverged: a gradient is not finite.
+        """
+        if args.fp16:
+            return  # the loss scaler skips such a step and lowers its scale
+        gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise TrainingDiverged(
+                f"a gradient is not finite in step {state.global_step + 1}. Lower --learning_rate, or try --precision "
+                f"fp32; the checkpoints in {args.output_dir} are good."
+            )
 
 
 class StopOnSignal(TrainerCallback):
