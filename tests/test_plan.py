@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,13 @@ def test_a_resumed_run_passes_over_a_checkpoint_that_was_not_written_to_its_end(
     whole = make_checkpoint(tmp_path / "run", 10)
     make_checkpoint(tmp_path / "run", 20, whole=False)
     assert find_checkpoint(training(resume_from_checkpoint="true")) == whole
+
+
+def test_a_resumed_run_takes_no_copy_for_its_last_checkpoint(training, tmp_path):
+    make_record(tmp_path / "run", "interrupted")
+    last = make_checkpoint(tmp_path / "run", 10)
+    shutil.copytree(last, tmp_path / "run" / "checkpoint-10-copy")
+    assert find_checkpoint(training(resume_from_checkpoint="true")) == last
 
 
 def test_a_finished_run_is_not_resumed(training, tmp_path):

@@ -29,6 +29,7 @@ from tweetdora import precision
 from tweetdora import trainer as trainer_module
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import Rows, load_rows
+from tweetdora.errors import InputError
 from tweetdora.generation import LabelParser
 from tweetdora.modeling import DTYPES, attach_adapter, load_base
 from tweetdora.packing import PackedCollator, PaddedCollator
@@ -255,6 +256,12 @@ def test_bf16_training_has_nearly_the_loss_of_float32(laboratory, monkeypatch):
     assert half != full
 
 
+def test_a_setting_that_the_loss_leaves_out_is_refused(tmp_path):
+    """The Trainer's own loss has label smoothing; in this one it would stand in the record and do nothing."""
+    with pytest.raises(InputError, match="--label_smoothing_factor"):
+        TrainConfig(output_dir=str(tmp_path), label_smoothing_factor=0.1)
+
+
 # The same run, however the batch is split
 
 
@@ -386,6 +393,17 @@ def test_speed_is_counted_over_the_steps_since_the_last_line(laboratory, monkeyp
     # The three steps are one epoch: together all the tokens there are.
     tokens = sum(len(example["input_ids"]) for example in encode_rows(laboratory.rows, laboratory.encoder).examples)
     assert sum(entry["tokens_per_second"] for entry in history) == tokens
+
+
+def test_speed_leaves_out_what_came_before_the_first_step(laboratory, monkeypatch):
+    """W&B starts, and a checkpoint may be read, between making a trainer and its first step."""
+    clock = itertools.count()
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    trainer = laboratory.trainer(max_steps=1)
+    for _ in range(100):
+        next(clock)
+    trainer.train()
+    assert [entry["tweets_per_second"] for entry in trainer.state.log_history if "loss" in entry] == [16]
 
 
 def test_log_lines_hold_loss_speed_and_learning_rate(laboratory):
@@ -558,26 +576,32 @@ def test_two_processes_train_what_one_trains(sharp_dir, data_dir, straight_run, 
 
 
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapter(
-    sharp_dir, data_dir, straight_run, tmp_path
+    sharp_dir, data_dir, straight_run, tmp_path, monkeypatch
 ):
+    """With W&B, whose own process gets the terminal's Ctrl-C too, and whose run goes on as well."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # W&B leaves copies of its tables there
     run_dir = tmp_path / "stopped"
-    arguments = command(sharp_dir, data_dir, run_dir)
+    arguments = [*command(sharp_dir, data_dir, run_dir), "--report_to", "wandb"]
     process = start([sys.executable, "-u", str(REPO_DIR / "train.py"), *arguments], tmp_path)
     output = ""
     for line in process.stdout:
         output += line
         if "'loss'" in line:
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)
             break
     output += finish(process)
     assert process.returncode == 130, output
     stopped_at = json.loads(next(run_dir.glob("checkpoint-*/trainer_state.json")).read_text())["global_step"]
     assert stopped_at < STEPS
     assert f"Stopped at step {stopped_at} of {STEPS}; its checkpoint is in {run_dir}." in output
-    assert read_run_file(run_dir)["status"] == "interrupted"
+    stopped = read_run_file(run_dir)
+    assert stopped["status"] == "interrupted"
     assert not (run_dir / "adapter").exists()
 
     assert run_here([*arguments, "--resume_from_checkpoint", "true"]) == 0
     run, whole = read_run_file(run_dir), read_run_file(straight_run)
     assert (run["status"], run["result"]["steps"]) == ("finished", STEPS)
     assert run["adapter"] == whole["adapter"]
+    assert run["tracker"] == stopped["tracker"]
+    tracked = {path.name.rpartition("-")[2] for path in run_dir.glob("wandb/offline-run-*")}
+    assert tracked == {run["tracker"]["id"]}

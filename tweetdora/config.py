@@ -61,7 +61,7 @@ class TaskConfig:
     )
     system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "System prompt that asks for one label word."})
     max_train_samples: int | None = field(
-        default=10_000, metadata={"help": "Train on the first N rows of the train split, N rows; 0: all rows."}
+        default=10_000, metadata={"help": "Train on the first N rows of the train split; 0: all rows."}
     )
     max_length: int = field(
         default=512,
@@ -226,6 +226,10 @@ class TrainConfig(TrainingArguments):
         if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
             raise InputError(
                 f"--hub_model_id is {self.hub_model_id!r}; expected owner/name, such as {PUBLISHED_REPO}."
+            )
+        if self.label_smoothing_factor:
+            raise InputError(
+                "--label_smoothing_factor does nothing here: the loss is plain cross-entropy. Leave it out."
             )
         if self.max_steps == 0 or self.num_train_epochs <= 0:
             raise InputError(

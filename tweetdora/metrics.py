@@ -95,7 +95,7 @@ def measure(references: Sequence[int], answers: Sequence[Answer], label_words: S
         "n": count,
         **{name: computed[name] for name in INTERVAL_METRICS},
         "parse_rate": sum(answer.predicted != UNPARSED for answer in answers) / count,
-        "exact_rate": sum(answer.text in label_words for answer in answers) / count,
+        "exact_rate": sum(answer.text.removeprefix(" ") in label_words for answer in answers) / count,
         "stop_rate": sum(answer.stopped for answer in answers) / count,
         "per_class": per_class,
         "confusion_matrix": computed["confusion_matrix"],

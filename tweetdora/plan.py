@@ -87,11 +87,9 @@ def find_checkpoint(training: TrainConfig) -> str | None:
 
 def _last_checkpoint(folder: str) -> str | None:
     """The newest checkpoint that was written to its end: the Trainer writes its state last."""
-    paths = [
-        os.path.dirname(path)
-        for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*/trainer_state.json"))
-    ]
-    return max(paths, key=lambda path: int(path.rpartition("-")[2]), default=None)
+    states = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
+    steps = {path: path.rpartition("-")[2] for path in map(os.path.dirname, states)}
+    return max((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]), default=None)
 
 
 def check_disk(training: TrainConfig, trainable: int) -> None:

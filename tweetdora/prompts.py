@@ -133,8 +133,8 @@ class Encoder:
         # An unknown token has the id of <unk>, or None.
         if prompt_format.stop_token not in tokenizer.get_vocab():
             raise InputError(
-                f"the stop token {prompt_format.stop_token!r} is no token of {tokenizer.name_or_path}; the prompt format "
-                "belongs to another tokenizer."
+                f"the stop token {prompt_format.stop_token!r} is no token of {tokenizer.name_or_path}; the prompt "
+                "format belongs to another tokenizer."
             )
         self.answer_ids = [self._answer_ids(answer) for answer in prompt_format.answers]
         answer_length = max(map(len, self.answer_ids))

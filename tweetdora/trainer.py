@@ -56,7 +56,7 @@ class AnswerTrainer(Trainer):
         self.add_callback(StopOnBrokenGradient(self))
         # compute_loss divides by the supervised tokens of the whole step, so accumulation must not divide again.
         self.loss_is_scaled_for_ga = True
-        self._window_started, self._window_rows, self._window_tokens = time.perf_counter(), 0, 0
+        self._window_started, self._window_rows, self._window_tokens = None, 0, 0
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -74,6 +74,8 @@ class AnswerTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One forward and backward pass; rows and tokens are counted for the log."""
+        if self._window_started is None:  # the first step, not what was set up before it
+            self._window_started = time.perf_counter()
         self._window_rows += len(inputs["row_ids"])
         self._window_tokens += token_count(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
