@@ -77,8 +77,8 @@ def _load_table(task: TaskConfig, split_name: str) -> datasets.Dataset:
         if ending in _FILE_BUILDERS:
             if not os.path.isfile(name):
                 raise FileNotFoundError(name)
-            # A tweet may be the word "null" or "NA"; pandas would read it as missing.
-            settings = {"keep_default_na": False} if _FILE_BUILDERS[ending] == "csv" else {}
+            # A tweet may be the word "null" or "NA"; only an empty field is missing.
+            settings = {"keep_default_na": False, "na_values": [""]} if _FILE_BUILDERS[ending] == "csv" else {}
             settings |= {"sep": "\t"} if ending == ".tsv" else {}
             return datasets.load_dataset(_FILE_BUILDERS[ending], data_files=name, split=split_name, **settings)
         return datasets.load_dataset(name, task.dataset_config, revision=task.dataset_revision, split=split_name)
