@@ -65,6 +65,9 @@ def test_a_confusion_matrix_grows_with_its_classes(tmp_path):
 @pytest.mark.parametrize("make", [lambda path: training(path, LOSSES), lambda path: confusion(path, MATRIX)])
 def test_pictures_are_neither_empty_nor_transparent(make, tmp_path):
     points = make(tmp_path)
+    (path,) = tmp_path.glob("*.png")
+    with Image.open(path) as image:
+        assert image.convert("RGBA").getextrema()[3] == (255, 255)
     assert (points[0, 0] == 255).all(), "the corner is white"
     assert 0.01 < (points != 255).any(-1).mean() < 0.9
 
@@ -93,6 +96,10 @@ def test_a_confusion_matrix_shows_every_count(cell, usual, tmp_path):
     other = np.array(MATRIX)
     other[cell] += 1
     assert digest(confusion(tmp_path, other)) != usual["confusion"]
+
+
+def test_a_confusion_matrix_shows_counts_and_not_only_shares(usual, tmp_path):
+    assert digest(confusion(tmp_path, 2 * np.array(MATRIX))) != usual["confusion"]
 
 
 def test_a_confusion_matrix_shows_its_label_words(usual, tmp_path):

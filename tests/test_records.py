@@ -211,7 +211,7 @@ TENSORS = [("a", torch.tensor([1.0, 2.0])), ("b", torch.tensor([[3.0]]))]
     "other",
     [
         pytest.param([("a", torch.tensor([1.0, 2.5])), TENSORS[1]], id="value"),
-        pytest.param([("c", TENSORS[0][1]), TENSORS[1]], id="name"),
+        pytest.param([("aa", TENSORS[0][1]), TENSORS[1]], id="name"),
         pytest.param([("a", torch.tensor([[1.0, 2.0]])), TENSORS[1]], id="shape"),
         pytest.param([("a", torch.tensor([1.0, 2.0]).view(torch.int32)), TENSORS[1]], id="kind of number"),
         pytest.param(TENSORS[:1], id="one less"),
