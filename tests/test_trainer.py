@@ -283,6 +283,26 @@ def test_accumulated_training_is_training_on_whole_batches(accumulation, batchin
     assert_close(adapter(parts), adapter(whole), 1e-6)
 
 
+def test_a_model_that_cannot_be_packed_is_refused_before_it_trains(laboratory, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM._supports_sdpa", False)
+    with pytest.raises(InputError, match="^--batching packed does not fit llama: .*Use --batching padded"):
+        laboratory.trainer()
+
+
+def test_a_model_that_cannot_be_packed_trains_and_validates_on_padded_batches(
+    laboratory, validation_rows, monkeypatch
+):
+    """With transformers' own attention, so nearly the same losses."""
+    settings = {"batching": "padded", "validation": validation_rows, "eval_steps": 3, "max_new_tokens": 1}
+    usual = laboratory.train(**settings).state.log_history
+    monkeypatch.setattr("transformers.LlamaForCausalLM._supports_sdpa", False)
+    own = laboratory.train(**settings).state.log_history
+    for name in ("loss", "eval_loss"):
+        assert [line[name] for line in own if name in line] == pytest.approx(
+            [line[name] for line in usual if name in line], rel=1e-5
+        )
+
+
 # Divergence
 
 
@@ -598,7 +618,10 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapt
     assert stopped["status"] == "interrupted"
     assert not (run_dir / "adapter").exists()
 
-    assert run_here([*arguments, "--resume_from_checkpoint", "true"]) == 0
+    resume = [*arguments, "--resume_from_checkpoint", "true"]
+    with pytest.raises(InputError, match="training.learning_rate: was 0.001, now 0.002"):
+        run_here([*resume, "--learning_rate", "2e-3"])
+    assert run_here(resume) == 0
     run, whole = read_run_file(run_dir), read_run_file(straight_run)
     assert (run["status"], run["result"]["steps"]) == ("finished", STEPS)
     assert run["adapter"] == whole["adapter"]
