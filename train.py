@@ -17,6 +17,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from tweetdora.cli import parse_train, run_script
+from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import check_trainable, load_rows
 from tweetdora.errors import InputError
 from tweetdora.modeling import (
@@ -35,6 +36,7 @@ from tweetdora.plan import (
     describe_run,
     find_checkpoint,
     format_plan,
+    saved_run,
 )
 from tweetdora.plots import plot_training
 from tweetdora.prompts import Encoder, PromptFormat, encode_rows, show_row
@@ -44,7 +46,6 @@ from tweetdora.records import (
     RUN_FILE,
     file_sha256,
     peak_memory_bytes,
-    read_json,
     use_cpu_threads,
     utc_now,
     write_json,
@@ -62,68 +63,33 @@ def main(argv: list[str] | None = None) -> int:
     state = PartialState()
 
     # load
-    use_cache_if_unreachable(task.dataset_name, model_config.model_name_or_path)
-    with state.main_process_first():
-        train_rows = load_rows(task, "train")
-        validation_rows = load_rows(task, "validation").head(training.eval_samples) if training.eval_samples else None
-        tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision)
-    check_trainable(train_rows, task)
-    encoder = Encoder(tokenizer, PromptFormat.from_template(tokenizer, task), task.max_length)
-    encoded = encode_rows(train_rows, encoder)
-    with state.main_process_first():
-        base = load_base(
-            model_config.model_name_or_path, model_config.model_revision, DTYPES[training.precision], training.device
-        )
-    identity = base_identity(base, model_config.model_name_or_path)
-    set_seed(training.seed)
-    model = attach_adapter(base, model_config)
-    run = describe_run(
-        task=task,
-        model_config=model_config,
-        training=training,
-        base=identity,
-        base_card=read_base_card(model_config.model_name_or_path, model_config.model_revision),
-        model=model,
-        encoder=encoder,
-        train_rows=train_rows,
-        encoded=encoded,
-        validation_rows=validation_rows,
-    )
+    parts, run = load(task, model_config, training, state)
     state.print(f"{training.run_name}\n{format_plan(run, training)}")
     if training.dry_run:
-        state.print(f"\nfirst row, supervised tokens in 【】:\n{show_row(encoded.examples[0], tokenizer)}")
+        row = show_row(parts["train_dataset"][0], parts["processing_class"])
+        state.print(f"\nfirst row, supervised tokens in 【】:\n{row}")
         return 0
+    if checkpoint and (saved := saved_run(checkpoint)) is not None:
+        check_same_run(saved, run)
+        run["tracker"] = saved.get("tracker")
+    check_disk(training, run["adapter"]["trainable_parameters"])
 
     # work
-    run_file = os.path.join(training.output_dir, RUN_FILE)
-    if checkpoint and os.path.exists(run_file):
-        check_same_run(read_json(run_file), run)
-        run["tracker"] = read_json(run_file).get("tracker")
-    check_disk(training, run["adapter"]["trainable_parameters"])
     stop = StopOnSignal()
-    trainer = AnswerTrainer(
-        task=task,
-        encoder=encoder,
-        validation_rows=validation_rows,
-        model=model,
-        args=training,
-        train_dataset=encoded.examples,
-        processing_class=tokenizer,
-        callbacks=[stop],
-    )
+    trainer = AnswerTrainer(task=task, args=training, callbacks=[stop], **parts)
     trainer.add_callback(TrackAnswers(trainer))
     if state.is_main_process:
         if "wandb" in training.report_to:
             run["tracker"] = start_wandb(
                 training.output_dir, training.run_name, run, (run.get("tracker") or {}).get("id")
             )
-        write_json(run_file, {**run, "status": "started"})
+        write_status(training, run, "started")
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except TrainingDiverged as error:
         if state.is_main_process:
-            write_json(run_file, {**run, "status": "diverged"})
+            write_status(training, run, "diverged")
             finish_wandb(exit_code=1)
         raise InputError(str(error)) from error
     seconds = time.perf_counter() - started
@@ -131,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     # save
     if stop.signal_number is not None:
         if state.is_main_process:
-            write_json(run_file, {**run, "status": "interrupted"})
+            write_status(training, run, "interrupted")
             finish_wandb(exit_code=128 + stop.signal_number)
         state.print(
             f"\nStopped at step {trainer.state.global_step} of {run['steps']}; its checkpoint is in "
@@ -143,6 +109,51 @@ def main(argv: list[str] | None = None) -> int:
         finish_wandb({"adapter_sha256": run["adapter"]["sha256"]})
         print(f"\nWrote {training.output_dir}. Next: python evaluate.py {training.output_dir}")
     return 0
+
+
+def load(
+    task: TaskConfig, model_config: ModelConfig, training: TrainConfig, state: PartialState
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rows, tokenizer and model, by the names that AnswerTrainer takes; and the record of the run so far."""
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    use_cache_if_unreachable(task.dataset_name, name)
+    with state.main_process_first():
+        train_rows = load_rows(task, "train")
+        validation_rows = load_rows(task, "validation").head(training.eval_samples) if training.eval_samples else None
+        tokenizer = load_tokenizer(name, revision)
+    check_trainable(train_rows, task)
+    encoder = Encoder(tokenizer, PromptFormat.from_template(tokenizer, task), task.max_length)
+    encoded = encode_rows(train_rows, encoder)
+    with state.main_process_first():
+        base = load_base(name, revision, DTYPES[training.precision], training.device)
+    identity = base_identity(base, name)
+    set_seed(training.seed)  # before the adapter's random start
+    model = attach_adapter(base, model_config)
+    run = describe_run(
+        task=task,
+        model_config=model_config,
+        training=training,
+        base=identity,
+        base_card=read_base_card(name, revision),
+        model=model,
+        encoder=encoder,
+        train_rows=train_rows,
+        encoded=encoded,
+        validation_rows=validation_rows,
+    )
+    parts = {
+        "model": model,
+        "processing_class": tokenizer,
+        "encoder": encoder,
+        "train_dataset": encoded.examples,
+        "validation_rows": validation_rows,
+    }
+    return parts, run
+
+
+def write_status(training: TrainConfig, run: dict[str, Any], status: str) -> None:
+    """Write the record of a run that is not finished."""
+    write_json(os.path.join(training.output_dir, RUN_FILE), {**run, "status": status})
 
 
 def save_run(trainer: AnswerTrainer, run: dict[str, Any], seconds: float) -> None:

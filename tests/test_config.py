@@ -200,6 +200,9 @@ def test_what_is_no_setting_is_an_unknown_key(recipe, key):
         ("", "recipe.yaml: expected lines such as 'learning_rate: 3e-5', found NoneType"),
         ("- r", "recipe.yaml: expected lines such as 'learning_rate: 3e-5', found list"),
         ("r: four", "argument --r: invalid int value: 'four'"),
+        ("r: 4\nlora_alpha: 8\nr: 8", "recipe.yaml is not readable YAML: the key 'r' stands in it more than once"),
+        ("eval_strategy: no", 'eval_strategy holds False where a word is expected; put it in quotes, like "no"'),
+        ("config: other.yaml", "unknown key 'config'. The keys are the flags of train.py"),
     ],
 )
 def test_what_is_no_recipe_is_refused(recipe, text, message):
@@ -211,6 +214,15 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(b"r: \xff")
     with pytest.raises(InputError, match="recipe.yaml is not readable YAML: 'utf-8' codec"):
         parse("--config", str(tmp_path / "recipe.yaml"))
+
+
+def test_a_second_recipe_is_refused(recipe):
+    with pytest.raises(InputError, match="--config is given 2 times .*; one recipe a run"):
+        parse(*recipe("r: 4"), "--config", "recipes/quickstart.yaml")
+
+
+def test_resuming_may_be_asked_for_in_a_recipe_without_quotes(recipe):
+    assert parse(*recipe("resume_from_checkpoint: true"))[2].resume_from_checkpoint == "True"
 
 
 def test_a_missing_recipe_is_named():
@@ -297,8 +309,18 @@ def test_a_truth_value_of_a_recipe_gives_way_to_the_flag(recipe):
         (["--lora_dropout", "-0.1"], "--lora_dropout is -0.1; expected 0 or more"),
         (["--push_to_hub", "true"], "--push_to_hub is not train.py's: train first, then python push_to_hub.py"),
         (["--hub_token", "hf_secret"], "--hub_token: a token in a flag ends up in logs; set HF_TOKEN or run"),
-        (["--eval_samples", "-1"], "--eval_samples is -1 and --max_new_tokens 16; expected 0 or more, and 1 or more"),
-        (["--max_new_tokens", "0"], "--eval_samples is 200 and --max_new_tokens 0; expected"),
+        (["--eval_samples", "-1"], "--eval_samples is -1; expected 0 or more"),
+        (["--max_new_tokens", "0"], "--max_new_tokens is 0; expected 1 or more"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size is 0; expected 1 or more"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps is 0; expected 1 or more"),
+        (["--global_batch_size", "0"], "--global_batch_size is 0; expected 1 or more"),
+        (["--cpu_threads", "-1"], "--cpu_threads is -1; expected 0 or more"),
+        (["--learning_rate=-1e-4"], "--learning_rate is -0.0001; expected a number, 0 or more"),
+        (["--learning_rate", "nan"], "--learning_rate is nan; expected a number, 0 or more"),
+        (["--logging_steps", "0"], "--logging_steps is 0.0; expected a number above 0"),
+        (["--save_steps", "-5"], "--save_steps is -5.0; expected a number above 0"),
+        (["--eval_strategy", "epoch"], "--eval_strategy: validation is asked for by --eval_samples"),
+        (["--load_best_model_at_end", "true", "--save_steps", "7"], "load_best_model_at_end requires the sav"),
         (
             ["--hub_model_id", "me"],
             "--hub_model_id is 'me'; expected owner/name, such as liuhailin0123/llm-course-hw3",
@@ -372,7 +394,7 @@ def test_a_contradicting_batch_size_is_refused_with_the_one_that_fits():
         parse("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "4")
 
 
-@pytest.mark.parametrize(("size", "accumulation"), [("16", "3"), ("2", "4"), ("0", "1")])
+@pytest.mark.parametrize(("size", "accumulation"), [("16", "3"), ("2", "4")])
 def test_a_global_batch_that_cannot_be_shared_is_refused(size, accumulation):
     message = f"--global_batch_size {size} cannot be shared evenly by 1 processes x {accumulation} accumulation steps"
     with pytest.raises(InputError, match=f"{message}; give a multiple of {accumulation}"):

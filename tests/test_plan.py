@@ -18,7 +18,7 @@ from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import Rows, load_rows
 from tweetdora.errors import InputError
 from tweetdora.modeling import attach_adapter, base_identity, load_base
-from tweetdora.plan import check_disk, check_same_run, describe_run, find_checkpoint, format_plan
+from tweetdora.plan import check_disk, check_same_run, describe_run, find_checkpoint, format_plan, saved_run
 from tweetdora.prompts import encode_rows
 
 REASON = "no W&B login was found (wandb login, or WANDB_API_KEY)"
@@ -73,6 +73,7 @@ def test_a_new_run_may_start_in_a_folder_that_holds_something_else(training, tmp
             for status in ("started", "interrupted")
         ),
         ("finished", "Choose"),
+        ("diverged", "Lower --learning_rate and choose"),
     ],
 )
 def test_a_new_run_is_refused_a_folder_with_a_run(status, advice, training, tmp_path):
@@ -138,6 +139,20 @@ def test_a_run_without_checkpoints_is_not_resumed(training, tmp_path):
         r"Leave the flag out to start anew \(and delete the folder if it holds an unfinished run\).$",
     ):
         find_checkpoint(training(resume_from_checkpoint="true"))
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_another_folder_in_an_empty_one_only(training, tmp_path):
+    other = make_checkpoint(tmp_path / "other", 10)
+    make_record(tmp_path / "other", "interrupted")
+    assert find_checkpoint(training(resume_from_checkpoint=other)) == other
+    assert saved_run(other) == {"status": "interrupted"}, "the record that belongs to the checkpoint"
+    make_record(tmp_path / "run", "interrupted")
+    with pytest.raises(InputError, match="is of another run than --output_dir .*/run, which holds one already"):
+        find_checkpoint(training(resume_from_checkpoint=other))
+
+
+def test_a_checkpoint_without_a_record_beside_it_has_none(tmp_path):
+    assert saved_run(make_checkpoint(tmp_path / "run", 10)) is None
 
 
 def test_a_folder_that_does_not_exist_is_not_resumed(training):
@@ -332,6 +347,8 @@ def test_the_description_holds_every_setting_that_changes_the_result(describe):
         "data_seed": None,
         "neftune_noise_alpha": None,
         "full_determinism": False,
+        "train_sampling_strategy": "random",
+        "dataloader_drop_last": False,
     }
 
 

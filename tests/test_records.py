@@ -275,6 +275,9 @@ PLAIN = dict.fromkeys(("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "WOR
     [
         (["--r", "4"], {}, "python train.py --r 4"),
         (["--system_prompt", 'It\'s $1, "now"'], {}, "python train.py --system_prompt 'It'\"'\"'s $1, \"now\"'"),
+        (["--output_dir", f"{os.getcwd()}/runs/x"], {}, "python train.py --output_dir runs/x"),
+        (["--output_dir=/home/somebody/x/", "a/b"], {}, "python train.py --output_dir=x a/b"),
+        (["--system_prompt", "/s = sarcasm"], {}, "python train.py --system_prompt '/s = sarcasm'"),
         ([], {"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch train.py"),
         ([], {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "1"}, "accelerate launch train.py"),
         ([], {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "4"}, "accelerate launch --num_processes 4 train.py"),

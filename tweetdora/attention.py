@@ -48,8 +48,25 @@ def attention(
     if packing is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     else:
+        _refuse_other_masks(module, attention_mask, kwargs)
         output = _packed_attention(query, key, value, packing, **kwargs)
     return output.to(dtype), None
+
+
+def _refuse_other_masks(module: nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse layers that would have hidden more than causality and the passed window do; here it would not be hidden.
+
+    Raises:
+        InputError: names the layer.
+    """
+    window = getattr(getattr(module, "config", None), "sliding_window", None)
+    if window is not None and "sliding_window" not in kwargs:
+        said = f"keeps its window of {window} tokens in the mask"
+    elif attention_mask is not None and attention_mask.numel() > 1:  # the collator's place-holder has one element
+        said = "makes a mask of its own"
+    else:
+        return
+    raise InputError(f"--batching packed: {type(module).__name__} {said}. Use --batching padded, which is slower.")
 
 
 def _packed_attention(

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 
 from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, TaskConfig, TrainConfig
@@ -33,6 +34,9 @@ _SHOWN_TRAINER_FLAGS = {
     "run_name",
     "resume_from_checkpoint",
 } - {"logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters", "per_device_train_batch_size"}
+
+# Flags that take a truth value or a word: YAML's true is meant as it stands.
+_TRUE_OR_WORD = {"resume_from_checkpoint"}
 
 
 def parse_train(argv: Sequence[str] | None, description: str) -> tuple[TaskConfig, ModelConfig, TrainConfig]:
@@ -80,26 +84,29 @@ def with_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[st
     ['--r=16', '--target_modules', 'q_proj', '--config', 'r.yaml', '--r', '4']
     """
     first = _Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
+    first.add_argument("--config", action="append")
     given, rest = first.parse_known_args(argv)
     if given.config is None:
         return rest
-    recipe = _read_yaml(given.config)
+    if len(given.config) > 1:
+        raise InputError(f"--config is given {len(given.config)} times ({', '.join(given.config)}); one recipe a run.")
+    path = given.config[0]
+    recipe = _read_yaml(path)
     fields = {action.dest: action for action in parser._actions}
     flags: list[str] = []
     for key, value in recipe.items():
         if key not in fields or key in ("help", "help_all", "config"):
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            near = [name for name in difflib.get_close_matches(str(key), fields, n=1) if name != key]
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise InputError(f"{given.config}: unknown key {key!r}.{hint} The keys are the flags of train.py --help.")
+            raise InputError(f"{path}: unknown key {key!r}.{hint} The keys are the flags of train.py --help.")
         if value is None:
             if key not in _optional_fields(parser):
-                raise InputError(f"{given.config}: {key} is empty (null); give a value, or leave the line out.")
+                raise InputError(f"{path}: {key} is empty (null); give a value, or leave the line out.")
             parser.set_defaults(**{key: None})
         else:
-            flags += _as_flags(given.config, key, value, fields[key])
+            flags += _as_flags(path, key, value, fields[key])
     # --config stands between, so that a stray word behind it does not become part of the recipe's last list.
-    return [*flags, "--config", given.config, *rest]
+    return [*flags, "--config", path, *rest]
 
 
 def _as_flags(path: str, key: str, value: Any, action: argparse.Action) -> list[str]:
@@ -108,7 +115,7 @@ def _as_flags(path: str, key: str, value: Any, action: argparse.Action) -> list[
         if item is None or isinstance(item, (dict, list)):
             raise InputError(f"{path}: {key} is {value!r}; expected a plain value or a list of them.")
         # YAML 1.1 reads an unquoted yes, no, on or off as a truth value.
-        if isinstance(item, bool) and action.type is str:
+        if isinstance(item, bool) and action.type is not string_to_bool and action.dest not in _TRUE_OR_WORD:
             raise InputError(f'{path}: {key} holds {item} where a word is expected; put it in quotes, like "no".')
     return [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
 
@@ -121,7 +128,7 @@ def _optional_fields(parser: HfArgumentParser) -> set[str]:
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as stream:
-            recipe = yaml.safe_load(stream)
+            recipe = yaml.load(stream, _UniqueKeys)  # a safe loader
     except FileNotFoundError:
         raise InputError(f"--config {path}: there is no such file; recipes are in recipes/.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -131,6 +138,16 @@ def _read_yaml(path: str) -> dict[str, Any]:
             f"--config {path}: expected lines such as 'learning_rate: 3e-5', found {type(recipe).__name__}."
         )
     return recipe
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that says so where a key stands twice; the last one would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"the key {twice!r} stands in it more than once")
+        return super().construct_mapping(node, deep)
 
 
 def run_script(main: Callable[[], int], name: str) -> NoReturn:

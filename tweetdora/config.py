@@ -14,6 +14,7 @@ from tweetdora.precision import decide_precision
 
 PUBLISHED_REPO = "liuhailin0123/llm-course-hw3-dora"
 RUNS_DIR = "runs"
+_AT_LEAST_ONE = (("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1), ("global_batch_size", 1))
 DEFAULT_RUN_DIR = os.path.join(RUNS_DIR, "llm-course-hw3-dora")
 
 SYSTEM_PROMPT = (
@@ -205,7 +206,10 @@ class TrainConfig(TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         batch_size, self.per_device_train_batch_size = self.per_device_train_batch_size, 1
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:  # the Trainer's own complaints
+            raise InputError(" ".join(str(error).split())) from error
         self.mixed_precision = "fp16" if self.fp16 else "no"
         # Started by plain `python`, the Trainer would wrap the model in DataParallel on several GPUs, which splits
         # rows that belong together and is slower than one process for each GPU.
@@ -218,11 +222,18 @@ class TrainConfig(TrainingArguments):
             raise InputError("--push_to_hub is not train.py's: train first, then python push_to_hub.py publishes.")
         if self.hub_token is not None:
             raise InputError("--hub_token: a token in a flag ends up in logs; set HF_TOKEN or run `hf auth login`.")
-        if self.eval_samples < 0 or self.max_new_tokens < 1:
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) not in ("no", "steps"):
             raise InputError(
-                f"--eval_samples is {self.eval_samples} and --max_new_tokens {self.max_new_tokens}; "
-                "expected 0 or more, and 1 or more."
+                "--eval_strategy: validation is asked for by --eval_samples (0: none) and --eval_steps; leave it out."
             )
+        for name, least in (("eval_samples", 0), ("cpu_threads", 0), ("max_new_tokens", 1), *_AT_LEAST_ONE):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} is {getattr(self, name)}; expected {least} or more.")
+        if not 0 <= self.learning_rate < float("inf"):
+            raise InputError(f"--learning_rate is {self.learning_rate}; expected a number, 0 or more.")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if not 0 < float(getattr(self, name)) < float("inf"):
+                raise InputError(f"--{name} is {getattr(self, name)}; expected a number above 0.")
         if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
             raise InputError(
                 f"--hub_model_id is {self.hub_model_id!r}; expected owner/name, such as {PUBLISHED_REPO}."

@@ -144,18 +144,30 @@ def card_facts(
     commands: list[str],
 ) -> dict[str, Any]:
     """Every value that the template shows, formatted."""
-    task, base, training, result = run["task"], run["base"], run["training"], run["result"]
-    after, before, words = evaluation["after"], evaluation["before"], task["label_words"]
-    classes = _class_rows(evaluation, words)
     git = run["environment"]["git"] or {}
-    difference = evaluation["difference"]
-    test_rows = evaluation["data"]
-    validation = [run["validation_data"]] if run["validation_data"] else []
-    weakest = min(words, key=lambda word: after["per_class"][word]["recall"])
-    base_id, base_name = _base_id(run), card_base_name(run)
     return {
         "title": _title(run, model_id),
         "model_id": model_id,
+        **_task_facts(run, evaluation),
+        **_result_facts(evaluation, run["task"]["label_words"]),
+        **_training_facts(run),
+        **_data_facts(run, evaluation),
+        "example": _example(run, predictions),
+        "samples_rule": _SAMPLES_RULE,
+        "samples": choose_samples(predictions, run["task"]["label_words"]),
+        "merge": {**merge_check, "max_logit_difference": f"{merge_check['max_logit_difference']:.1e}"},
+        "commands": commands,
+        "git_commit": git.get("commit"),
+        "git_dirty": git.get("dirty"),
+        "versions": ", ".join(f"{name} {version}" for name, version in run["environment"]["packages"].items()),
+    }
+
+
+def _task_facts(run: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Base model, labels and prompt."""
+    task, base, words, data = run["task"], run["base"], run["task"]["label_words"], evaluation["data"]
+    base_id, base_name = _base_id(run), card_base_name(run)
+    return {
         "base_name": base_name,
         "base_link": f"[{base_name}](https://huggingface.co/{base_id})" if base_id else f"`{base_name}`",
         "base_parameters": f"{base['parameters']:,}",
@@ -167,11 +179,19 @@ def card_facts(
         "label_count": len(words),
         "system_prompt": task["system_prompt"].replace("\n", "\n> "),
         "system_in_user_turn": run["prompt_format"]["system_in_user_turn"],
-        "is_tweeteval_sentiment": (test_rows["name"], test_rows["config"]) == ("cardiffnlp/tweet_eval", "sentiment"),
+        "is_tweeteval_sentiment": (data["name"], data["config"]) == ("cardiffnlp/tweet_eval", "sentiment"),
         "stop_token": run["prompt_format"]["stop_token"],
-        "evaluation_rows": f"{evaluation['after']['n']:,}",
-        "evaluation_data": f"{data_name(test_rows)}, {test_rows['split']}",
-        "before": _score_texts(before),
+    }
+
+
+def _result_facts(evaluation: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """What evaluate.py measured."""
+    after, difference, data = evaluation["after"], evaluation["difference"], evaluation["data"]
+    weakest = min(words, key=lambda word: after["per_class"][word]["recall"])
+    return {
+        "evaluation_rows": f"{after['n']:,}",
+        "evaluation_data": f"{data_name(data)}, {data['split']}",
+        "before": _score_texts(evaluation["before"]),
         "after": _score_texts(after),
         "uniform": _score_texts(evaluation["reference_lines"]["uniform"]),
         "majority": _score_texts(evaluation["reference_lines"]["majority"]),
@@ -185,44 +205,48 @@ def card_facts(
         "bootstrap_samples": f"{evaluation['bootstrap']['samples']:,}",
         "precision": evaluation["precision"],
         "max_new_tokens": evaluation["max_new_tokens"],
-        "classes": classes,
+        "classes": _class_rows(evaluation, words),
         "weakest": {
             "word": weakest,
             "recall": f"{after['per_class'][weakest]['recall']:.3f}",
             "recall_percent": f"{after['per_class'][weakest]['recall']:.0%}",
         },
         "unparsed_after": sum(row[-1] for row in after["confusion_matrix"]),
-        "example": _example(run, predictions),
-        "samples_rule": _SAMPLES_RULE,
-        "samples": choose_samples(predictions, words),
+    }
+
+
+def _training_facts(run: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the adapter and of the training, and what it took."""
+    training, result, trainable = run["training"], run["result"], run["adapter"]["trainable_parameters"]
+    return {
         "settings": run["model"],
         "training": training,
         "target_modules": ", ".join(run["model"]["target_modules"]),
-        "trainable_parameters": f"{run['adapter']['trainable_parameters']:,}",
-        "trainable_share": f"{run['adapter']['trainable_parameters'] / base['parameters']:.3%}",
+        "trainable_parameters": f"{trainable:,}",
+        "trainable_share": f"{trainable / run['base']['parameters']:.3%}",
         "steps": f"{result['steps']:,}",
         "epochs": _epochs(result["steps"] * training["global_batch_size"] / run["train_data"]["rows"]),
         "learning_rate": f"{training['learning_rate']:g}",
-        "supervised_tokens": f"{run['train_data']['supervised_tokens']:,}",
-        "tokens": f"{run['train_data']['tokens']:,}",
         "train_loss": f"{result['train_loss']:.3f}",
         "duration": _duration(result["seconds"]),
         "hardware": _hardware(run["environment"]["hardware"]),
         "peak_memory": f"{max(result['peak_memory_bytes'].values()) / 1e9:.1f} GB",
-        "data": [_data_row(data) for data in (run["train_data"], *validation, test_rows)],
-        "dataset_link": _dataset_link(run["train_data"]["name"]),
-        "dataset_config": run["train_data"]["config"],
-        "dataset_revision": run["train_data"]["revision"],
-        "cut_texts": run["train_data"]["cut_texts"],
-        "max_length": task["max_length"],
-        "merge": {
-            **merge_check,
-            "max_logit_difference": f"{merge_check['max_logit_difference']:.1e}",
-        },
-        "commands": commands,
-        "git_commit": git.get("commit"),
-        "git_dirty": git.get("dirty"),
-        "versions": ", ".join(f"{name} {version}" for name, version in run["environment"]["packages"].items()),
+    }
+
+
+def _data_facts(run: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The rows that were trained on, validated and measured."""
+    train = run["train_data"]
+    validation = [run["validation_data"]] if run["validation_data"] else []
+    return {
+        "data": [_data_row(data) for data in (train, *validation, evaluation["data"])],
+        "dataset_link": _dataset_link(train["name"]),
+        "dataset_config": train["config"],
+        "dataset_revision": train["revision"],
+        "supervised_tokens": f"{train['supervised_tokens']:,}",
+        "tokens": f"{train['tokens']:,}",
+        "cut_texts": train["cut_texts"],
+        "max_length": run["task"]["max_length"],
     }
 
 

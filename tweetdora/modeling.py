@@ -170,7 +170,8 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
         return PeftModel.from_pretrained(base, folder).eval()
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(
-            f"the adapter in {folder} does not fit the base model {base.name_or_path}: {str(error)[:300]}"
+            f"the adapter in {folder} does not fit the base model {base.name_or_path}: "
+            + " ".join(str(error).split())[:300]
         ) from error
 
 
@@ -206,7 +207,6 @@ def save_merged(
 ) -> None:
     """Write weights (safetensors), configuration, tokenizer, chat template and a greedy generation config."""
     model = model.to(dtype)
-    model.config.dtype = dtype
     model.config.use_cache = True
     model.generation_config = GenerationConfig(
         do_sample=False,

@@ -51,6 +51,8 @@ RESULT_ARGUMENTS = (
     "data_seed",
     "neftune_noise_alpha",
     "full_determinism",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
 )
 
 
@@ -68,10 +70,12 @@ def find_checkpoint(training: TrainConfig) -> str | None:
         training.resume_from_checkpoint = None
         if os.path.exists(run_file) or last:
             status = read_json(run_file)["status"] if os.path.exists(run_file) else "unfinished"
-            resume = "" if status == "finished" else "Go on with it by --resume_from_checkpoint true, or choose"
+            resume = {"finished": "Choose", "diverged": "Lower --learning_rate and choose"}.get(
+                status, "Go on with it by --resume_from_checkpoint true, or choose"
+            )
             raise InputError(
-                f"--output_dir {folder} already holds a run ({status}). {resume or 'Choose'} another --output_dir, or "
-                "delete the folder."
+                f"--output_dir {folder} already holds a run ({status}). {resume} another --output_dir, or delete the "
+                "folder."
             )
         return None
     if os.path.exists(run_file) and read_json(run_file)["status"] == "finished":
@@ -82,7 +86,19 @@ def find_checkpoint(training: TrainConfig) -> str | None:
             f"--resume_from_checkpoint {asked}: found no checkpoint in {checkpoint or folder}. "
             "Leave the flag out to start anew (and delete the folder if it holds an unfinished run)."
         )
+    elsewhere = os.path.dirname(os.path.abspath(checkpoint)) != os.path.abspath(folder)
+    if elsewhere and (os.path.exists(run_file) or last):
+        raise InputError(
+            f"--resume_from_checkpoint {asked} is of another run than --output_dir {folder}, which holds one already. "
+            "Choose an empty --output_dir."
+        )
     return checkpoint
+
+
+def saved_run(checkpoint: str) -> dict[str, Any] | None:
+    """The record of the run that a checkpoint belongs to, if it lies beside it."""
+    path = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), RUN_FILE)
+    return read_json(path) if os.path.exists(path) else None
 
 
 def _last_checkpoint(folder: str) -> str | None:

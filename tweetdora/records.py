@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -158,14 +159,26 @@ def _git(folder: str, *words: str) -> str:
 
 
 def command_line() -> str:
-    """How this script was started: launcher, script and flags, quoted for a shell; paths to the programs left out."""
+    """How this script was started: launcher, script and flags, quoted for a shell.
+
+    Absolute paths would tell a user's name, and mean nothing elsewhere: those inside the working folder are made
+    relative to it, of others the last part is kept.
+    """
     launcher = ["python"]
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch always sets it
         processes = os.environ.get("WORLD_SIZE", "1")
         launcher = ["accelerate", "launch", *([] if processes == "1" else ["--num_processes", processes])]
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    flag, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    if os.path.isabs(path) and (os.path.exists(path) or not re.search(r"\s", path)):  # no prompt that begins with /
+        inside = os.path.relpath(path)
+        path = os.path.basename(os.path.normpath(path)) if inside.startswith(os.pardir) else inside
+    return flag + equals + path
 
 
 def peak_memory_bytes() -> dict[str, int]:

@@ -23,7 +23,8 @@ def wandb_mode() -> tuple[str, str]:
         return "online", "the environment holds a W&B login"
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
+        login = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+        if login is not None and login[2]:
             return "online", f"there is a login for {host}"
     except (OSError, netrc.NetrcParseError):
         pass  # no readable netrc file is no login

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import wandb
-from accelerate.utils import gather_object
+from accelerate.utils import gather, gather_object
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -51,12 +51,20 @@ class AnswerTrainer(Trainer):
         super().__init__(data_collator=collator, eval_dataset=validation, **trainer_arguments)
         if packed:
             check_packable(self.model.get_base_model())
+            self._try_packing()
         self.task, self.encoder, self.validation_rows = task, encoder, validation_rows
         self.last_answers: list[Answer] = []
         self.add_callback(StopOnBrokenGradient(self))
         # compute_loss divides by the supervised tokens of the whole step, so accumulation must not divide again.
         self.loss_is_scaled_for_ga = True
         self._window_started, self._window_rows, self._window_tokens = None, 0, 0
+
+    @torch.no_grad()
+    def _try_packing(self) -> None:
+        """One forward pass of two rows: what the attention function refuses comes up before the run is set up."""
+        batch = self.data_collator([self.train_dataset[index] for index in range(min(2, len(self.train_dataset)))])
+        with self.accelerator.autocast():
+            supervised_loss_sum(self.model, self._prepare_inputs(batch))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -223,7 +231,11 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for a checkpoint and the end."""
-        if self.signal_number is not None:
+        number = self.signal_number or 0
+        if args.world_size > 1:  # a signal may have reached one process only, or one process a step earlier
+            number = int(gather(torch.tensor([number], device=args.device)).max())
+            self.signal_number = number or None
+        if number:
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
         return control
 
