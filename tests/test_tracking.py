@@ -33,7 +33,14 @@ ANSWERS = [
 @pytest.fixture(autouse=True)
 def nobody_is_logged_in(monkeypatch, tmp_path) -> None:
     """No login, no home folder of the user's, and no terminal to ask on."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_PROJECT"):
+    for name in (
+        "WANDB_MODE",
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_BASE_URL",
+        "WANDB_PROJECT",
+        "WANDB_ENTITY",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
@@ -180,9 +187,10 @@ def tracked(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     return run_dir, started
 
 
-def test_what_the_record_keeps_is_id_mode_project_and_no_address(tracked):
+def test_what_the_record_keeps_is_id_mode_project_entity_and_no_address(tracked):
     run_dir, started = tracked
-    assert started == {"id": started["id"], "mode": "offline", "url": None, "project": "tweetdora"}
+    expected = {"id": started["id"], "mode": "offline", "url": None, "project": "tweetdora", "entity": None}
+    assert started == expected
     assert [path.name for path in log_files(run_dir)] == [f"run-{started['id']}.wandb"]
 
 
@@ -268,6 +276,22 @@ def test_a_run_goes_on_under_its_own_id(tmp_path):
     ids = [record.run.run_id for path in log_files(tmp_path) for record in read_log(path) if record.HasField("run")]
     assert again["id"] == first["id"]
     assert set(ids) == {first["id"]}
+
+
+def test_a_run_goes_on_in_its_own_project_and_entity(tmp_path, monkeypatch):
+    """Whatever the environment says later: the same id elsewhere would be another run."""
+    monkeypatch.setenv("WANDB_PROJECT", "other")
+    saved = {"id": "0a1b2c3d", "mode": "offline", "url": None, "project": "first", "entity": "team"}
+    assert start_wandb(str(tmp_path), "a run", {}, tracker=saved) == saved
+    finish_wandb()
+    (run,) = (record.run for record in log_of(tmp_path) if record.HasField("run"))
+    assert (run.run_id, run.project, run.entity) == ("0a1b2c3d", "first", "team")
+
+
+def test_a_record_that_keeps_no_entity_goes_on_in_its_project(tmp_path):
+    saved = {"id": "0a1b2c3e", "mode": "offline", "url": None, "project": "first"}
+    assert start_wandb(str(tmp_path), "a run", {}, tracker=saved) == {**saved, "entity": None}
+    finish_wandb()
 
 
 def test_another_run_has_another_id(tmp_path):

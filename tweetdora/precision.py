@@ -1,8 +1,17 @@
-"""The compute precision: decided in one place, with the reason."""
+"""The compute device and precision: decided in one place, the precision with the reason."""
 
 import torch
+from accelerate import PartialState
 
 from tweetdora.errors import InputError
+
+
+def compute_state() -> PartialState:
+    """This process among those of its launch, on a CUDA GPU or the CPU.
+
+    Left to itself accelerate would take an Apple GPU (mps) too; precision and speed here are for CUDA and CPUs.
+    """
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def decide_precision(requested: str, flags: set[str], launcher: str | None, device_type: str) -> tuple[str, str]:

@@ -31,14 +31,26 @@ def wandb_mode() -> tuple[str, str]:
     return "offline", "no W&B login was found (wandb login, or WANDB_API_KEY)"
 
 
-def start_wandb(run_dir: str, name: str, config: dict[str, Any], run_id: str | None = None) -> dict[str, Any]:
-    """Open the W&B run that the Trainer's callback then uses; `run_id` continues an earlier one.
+def start_wandb(
+    run_dir: str,
+    name: str,
+    config: dict[str, Any],
+    run_id: str | None = None,
+    tracker: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Open the W&B run that the Trainer's callback then uses.
 
-    Returns what the run's record keeps: id, mode, address (None offline) and folder.
+    `tracker`, what an earlier call returned, continues that run where it lies, whatever the environment says now; with
+    `run_id` alone it is looked for in the environment's project.
+
+    Returns what the run's record keeps: id, mode, address (None offline), project, and entity (None: the user's own).
     """
     mode, _ = wandb_mode()
+    tracker = tracker or {"id": run_id}
+    run_id = tracker["id"]
     run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "tweetdora"),
+        project=tracker.get("project") or os.environ.get("WANDB_PROJECT", "tweetdora"),
+        entity=tracker.get("entity"),
         name=name,
         dir=run_dir,
         id=run_id,
@@ -47,7 +59,8 @@ def start_wandb(run_dir: str, name: str, config: dict[str, Any], run_id: str | N
         config=config,
         settings=wandb.Settings(silent=True),
     )
-    return {"id": run.id, "mode": mode, "url": run.url if mode == "online" else None, "project": run.project}
+    url = run.url if mode == "online" else None
+    return {"id": run.id, "mode": mode, "url": url, "project": run.project, "entity": run.entity or None}
 
 
 def log_answers(prefix: str, rows: Rows, answers: Sequence[Answer], label_words: Sequence[str], step: int) -> None:
