@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tweetdora.errors import InputError
-from tweetdora.model_card import choose_samples, inline_code, render_card, table_cell
+from tweetdora.model_card import card_base_name, choose_samples, inline_code, render_card, table_cell
 
 WORDS = ["bad", "good"]
 
@@ -38,6 +38,7 @@ def records():
         "revision": "a" * 40,
         "architecture": "M",
         "parameters": 1_000_000,
+        "weights_sha256": None,
     }
     prompt_format = {
         "head": "h",
@@ -58,7 +59,9 @@ def records():
             "lora_dropout": 0.0,
             "target_modules": ["k_proj", "v_proj"],
         },
+        "device": "cpu",
         "training": {
+            "world_size": 1,
             "global_batch_size": 16,
             "learning_rate": 3e-5,
             "lr_scheduler_type": "linear",
@@ -138,9 +141,9 @@ def prediction(text, label, before, after):
     return {"text": text, "label": label, **answers}
 
 
-def render(records, model_id="owner/small-dora", license="apache-2.0"):
+def render(records, hub_model_id="owner/small-dora", license="apache-2.0", folder="runs/small/publish"):
     commands = [records["run"]["command"], records["evaluation"]["command"], "python push_to_hub.py runs/small"]
-    return render_card(**records, model_id=model_id, license=license, commands=commands)
+    return render_card(**records, hub_model_id=hub_model_id, folder=folder, license=license, commands=commands)
 
 
 def test_metadata_parses_back_to_the_records(records):
@@ -177,7 +180,7 @@ def test_metadata_parses_back_to_the_records(records):
         "| learning rate | 3e-05, linear |",
         "| loss | on the answer and its stop token only: 20,000 of 830,000 tokens; mean over training 0.612 |",
         "| time | 12.6 minutes on 2 cores of Fast CPU |",
-        "| peak memory | 2.7 GB |",
+        "| peak memory | 2.7 GB of the main process's memory |",
         "| `train` | 10,000 | 4,000 | 6,000 |",
         "7 texts were cut to fit 512 tokens.",
         "32 of 32 answers equal token for token, largest difference of a logit 4.6e-05.",
@@ -253,12 +256,84 @@ def test_local_folders_do_not_pass_for_hub_ids(records, tmp_path):
     folder = tmp_path / "base"
     folder.mkdir()
     for record in (records["run"], records["evaluation"]):
-        record["base"] = {**record["base"], "name_or_path": str(folder)}
+        record["base"] = {**record["base"], "name_or_path": str(folder), "weights_sha256": {"model.safetensors": "f"}}
     records["run"]["train_data"]["name"] = records["evaluation"]["data"]["name"] = str(folder)
-    text = render(records, model_id="runs/small/publish")
+    text = render(records, hub_model_id=None)
     card = ModelCard(text).data
     assert card.base_model is None and card.datasets is None and card.model_name == "small"
     assert str(tmp_path) not in text and "`base`" in text
+
+
+def use_local_base(records, **base_card):
+    """Let the run's base be the local folder copies/Tiny-Instruct, whose own card holds `base_card`."""
+    for record in (records["run"], records["evaluation"]):
+        record["base"] = {
+            **record["base"], "name_or_path": "copies/Tiny-Instruct", "weights_sha256": {"model.safetensors": "f"}
+        }  # fmt: skip
+    records["run"]["base_card"] = base_card
+
+
+@pytest.mark.parametrize("parent", ["owner/Tiny", ["owner/Tiny"]])
+def test_a_local_base_is_named_after_its_folder_not_after_its_parent(records, parent):
+    """The card of an ordinary Instruct model names as its base_model the model that it was tuned from."""
+    use_local_base(records, base_model=parent)
+    text = render(records)
+    assert ModelCard(text).data.base_model is None and "owner/Tiny" not in text
+    assert card_base_name(records["run"]) == "Tiny-Instruct"
+    assert "`Tiny-Instruct` fine-tuned with" in text
+
+
+def test_a_local_base_that_is_a_conversion_says_of_what_and_by_way_of_what(records):
+    use_local_base(records, converted_from="owner/Tiny-Instruct", converted_file="Tiny.Q4_1.gguf")
+    text = render(records)
+    assert ModelCard(text).data.base_model == card_base_name(records["run"]) == "owner/Tiny-Instruct"
+    link = "[owner/Tiny-Instruct](https://huggingface.co/owner/Tiny-Instruct)"
+    assert f"{link}, here converted from `Tiny.Q4_1.gguf` and so not equal to the original, fine-tuned" in text
+
+
+@pytest.mark.parametrize("folder", ["out/publish", "publish", "runs/small/publish"])
+def test_a_folder_never_passes_for_a_hub_id_and_a_hub_id_never_for_a_folder(records, folder):
+    """None of these folders exists: what does not exist is not therefore on the Hub."""
+    local, public = render(records, hub_model_id=None, folder=folder), render(records, folder=folder)
+    assert ModelCard(local).data.model_name == "small" and f'model_id = "{folder}"' in local
+    assert ModelCard(public).data.model_name == "small-dora" and 'model_id = "owner/small-dora"' in public
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "hardware", "memory"),
+    [
+        ("cuda", 2, "2 x Big GPU", "5.5 GB of one GPU's memory"),
+        ("cuda", 1, "1 x Big GPU", "5.5 GB of one GPU's memory"),
+        ("cpu", 2, "2 cores of Fast CPU", "2.7 GB of the main process's memory"),
+    ],
+)
+def test_hardware_is_what_was_used_not_what_was_there(records, device, processes, hardware, memory):
+    run = records["run"]
+    run["environment"]["hardware"]["gpus"] = ["Big GPU"] * 4
+    run["device"], run["training"]["world_size"] = device, processes
+    run["result"]["peak_memory_bytes"] |= {"gpu0": 5_500_000_000, "gpu1": 0}
+    card = render(records)
+    assert f"| time | 12.6 minutes on {hardware} |" in card and f"| peak memory | {memory} |" in card
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [
+        (0, "3e-05, linear |"),
+        (0.05, "3e-05, linear, warm-up over the first 5 % of the steps |"),
+        (30, "3e-05, linear, 30 warm-up steps |"),
+    ],
+)
+def test_warm_up_below_one_is_a_share_of_the_steps(records, steps, text):
+    records["run"]["training"]["warmup_steps"] = steps
+    assert f"| learning rate | {text}" in render(records)
+
+
+def test_the_trainer_reads_warm_up_so_too(tmp_path):
+    from transformers import TrainingArguments
+
+    steps = [TrainingArguments(str(tmp_path), warmup_steps=value).get_warmup_steps(200) for value in (0.05, 30)]
+    assert steps == [10, 30]
 
 
 @pytest.mark.parametrize(

