@@ -7,7 +7,7 @@
     accelerate launch evaluate.py runs/quickstart         # the rows shared out over all GPUs
 
 Leaves <run folder>/evaluation/<split>.json, and in <run folder>/evaluation/<split>/ predictions.jsonl and the
-confusion matrices.
+confusion matrices; for a model or an adapter the same in runs/evaluations/owner--name.
 """
 
 if __name__ == "evaluate":
@@ -16,17 +16,22 @@ if __name__ == "evaluate":
 import os
 from typing import Any
 
-from accelerate import PartialState
-
 from tweetdora.cli import parse_with_target, run_script
 from tweetdora.config import EvaluateConfig
 from tweetdora.data import Rows, class_counts, load_rows
-from tweetdora.evaluation import Target, evaluate_target, find_target, format_results, write_predictions
+from tweetdora.evaluation import (
+    Target,
+    answer_target,
+    find_target,
+    format_results,
+    measure_answers,
+    write_predictions,
+)
 from tweetdora.generation import Answer
 from tweetdora.metrics import reference_lines
 from tweetdora.offline import use_cache_if_unreachable
 from tweetdora.plots import plot_confusion
-from tweetdora.precision import decide_precision
+from tweetdora.precision import compute_state, decide_precision
 from tweetdora.records import RECORD_VERSION, command_line, environment, use_cpu_threads, utc_now, write_json
 from tweetdora.tracking import finish_wandb, log_answers, start_wandb
 
@@ -37,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_with_target(
         argv, EvaluateConfig, __doc__.partition("\n")[0], "Run folder, adapter, or model id; see the top of this file."
     )
-    state = PartialState()
+    state = compute_state()
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
     config.precision, reason = decide_precision(config.precision, set(), launcher, state.device.type)
     use_cpu_threads(state.device, state.num_processes)
@@ -50,8 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     state.print(f"{config.target}: {len(rows):,} {config.split} rows, {config.precision} ({reason})", flush=True)
 
     # work
-    figures = evaluate_target(target, rows, config, state.device)
-    answers = figures.pop("answers")
+    answers, facts = answer_target(target, rows, config, state.device)
+    if not state.is_main_process:
+        return 0
+    save_answers(rows, answers, target, config.split)
+    figures = measure_answers(rows, answers, facts, target.task.label_words, config)
     record = {
         "record_version": RECORD_VERSION,
         "created": utc_now(),
@@ -69,26 +77,33 @@ def main(argv: list[str] | None = None) -> int:
     }
 
     # save
-    if state.is_main_process:
-        save_results(record, rows, answers, target)
-        if config.report_to == "wandb":
-            track_results(record, rows, answers, target, config.target)
-        print(f"\n{format_results(record)}\n\nWrote {target.results_dir}.")
-        if target.kind == "run":
-            print(f"Next: python push_to_hub.py {config.target} --dry_run true")
+    save_results(record, list(answers), target)
+    if config.report_to == "wandb":
+        track_results(record, rows, answers, target, config.target)
+    print(f"\n{format_results(record)}\n\nWrote {target.results_dir}.")
+    if target.kind == "run" and config.output_dir is None:  # push_to_hub.py reads the run folder
+        split = "" if config.split == "test" else f" --split {config.split}"
+        print(f"Next: python push_to_hub.py {config.target}{split} --dry_run true")
     return 0
 
 
-def save_results(record: dict[str, Any], rows: Rows, answers: dict[str, list[Answer]], target: Target) -> None:
-    """Write predictions and pictures, then the record that refers to them."""
-    words, split = record["label_words"], record["split"]
+def save_answers(rows: Rows, answers: dict[str, list[Answer]], target: Target, split: str) -> None:
+    """Write the answers, which took the time, before anything is computed from them; an older record goes."""
+    record = os.path.join(target.results_dir, f"{split}.json")
+    if os.path.isfile(record):
+        os.remove(record)  # it is of other answers
     folder = os.path.join(target.results_dir, split)
     os.makedirs(folder, exist_ok=True)
-    write_predictions(os.path.join(folder, "predictions.jsonl"), rows, answers, words)
-    for name in answers:
+    write_predictions(os.path.join(folder, "predictions.jsonl"), rows, answers, target.task.label_words)
+
+
+def save_results(record: dict[str, Any], names: list[str], target: Target) -> None:
+    """Draw the confusion matrices, then write the record."""
+    words, split = record["label_words"], record["split"]
+    for name in names:
         title = f"{name}: macro-F1 {record[name]['macro_f1']:.3f}"
-        matrix = record[name]["confusion_matrix"]
-        plot_confusion(matrix, words, os.path.join(folder, f"confusion_{name}.png"), title)
+        path = os.path.join(target.results_dir, split, f"confusion_{name}.png")
+        plot_confusion(record[name]["confusion_matrix"], words, path, title)
     write_json(os.path.join(target.results_dir, f"{split}.json"), record)
 
 
@@ -99,7 +114,7 @@ def track_results(
     tracker = (target.run or {}).get("tracker")
     if tracker is None:
         return
-    start_wandb(run_dir, target.run["name"], {}, tracker["id"])
+    start_wandb(run_dir, target.run["name"], {}, tracker=tracker)
     split = record["split"]
     log_answers(split, rows, answers["after"], record["label_words"], target.run["result"]["steps"])
     scores = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_rate", "stop_rate")

@@ -9,14 +9,13 @@ Reads <run folder>/run.json, adapter and evaluation/<split>.json; leaves <run fo
 
 import os
 
-from accelerate import PartialState
-
 from tweetdora.cli import parse_with_target, run_script
 from tweetdora.config import PushConfig, TaskConfig
 from tweetdora.data import load_rows
 from tweetdora.evaluation import format_results
 from tweetdora.hub import (
     build_model,
+    check_output_dir,
     check_push,
     copy_adapter,
     copy_figures,
@@ -26,6 +25,7 @@ from tweetdora.hub import (
 )
 from tweetdora.model_card import card_base_name, check_records, render_card
 from tweetdora.offline import use_cache_if_unreachable
+from tweetdora.precision import compute_state
 from tweetdora.records import command_line, read_run, use_cpu_threads
 
 
@@ -36,8 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     run_dir = config.target
     run = read_run(run_dir)
     hub_model_id = config.hub_model_id or run["hub_model_id"]
+    folder = os.path.normpath(config.output_dir or os.path.join(run_dir, "publish"))
+    check_output_dir(folder, run_dir)
     check_push(hub_model_id, config.dry_run)
-    device = PartialState().device
+    device = compute_state().device
     use_cpu_threads(device, 1)
 
     # load
@@ -45,7 +47,6 @@ def main(argv: list[str] | None = None) -> int:
     check_records(run, evaluation, predictions)
     use_cache_if_unreachable(run["task"]["dataset_name"], run["base"]["name_or_path"])
     rows = load_rows(TaskConfig(**run["task"]), config.split).head(config.check_samples)
-    folder = config.output_dir or os.path.join(run_dir, "publish")
     license = config.license or run["base_card"].get("license")
     if license is None:
         print("note: the base model's card names no licence, so the card has none; --license sets one")
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         copy_adapter(run_dir, beside, card_base_name(run))
         copy_figures(run_dir, beside, config.split)
         commands = [run["command"], evaluation["command"], command_line()]
-        card = render_card(run, evaluation, predictions, merge_check, hub_model_id or folder, license, commands)
+        card = render_card(run, evaluation, predictions, merge_check, hub_model_id, folder, license, commands)
         with open(os.path.join(beside, "README.md"), "w", encoding="utf-8") as stream:
             stream.write(card)
         return merge_check

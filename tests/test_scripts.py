@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from sklearn.metrics import f1_score
 
 from tweetdora.errors import InputError
+from tweetdora.precision import compute_state
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["negative", "neutral", "positive"]
@@ -232,13 +234,27 @@ def test_dry_run_shows_plan_and_row_and_leaves_nothing(base_dir, data_dir, tmp_p
         (lambda f: flip(f / "adapter/adapter_model.safetensors"), "its SHA-256 differs"),
         (lambda f: write(f / "evaluation/test.json", adapter_sha256="0"), "its adapter is '0'"),
         (lambda f: shutil.rmtree(f / "evaluation"), "Measure first: python evaluate.py"),
+        (
+            lambda f: (f / "evaluation/test/predictions.jsonl").unlink(),
+            "predictions.jsonl is missing. Measure first: python evaluate.py",
+        ),
+        (
+            lambda f: cut(f / "evaluation/test/predictions.jsonl"),
+            "predictions.jsonl has a line that is not JSON",
+        ),
+        (
+            lambda f: (f / "evaluation/test/confusion_after.png").unlink(),
+            "confusion_after.png is missing. Measure first: python evaluate.py",
+        ),
+        (lambda f: (f / "training.png").unlink(), "training.png is missing. It is part of the run folder"),
         (lambda f: (f / "run.json").unlink(), "is not a run folder"),
     ],
 )
-def test_push_refuses_a_folder_that_is_not_whole(finished, tmp_path, damage, message):
+def test_push_refuses_a_folder_that_is_not_whole(finished, tmp_path, monkeypatch, damage, message):
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish"))
     damage(folder)
+    monkeypatch.setattr("tweetdora.hub.load_base", None)  # refused before the merge
     assert message in refused("push_to_hub.py", folder, "--dry_run", "true")
     assert not (folder / "publish").exists()
 
@@ -247,10 +263,74 @@ def write(path, **changes):
     path.write_text(json.dumps({**read(path), **changes}))
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("output_dir", ["", "mine"])
+def test_a_build_replaces_no_folder_that_is_not_its_own(finished, tmp_path, output_dir):
+    """The copied run folder itself, and a folder of somebody's in it."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish"))
+    (folder / "mine").mkdir()
+    (folder / "mine/notes.txt").write_text("mine")
+    before = sorted(folder.rglob("*"))
+    said = refused("push_to_hub.py", folder, "--dry_run", "true", "--output_dir", f"{folder / output_dir}/")
+    assert "is the run folder or holds it" in said or "it holds notes.txt. Give another --output_dir" in said
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_the_next_command_is_one_that_finds_what_was_measured(finished, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish"))
+    write(folder / "run.json", tracker=None)
+    few = ["--max_samples", "2", "--precision", "fp32", "--bootstrap_samples", "10"]
+    assert f"Next: python push_to_hub.py {finished[0]} --dry_run true\n" in finished[1][1]
+    main_of("evaluate.py")([str(folder), "--split", "validation", *few])
+    assert f"Next: python push_to_hub.py {folder} --split validation --dry_run true\n" in capsys.readouterr().out
+    main_of("evaluate.py")([str(folder), "--output_dir", str(tmp_path / "out"), *few])
+    assert "Next:" not in capsys.readouterr().out
+
+
+def test_answers_are_kept_when_the_statistics_fail_and_no_older_record_claims_them(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish"))
+    (folder / "evaluation/test/predictions.jsonl").unlink()
+
+    def fail(*arguments):
+        raise ArithmeticError("no statistics")
+
+    monkeypatch.setattr("tweetdora.evaluation.bootstrap_intervals", fail)
+    with pytest.raises(ArithmeticError, match="no statistics"):
+        main_of("evaluate.py")([str(folder), "--precision", "fp32"])
+    kept, whole = (path / "evaluation/test/predictions.jsonl" for path in (folder, finished[0]))
+    assert kept.read_text() == whole.read_text()
+    assert not (folder / "evaluation/test.json").exists()
+
+
+@pytest.fixture
+def apple_gpu(monkeypatch):
+    """A machine with an Apple GPU, and accelerate as it is before its first use."""
+    monkeypatch.setattr("accelerate.state.is_mps_available", lambda: True)
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "0")  # accelerate sets it
+    PartialState._reset_state()
+    yield
+    PartialState._reset_state()
+
+
+def test_on_a_mac_the_scripts_compute_on_the_cpu(apple_gpu):
+    assert compute_state().device.type == "cpu"
+
+
+def test_on_a_mac_accelerate_alone_would_take_the_gpu(apple_gpu):
+    """The companion: were it not so, the test above could not fail."""
+    assert PartialState().device.type == "mps"
 
 
 def test_another_base_under_the_same_name_is_refused(finished, tmp_path, make_model, tokenizer):
@@ -277,4 +357,7 @@ def test_the_real_small_model_end_to_end(tmp_path):
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.5
     record = read(folder / "evaluation/test.json")
     assert record["after"]["parse_rate"] > record["before"]["parse_rate"]
-    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in (folder / "publish/README.md").read_text()
+    card, adapter = (folder / "publish/README.md").read_text(), read(folder / "publish/adapter/adapter_config.json")
+    assert adapter["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card
+    assert "here converted from `SmolLM2-135M-Instruct.Q4_1.gguf` and so not equal to the original" in card

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tweetdora.cli import read_task
-from tweetdora.config import EvaluateConfig, TaskConfig
+from tweetdora.config import RUNS_DIR, EvaluateConfig, TaskConfig
 from tweetdora.data import Rows
 from tweetdora.errors import InputError
 from tweetdora.generation import UNPARSED, Answer, answer_rows
@@ -51,8 +51,7 @@ def find_target(config: EvaluateConfig) -> Target:
         InputError: a task is given for a run, whose record already holds one, or the run is not finished.
     """
     name = config.target
-    default_results = os.path.join("runs", os.path.basename(os.path.normpath(name)), "evaluation")
-    if os.path.isdir(name) and not _is_model_folder(name) or name.startswith("runs" + os.sep):
+    if _is_run(name):
         run = read_run(name)
         if config.config is not None:
             raise InputError(f"--config {config.config}: the task of {name} stands in its {RUN_FILE}; leave it out.")
@@ -67,7 +66,7 @@ def find_target(config: EvaluateConfig) -> Target:
             results_dir=config.output_dir or os.path.join(name, "evaluation"),
         )
     task = read_task(config.config)
-    results_dir = config.output_dir or default_results
+    results_dir = config.output_dir or _results_dir(name)
     adapter = read_adapter_config(name)
     if adapter is None:
         return Target("model", name, None, None, task, None, None, results_dir)
@@ -75,12 +74,27 @@ def find_target(config: EvaluateConfig) -> Target:
     return Target("adapter", base, adapter.revision, adapter_folder(name), task, None, None, results_dir)
 
 
-def _is_model_folder(path: str) -> bool:
-    return any(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "adapter_config.json"))
+def _is_run(name: str) -> bool:
+    if os.path.isdir(name):
+        return not any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json"))
+    return os.path.normpath(name).startswith(RUNS_DIR + os.sep)  # a run folder with a slip of the pen, no Hub id
 
 
-def evaluate_target(target: Target, rows: Rows, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
-    """Answer all rows before and after; the figures for the record, and the answers under "answers".
+def _results_dir(name: str) -> str:
+    """Where the results of a model or adapter go: runs/evaluations/owner--name, so that a/x and b/x lie apart.
+
+    A folder of its own, because owner/name may also be what a run in runs/name was published as.
+    """
+    path = os.path.relpath(name)
+    if path == os.curdir or path.startswith(os.pardir):
+        path = os.path.abspath(name)
+    return os.path.join(RUNS_DIR, "evaluations", path.strip(os.sep).replace(os.sep, "--"))
+
+
+def answer_target(
+    target: Target, rows: Rows, config: EvaluateConfig, device: torch.device
+) -> tuple[dict[str, list[Answer]], dict[str, Any]]:
+    """Answer all rows before and after; the answers by these names, and what the record says of models and speed.
 
     The tuned model is measured as it is published: the adapter merged into the base in float32, then cast to the
     precision of the measurement.
@@ -97,27 +111,19 @@ def evaluate_target(target: Target, rows: Rows, config: EvaluateConfig, device: 
             f"record says {target.run['base']}."
         )
     answers: dict[str, list[Answer]] = {}
-    figures: dict[str, Any] = {"base": identity, "prompt_format": encoder.format.to_dict(), "adapter_sha256": None}
+    facts: dict[str, Any] = {"base": identity, "prompt_format": encoder.format.to_dict(), "adapter_sha256": None}
     first = "before" if target.adapter_dir else "after"
-    answers[first], figures[first] = _measured(first, model, tokenizer, encoder, rows, task, config)
+    answers[first], facts[first] = _answer(first, model, tokenizer, encoder, rows, task, config)
     if target.adapter_dir:
         del model
         base = load_base(target.base, target.base_revision, torch.float32, device)
         model = merge(load_adapter(base, target.adapter_dir)).to(dtype)
-        figures["adapter_sha256"] = file_sha256(os.path.join(target.adapter_dir, ADAPTER_WEIGHTS))
-        answers["after"], figures["after"] = _measured("after", model, tokenizer, encoder, rows, task, config)
-        figures["difference"] = paired_difference(
-            rows.classes,
-            [answer.predicted for answer in answers["before"]],
-            [answer.predicted for answer in answers["after"]],
-            len(task.label_words),
-            config.bootstrap_samples,
-            config.seed,
-        )
-    return {**figures, "answers": answers}
+        facts["adapter_sha256"] = file_sha256(os.path.join(target.adapter_dir, ADAPTER_WEIGHTS))
+        answers["after"], facts["after"] = _answer("after", model, tokenizer, encoder, rows, task, config)
+    return answers, facts
 
 
-def _measured(
+def _answer(
     name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -125,7 +131,7 @@ def _measured(
     rows: Rows,
     task: TaskConfig,
     config: EvaluateConfig,
-) -> tuple[list[Answer], dict[str, Any]]:
+) -> tuple[list[Answer], dict[str, float]]:
     state = PartialState()
     with tqdm(total=len(rows), desc=name, unit="row", disable=not state.is_main_process) as progress:
         answers, seconds = answer_rows(
@@ -138,13 +144,28 @@ def _measured(
             max_new_tokens=config.max_new_tokens,
             on_progress=lambda done: progress.update(done * state.num_processes),
         )
-    predictions = [answer.predicted for answer in answers]
-    intervals = bootstrap_intervals(
-        rows.classes, predictions, len(task.label_words), config.bootstrap_samples, config.seed
-    )
-    figures = measure(rows.classes, answers, task.label_words)
-    speed = {"seconds": round(seconds, 2), "tweets_per_second": round(len(rows) / seconds, 2)}
-    return answers, {**figures, "intervals": intervals, **speed}
+    return answers, {"seconds": round(seconds, 2), "tweets_per_second": round(len(rows) / seconds, 2)}
+
+
+def measure_answers(
+    rows: Rows,
+    answers: dict[str, list[Answer]],
+    facts: dict[str, Any],
+    label_words: list[str],
+    config: EvaluateConfig,
+) -> dict[str, Any]:
+    """`facts` with scores and intervals of the answers before and after, and the difference where there are both."""
+    samples, seed = config.bootstrap_samples, config.seed
+    predictions = {name: [answer.predicted for answer in given] for name, given in answers.items()}
+    figures = dict(facts)
+    for name, given in answers.items():
+        intervals = bootstrap_intervals(rows.classes, predictions[name], len(label_words), samples, seed)
+        figures[name] = {**measure(rows.classes, given, label_words), "intervals": intervals, **facts[name]}
+    if "before" in answers:
+        figures["difference"] = paired_difference(
+            rows.classes, predictions["before"], predictions["after"], len(label_words), samples, seed
+        )
+    return figures
 
 
 def write_predictions(path: str, rows: Rows, answers: dict[str, list[Answer]], label_words: list[str]) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HTTPError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +24,10 @@ from tweetdora.records import ADAPTER_DIR, read_json
 MAX_LOGIT_DIFFERENCE = 1e-2
 _ROWS_AT_ONCE = 32
 MIN_EQUAL_ANSWERS = 0.9  # for weights published in half precision, whose answers may differ here and there
+# A folder that holds these was built here.
+_BUILT_FILES = ("README.md", "config.json", "adapter/adapter_config.json", "figures/training.png")
+# The base class of what the Hub's client raises when a server refuses or is not reached; the latter is no OSError.
+_HUB_ERRORS = (HTTPError, OSError)
 
 
 def check_push(hub_model_id: str | None, dry_run: bool) -> None:
@@ -43,22 +47,59 @@ def check_push(hub_model_id: str | None, dry_run: bool) -> None:
         )
     try:
         HfApi().whoami()
-    except (HfHubHTTPError, ConnectionError, OSError) as error:
-        raise InputError(f"the Hub does not take the token, or cannot be reached: {error}") from error
+    except _HUB_ERRORS as error:
+        raise InputError(
+            f"the Hub does not take the token, or cannot be reached: {error}. Log in again with `hf auth login`, or "
+            "build the folder with --dry_run true."
+        ) from error
+
+
+def check_output_dir(folder: str, run_dir: str) -> None:
+    """Refuse a folder that a build must not replace; everything that is in it would go.
+
+    Raises:
+        InputError: it is a file, holds the run or the working folder, or holds something that was not built here.
+    """
+    path = os.path.realpath(folder)
+    for kept, what in ((run_dir, "the run folder"), (os.getcwd(), "the working folder")):
+        if os.path.commonpath([path, os.path.realpath(kept)]) == path:
+            raise InputError(f"--output_dir {folder} is {what} or holds it; give the build a folder of its own.")
+    if os.path.isfile(path):
+        raise InputError(f"--output_dir {folder} is a file; give a folder.")
+    found = os.listdir(path) if os.path.isdir(path) else []
+    missing = [name for name in _BUILT_FILES if not os.path.isfile(os.path.join(path, name))]
+    if found and (missing or ".git" in found):
+        raise InputError(
+            f"{folder} would be replaced, but is no earlier build of push_to_hub.py: it holds "
+            f"{', '.join(sorted(found)[:5])}. Give another --output_dir, or empty the folder yourself."
+        )
 
 
 def read_evaluation(run_dir: str, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The results of evaluate.py for a run, and the answer of every row.
 
     Raises:
-        InputError: the run was not evaluated on that split.
+        InputError: the run was not evaluated on that split, or its files are not whole.
     """
+    again = f"Measure first: python evaluate.py {run_dir} --split {split}"
     folder = os.path.join(run_dir, "evaluation")
-    path = os.path.join(folder, f"{split}.json")
-    if not os.path.isfile(path):
-        raise InputError(f"{path} is missing. Measure first: python evaluate.py {run_dir} --split {split}")
-    with open(os.path.join(folder, split, "predictions.jsonl"), encoding="utf-8") as stream:
-        return read_json(path), [json.loads(line) for line in stream]
+    record, predictions = os.path.join(folder, f"{split}.json"), os.path.join(folder, split, "predictions.jsonl")
+    for path in (record, predictions, *figure_paths(run_dir, split)):
+        if not os.path.isfile(path):
+            remedy = again if path.startswith(folder) else "It is part of the run folder; train.py wrote it."
+            raise InputError(f"{path} is missing. {remedy}")
+    try:
+        with open(predictions, encoding="utf-8") as stream:
+            return read_json(record), [json.loads(line) for line in stream]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{predictions} has a line that is not JSON ({error}); it was cut. {again}") from None
+
+
+def figure_paths(run_dir: str, split: str) -> list[str]:
+    """The pictures that the card shows: training.png is train.py's, the others are evaluate.py's."""
+    folder = os.path.join(run_dir, "evaluation", split)
+    names = [os.path.join(folder, f"confusion_{when}.png") for when in ("before", "after")]
+    return [os.path.join(run_dir, "training.png"), *names]
 
 
 def build_model(
@@ -170,14 +211,14 @@ def copy_figures(run_dir: str, folder: str, split: str) -> None:
     """Copy the pictures that the card shows."""
     target = os.path.join(folder, "figures")
     os.makedirs(target)
-    shutil.copy2(os.path.join(run_dir, "training.png"), target)
-    for when in ("before", "after"):
-        shutil.copy2(os.path.join(run_dir, "evaluation", split, f"confusion_{when}.png"), target)
+    for path in figure_paths(run_dir, split):
+        shutil.copy2(path, target)
 
 
 def replace_folder(folder: str, build: Callable[[str], Any]) -> Any:
     """Let `build` fill a new folder beside `folder`, then put it in its place; a failure leaves the old one."""
-    beside = f"{folder}.{os.getpid()}.part"
+    folder = os.path.realpath(folder)  # "publish/" + ".part" would lie inside it
+    beside, old = f"{folder}.{os.getpid()}.part", f"{folder}.{os.getpid()}.old"
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(beside)
     try:
@@ -185,22 +226,30 @@ def replace_folder(folder: str, build: Callable[[str], Any]) -> Any:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    if os.path.isdir(folder):
+        os.rename(folder, old)
     os.rename(beside, folder)
+    shutil.rmtree(old, ignore_errors=True)
     return result
 
 
 def push_folder(folder: str, hub_model_id: str, private: bool, message: str) -> str:
-    """Upload the folder as one commit; the commit's address, once the Hub has it.
+    """Make the repository's files those of the folder, as one commit; the commit's address, once the Hub has it.
+
+    What an earlier version left would not lie there idle: with an adapter_config.json at the root, transformers loads
+    base and adapter in place of the merged model.
 
     Raises:
-        InputError: the Hub refused; the local folder stays as it is.
+        InputError: the Hub refused or cannot be reached; the local folder stays as it is.
     """
     api = HfApi()
-    files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    operations = [CommitOperationAdd(os.path.relpath(path, folder), path) for path in sorted(files)]
+    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+    files = {os.path.relpath(path, folder): path for path in sorted(paths)}
     try:
         api.create_repo(hub_model_id, private=private, exist_ok=True)
+        left_over = sorted({*api.list_repo_files(hub_model_id)} - {*files, ".gitattributes"})
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        operations += [CommitOperationDelete(name, is_folder=False) for name in left_over]
         return api.create_commit(hub_model_id, operations, commit_message=message).commit_url
-    except (HfHubHTTPError, ConnectionError, OSError, ValueError) as error:
+    except (*_HUB_ERRORS, ValueError, RuntimeError) as error:  # a large file's upload ends in a RuntimeError
         raise InputError(f"pushing to {hub_model_id} failed: {error}. The folder {folder} is complete.") from error
