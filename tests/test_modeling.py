@@ -10,8 +10,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -489,6 +491,15 @@ def test_weights_that_are_a_pickle_are_refused(model_dir, tmp_path):
         base_of(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
+def test_weights_that_are_a_pointer_or_cut_are_refused(content, model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(content or weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match=f"^--model_name_or_path {tmp_path}: its weights are not whole .*git lfs"):
+        base_of(str(tmp_path))
+
+
 def head_inputs(model: PreTrainedModel) -> torch.Tensor:
     """What the head multiplies its weight with when only the last column's logits are wanted."""
     seen = []
@@ -529,6 +540,12 @@ def test_the_base_card_gives_licence_and_languages(tmp_path):
     assert read_base_card(str(tmp_path), None) == {"license": "apache-2.0", "language": ["en"]}
 
 
+def test_the_base_card_gives_what_it_is_a_conversion_of_and_not_its_parent(tmp_path):
+    card = "---\nbase_model: owner/parent\nconverted_from: owner/tiny\nconverted_file: tiny.gguf\n---\n# A model\n"
+    (tmp_path / "README.md").write_text(card)
+    assert read_base_card(str(tmp_path), None) == {"converted_from": "owner/tiny", "converted_file": "tiny.gguf"}
+
+
 def test_a_folder_without_a_card_has_none_and_nothing_is_looked_up(model_dir, monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError(f"asked for {args} {kwargs}")
@@ -549,8 +566,70 @@ def test_the_card_of_a_hub_model_that_cannot_be_reached_is_no_card():
     assert read_base_card("someone/tiny", None) == {}
 
 
-def test_adapter_settings_of_a_hub_model_that_cannot_be_reached_are_none():
+def test_adapter_settings_of_a_hub_repository_that_cannot_be_reached_are_unknown_not_none():
+    """None would have the adapter measured as if it were a model."""
+    with pytest.raises(InputError, match="^model or adapter someone/tiny: the Hugging Face Hub cannot be reached"):
+        read_adapter_config("someone/tiny")
+
+
+def test_a_model_in_the_cache_has_no_adapter_settings_without_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(modeling, "try_to_load_from_cache", lambda repo_id, name: str(tmp_path / name))
     assert read_adapter_config("someone/tiny") is None
+
+
+def hub_answer(kind: type[Exception]) -> Exception:
+    """What the Hub's client raises for a 404."""
+    return kind("404", response=httpx2.Response(404, request=httpx2.Request("HEAD", "https://huggingface.co")))
+
+
+def test_only_a_repository_that_has_no_adapter_config_has_no_adapter(monkeypatch):
+    def answer(error: Exception) -> None:
+        def raise_it(*args: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(modeling, "hf_hub_download", raise_it)
+
+    answer(hub_answer(RemoteEntryNotFoundError))
+    assert read_adapter_config("someone/tiny") is None
+    for error in (hub_answer(RepositoryNotFoundError), httpx2.ProxyError("refused")):
+        answer(error)
+        with pytest.raises(InputError, match="^model or adapter someone/tiny: "):
+            read_adapter_config("someone/tiny")
+
+
+@pytest.mark.parametrize("name", ["./nothing", "no/such/folder"])
+def test_an_adapter_that_is_neither_folder_nor_hub_id_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"^model or adapter {name}: there is no such folder, and it is not a Hub id"):
+        read_adapter_config(name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["version https://git-lfs.github.com/spec/v1", "[]", '{"peft_type": "NEW"}', '{"peft_type": "LORA"'],
+    ids=["pointer", "list", "unknown kind", "cut"],
+)
+def test_adapter_settings_that_cannot_be_read_are_no_model(text, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(InputError, match=f"^the adapter_config.json of {tmp_path} cannot be read by PEFT .* again.$"):
+        read_adapter_config(str(tmp_path))
+
+
+def test_an_adapter_that_names_no_base_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InputError, match=f"^the adapter_config.json of {tmp_path} names no base_model_name_or_path;"):
+        read_adapter_config(str(tmp_path))
+
+
+def test_an_adapter_of_the_hub_that_cannot_be_reached_is_named():
+    with pytest.raises(InputError, match="^adapter someone/tiny: the Hugging Face Hub cannot be reached"):
+        adapter_folder("someone/tiny")
+
+
+def test_an_adapter_without_safetensors_is_refused(tmp_path):
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=f"^the adapter {tmp_path} has no adapter_model.safetensors; save it again"):
+        adapter_folder(str(tmp_path))
 
 
 def test_saved_adapter_settings_name_the_base(model_dir, tmp_path):

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import ModelCard, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,8 +22,9 @@ from transformers import (
 from tweetdora.attention import ATTENTION, is_packable
 from tweetdora.config import ModelConfig
 from tweetdora.errors import InputError
-from tweetdora.records import file_sha256
+from tweetdora.records import ADAPTER_WEIGHTS, file_sha256
 
+_CARD_FACTS = ("license", "language", "converted_from", "converted_file")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,6 +59,11 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
         )
     except InputError:
         raise
+    except SafetensorError as error:
+        raise InputError(
+            f"--model_name_or_path {name_or_path}: its weights are not whole ({error}); a cut download, or a Git LFS "
+            "pointer in a file's place (`git lfs pull` fetches the file). Fetch the model again."
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise InputError(_why_not_loaded(name_or_path, revision, error)) from error
     if is_packable(model):
@@ -67,8 +74,10 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
     return model.to(device).eval()
 
 
-def _why_not_loaded(name_or_path: str, revision: str | None, error: Exception) -> str:
-    name = f"--model_name_or_path {name_or_path}" + (f", revision {revision}" if revision else "")
+def _why_not_loaded(
+    name_or_path: str, revision: str | None, error: Exception, what: str = "--model_name_or_path"
+) -> str:
+    name = f"{what} {name_or_path}" + (f", revision {revision}" if revision else "")
     said = " ".join(str(error).split())[:300]
     if os.path.isdir(name_or_path):
         return f"{name}: {said}"
@@ -99,7 +108,11 @@ def base_identity(model: PreTrainedModel, name_or_path: str) -> dict[str, Any]:
 
 
 def read_base_card(name_or_path: str, revision: str | None) -> dict[str, Any]:
-    """Licence, languages and base of the model's own card, as far as it has one and it can be read."""
+    """Licence and languages of the model's own card, as far as it has one and it can be read.
+
+    `converted_from` is the Hub id of the model that a local folder is a conversion of, `converted_file` the file that
+    it was made from; quickstart.py writes them. A card's `base_model` says less: it is the parent of a tuned model.
+    """
     try:
         path = os.path.join(name_or_path, "README.md")
         if not os.path.isdir(name_or_path):
@@ -109,7 +122,7 @@ def read_base_card(name_or_path: str, revision: str | None) -> dict[str, Any]:
         card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError, LocalEntryNotFoundError):
         return {}
-    return {name: card[name] for name in ("license", "language", "base_model") if card.get(name)}
+    return {name: card[name] for name in _CARD_FACTS if card.get(name)}
 
 
 def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
@@ -176,20 +189,58 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
 
 
 def read_adapter_config(name_or_path: str) -> PeftConfig | None:
-    """The adapter's settings if `name_or_path` is a folder or Hub repository with an adapter, else None."""
-    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
+    """The adapter's settings if `name_or_path` is a folder or Hub repository with an adapter, else None.
+
+    Raises:
+        InputError: the settings cannot be read, or the repository is unknown or cannot be reached.
+    """
+    folder = name_or_path if os.path.isdir(name_or_path) else _fetch_adapter_config(name_or_path)
+    if folder is None or not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         return None
     try:
-        return PeftConfig.from_pretrained(name_or_path)
-    except (ValueError, OSError):
+        config = PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"the adapter_config.json of {name_or_path} cannot be read by PEFT ({said[:300]}); save or "
+            "fetch the adapter again."
+        ) from error
+    if not config.base_model_name_or_path:
+        raise InputError(f"the adapter_config.json of {name_or_path} names no base_model_name_or_path; write it in.")
+    return config
+
+
+def _fetch_adapter_config(repo_id: str) -> str | None:
+    """The cache folder with a Hub repository's adapter_config.json, None if the repository has none."""
+    try:
+        return os.path.dirname(hf_hub_download(repo_id, "adapter_config.json"))
+    except RemoteEntryNotFoundError:
         return None
+    except (OSError, ValueError, HTTPError) as error:
+        # Without the Hub: transformers asks for an adapter_config.json with every model and keeps what there is, so a
+        # model in the cache without one has none.
+        if isinstance(error, LocalEntryNotFoundError) and isinstance(
+            try_to_load_from_cache(repo_id, "config.json"), str
+        ):
+            return None
+        raise InputError(_why_not_loaded(repo_id, None, error, "model or adapter")) from error
 
 
 def adapter_folder(name_or_path: str) -> str:
-    """The local folder of an adapter, fetched from the Hub if it is not one already."""
-    if os.path.isdir(name_or_path):
-        return name_or_path
-    return snapshot_download(name_or_path, allow_patterns=["adapter_*"])
+    """The local folder of an adapter, fetched from the Hub if it is not one already.
+
+    Raises:
+        InputError: it has no weights in safetensors, or the Hub does not give them.
+    """
+    folder = name_or_path
+    if not os.path.isdir(name_or_path):
+        try:
+            folder = snapshot_download(name_or_path, allow_patterns=["adapter_*"])
+        except (OSError, ValueError, HTTPError) as error:
+            raise InputError(_why_not_loaded(name_or_path, None, error, "adapter")) from error
+    if not os.path.isfile(os.path.join(folder, ADAPTER_WEIGHTS)):
+        raise InputError(f"the adapter {name_or_path} has no {ADAPTER_WEIGHTS}; save it again with PEFT.")
+    return folder
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
