@@ -68,22 +68,41 @@ def test_the_defaults_are_the_published_run():
     assert (training.learning_rate, training.num_train_epochs, training.max_steps) == (3e-5, 1.0, -1)
     assert (training.global_batch_size, training.per_device_train_batch_size, training.world_size) == (16, 16, 1)
     assert training.output_dir == "runs/llm-course-hw3-dora"
-    assert is_published_run(task, model)
+    assert is_published_run(task, model, training)
 
 
 @pytest.mark.parametrize(
     "flags",
-    [("--r", "4"), ("--max_train_samples", "0"), ("--system_prompt", "Answer."), ("--model_name_or_path", "other")],
+    [
+        ("--r", "4"),
+        ("--max_train_samples", "0"),
+        ("--system_prompt", "Answer."),
+        ("--model_name_or_path", "other"),
+        ("--learning_rate", "1"),
+        ("--max_steps", "3"),
+        ("--num_train_epochs", "2"),
+        ("--global_batch_size", "32"),
+        ("--lr_scheduler_type", "cosine"),
+        ("--warmup_steps", "10"),
+        ("--seed", "1"),
+    ],
 )
 def test_another_setting_is_not_the_published_run(flags):
-    task, model, _ = parse(*flags)
-    assert not is_published_run(task, model)
+    assert not is_published_run(*parse(*flags))
 
 
-def test_a_pinned_revision_is_still_the_published_run():
-    task, model, _ = parse("--model_revision", "a" * 40, "--dataset_revision", "b" * 40)
-    assert (model.model_revision, task.dataset_revision) == ("a" * 40, "b" * 40)
-    assert is_published_run(task, model)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--model_revision", "a" * 40, "--dataset_revision", "b" * 40),
+        ("--gradient_accumulation_steps", "4"),
+        ("--precision", "fp32"),
+        ("--batching", "padded"),
+        ("--eval_samples", "0", "--save_steps", "7", "--report_to", "none", "--output_dir", "elsewhere"),
+    ],
+)
+def test_a_pinned_revision_or_another_machine_is_still_the_published_run(flags):
+    assert is_published_run(*parse(*flags))
 
 
 def test_another_data_set_has_no_configuration_unless_one_is_named():
@@ -230,6 +249,11 @@ def test_a_missing_recipe_is_named():
         parse("--config", "recipes/nix.yaml")
 
 
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(InputError, match=f"--config {tmp_path} cannot be read .Is a directory.; expected a YAML file"):
+        parse("--config", str(tmp_path))
+
+
 def test_read_task_reads_the_task_alone_and_without_a_recipe_the_published_one(recipe):
     assert read_task(None) == TaskConfig()
     _, path = recipe("dataset_name: imdb\nlabel_words: [bad, good]\nmax_train_samples: 0\nr: 4\nprecision: fp16")
@@ -282,7 +306,7 @@ def test_a_flag_can_be_turned_off_as_well_as_on(argv, expected):
 
 @pytest.mark.parametrize(("value", "expected"), [("false", False), ("no", False), ("true", True), ("'yes'", True)])
 def test_a_truth_value_of_a_recipe_can_be_false(recipe, value, expected):
-    assert parse(*recipe(f"ignore_data_skip: {value}"))[2].ignore_data_skip is expected
+    assert parse(*recipe(f"logging_first_step: {value}"))[2].logging_first_step is expected
 
 
 def test_a_truth_value_of_a_recipe_gives_way_to_the_flag(recipe):
@@ -320,18 +344,69 @@ def test_a_truth_value_of_a_recipe_gives_way_to_the_flag(recipe):
         (["--logging_steps", "0"], "--logging_steps is 0.0; expected a number above 0"),
         (["--save_steps", "-5"], "--save_steps is -5.0; expected a number above 0"),
         (["--eval_strategy", "epoch"], "--eval_strategy: validation is asked for by --eval_samples"),
-        (["--load_best_model_at_end", "true", "--save_steps", "7"], "load_best_model_at_end requires the sav"),
+        (["--seed", "-1"], "--seed is -1; expected 0 to 4294967295"),
+        (["--data_seed", "4294967296"], "--data_seed is 4294967296; expected 0 to 4294967295"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha: .* Add --batching padded"),
         (
             ["--hub_model_id", "me"],
             "--hub_model_id is 'me'; expected owner/name, such as liuhailin0123/llm-course-hw3",
         ),
         (["--max_steps", "0"], "--max_steps is 0 and --num_train_epochs 1.0: nothing to train"),
         (["--num_train_epochs", "0"], "--max_steps is -1 and --num_train_epochs 0.0: nothing to train"),
+        (["--num_train_epochs", "nan"], "--num_train_epochs is nan; expected a number above 0"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs is inf; expected a number above 0"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(argv, message):
     with pytest.raises(InputError, match=message):
         parse(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--label_smoothing_factor", "0.1"], "is 0.1, which does not fit here: the loss is plain cross-entropy"),
+        (
+            ["--average_tokens_across_devices", "false"],
+            "is False, .*: the loss is always the mean over the answer tok",
+        ),
+        (
+            ["--auto_find_batch_size", "true"],
+            "is True, .*: a step always takes --global_batch_size rows; where memory",
+        ),
+        (["--accelerator_config", '{"split_batches": true}'], "is '.*', .*: how processes share the rows follows"),
+        (["--load_best_model_at_end", "true"], "is True, .*: the adapter is that of the last step"),
+        (["--save_only_model", "true"], "is True, .*: a run cannot go on from a checkpoint without its optimizer"),
+        (["--ignore_data_skip", "true"], "is True, .*: a resumed run would see rows twice and others never"),
+        (["--use_liger_kernel", "true"], "is True, .*: it replaces layers of the model"),
+        (["--bf16_full_eval", "true"], "is True, .*: validation computes in --precision"),
+        (["--fp16_full_eval", "true"], "is True, .*: validation computes in --precision"),
+        (["--fsdp", "full_shard"], "is 'full_shard', .*: adapter and checkpoints are written from a whole model in"),
+        (
+            ["--deepspeed", "zero.json"],
+            "is 'zero.json', .*: adapter and checkpoints are written from a whole model in",
+        ),
+    ],
+)
+def test_a_flag_of_the_trainer_that_does_something_else_here_is_refused_with_the_reason(argv, message):
+    with pytest.raises(InputError, match=rf"^{argv[0]} {message}.*\. Leave it out\.$"):
+        parse(*argv)
+
+
+@pytest.mark.parametrize("trackers", [["foo"], ["wandb", "foo"], ["none", "wandb"], ["all", "none"]])
+def test_a_tracker_that_is_not_there_is_refused_with_those_that_are(trackers):
+    message = (
+        rf"^--report_to is {' '.join(trackers)}; expected none, all, or some of the trackers that are installed here: "
+        r".*\bwandb\b.*\.$"
+    )
+    with pytest.raises(InputError, match=message):
+        parse("--report_to", *trackers)
+
+
+def test_none_and_all_trackers_are_what_the_trainer_means_by_them():
+    assert parse("--report_to", "none")[2].report_to == []
+    assert "wandb" in parse("--report_to", "all")[2].report_to
+    assert TrainConfig(report_to="wandb").report_to == ["wandb"]
 
 
 def test_a_refused_token_is_not_repeated():
@@ -344,6 +419,7 @@ def test_the_edges_of_what_can_be_are_accepted():
     task, model, training = parse(
         *("--max_train_samples", "1", "--r", "1", "--lora_alpha", "1", "--lora_dropout", "0"),
         *("--eval_samples", "0", "--max_new_tokens", "1", "--hub_model_id", "me/mine", "--max_steps", "1"),
+        *("--seed", "0", "--data_seed", "4294967295", "--neftune_noise_alpha", "5", "--batching", "padded"),
     )
     assert (task.max_train_samples, model.r, training.hub_model_id, training.max_steps) == (1, 1, "me/mine", 1)
     assert training.eval_strategy == "no" and parse()[2].eval_strategy == "steps"
@@ -529,6 +605,7 @@ def test_without_a_target_it_is_the_published_runs_folder():
         (EvaluateConfig, ["--max_samples", "0"], "--max_samples is 0; expected 1 or more"),
         (EvaluateConfig, ["--batch_size", "0"], "--batch_size is 0; expected 1 or more"),
         (EvaluateConfig, ["--max_new_tokens", "-1"], "--max_new_tokens is -1; expected 1 or more"),
+        (EvaluateConfig, ["--seed", "-1"], "--seed is -1; expected 0 or more"),
         (EvaluateConfig, ["--bootstrap_samples", "0"], "--bootstrap_samples is 0; expected 1 or more"),
         (PushConfig, ["--check_samples", "0"], "--check_samples is 0; expected 1 or more"),
         (PushConfig, ["--hub_model_id", "a/b/c"], "--hub_model_id is 'a/b/c'; expected owner/name"),

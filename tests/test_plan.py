@@ -18,7 +18,15 @@ from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import Rows, load_rows
 from tweetdora.errors import InputError
 from tweetdora.modeling import attach_adapter, base_identity, load_base
-from tweetdora.plan import check_disk, check_same_run, describe_run, find_checkpoint, format_plan, saved_run
+from tweetdora.plan import (
+    check_disk,
+    check_same_run,
+    checkpoint_step,
+    describe_run,
+    find_checkpoint,
+    format_plan,
+    saved_run,
+)
 from tweetdora.prompts import encode_rows
 
 REASON = "no W&B login was found (wandb login, or WANDB_API_KEY)"
@@ -155,6 +163,12 @@ def test_a_checkpoint_without_a_record_beside_it_has_none(tmp_path):
     assert saved_run(make_checkpoint(tmp_path / "run", 10)) is None
 
 
+def test_a_checkpoint_knows_its_step(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "run", 7)
+    Path(checkpoint, "trainer_state.json").write_text('{"global_step": 7}')
+    assert checkpoint_step(checkpoint) == 7
+
+
 def test_a_folder_that_does_not_exist_is_not_resumed(training):
     with pytest.raises(InputError, match="^--resume_from_checkpoint true: found no checkpoint in "):
         find_checkpoint(training(resume_from_checkpoint="true"))
@@ -267,6 +281,9 @@ def describe(model_dir, task, encoder, training, rows_of) -> Callable[..., dict[
         (48, {"num_train_epochs": 2}, 6),
         (48, {"num_train_epochs": 0.5}, 2),  # one and a half
         (48, {"num_train_epochs": 2.5}, 8),  # seven and a half
+        (47, {"dataloader_drop_last": True}, 2),  # the last 15 rows are left out
+        (40, {"dataloader_drop_last": True, "gradient_accumulation_steps": 4}, 3),  # in fours: ten
+        (1, {"dataloader_drop_last": True}, 1),
         (48, {"max_steps": 7}, 7),
         (48, {"max_steps": 7, "num_train_epochs": 9}, 7),
     ],
@@ -317,6 +334,11 @@ def test_the_data_are_named_with_split_and_content(describe, task):
     assert (source["name"], source["split"], len(source["sha256"])) == (task.dataset_name, "train", 64)
 
 
+def test_the_device_that_computes_is_named(describe):
+    """`environment` lists all GPUs there are, used or not."""
+    assert describe()["device"] == "cpu"
+
+
 def test_the_description_is_plain_json(describe):
     run = describe()
     assert json.loads(json.dumps(run)) == run
@@ -334,6 +356,7 @@ def test_the_description_holds_every_setting_that_changes_the_result(describe):
         "adam_epsilon": 1e-8,
         "optim": "adamw_torch_fused",
         "optim_args": None,
+        "optim_target_modules": None,
         "max_grad_norm": 1.0,
         "label_smoothing_factor": 0.0,
         "num_train_epochs": 1.0,
@@ -342,6 +365,7 @@ def test_the_description_holds_every_setting_that_changes_the_result(describe):
         "gradient_accumulation_steps": 1,
         "world_size": 1,
         "precision": "fp32",
+        "tf32": None,
         "batching": "packed",
         "seed": 42,
         "data_seed": None,
@@ -366,6 +390,11 @@ def test_only_a_run_of_the_published_recipe_is_published_there(task_is, model_is
     task = TaskConfig() if task_is == "published" else task
     model = {"model_name_or_path": ModelConfig().model_name_or_path} if model_is == "published" else {}
     assert describe(task=task, model=model, hub_model_id=flag)["hub_model_id"] == expected
+
+
+def test_a_run_of_the_published_recipe_with_another_training_is_not_published_there(describe):
+    model = {"model_name_or_path": ModelConfig().model_name_or_path}
+    assert describe(task=TaskConfig(), model=model, max_steps=3, learning_rate=1.0)["hub_model_id"] is None
 
 
 # The plan that a person reads
@@ -415,6 +444,11 @@ def test_the_plan_gives_the_reason_for_a_precision_that_nobody_chose(describe, t
 def test_the_plan_says_that_there_is_neither_validation_nor_tracker(describe, training):
     shown = plan_lines(describe(eval_samples=0), training(eval_samples=0))
     assert (shown["validation"], shown["tracker"]) == ("none", "none")
+
+
+def test_steps_below_one_are_a_share_of_all_steps(describe, training):
+    settings = {"eval_steps": 0.125}
+    assert plan_lines(describe(**settings), training(**settings))["validation"] == "12 rows every 12.5 % of the steps"
 
 
 def test_the_plan_says_how_many_gpus_stay_idle(describe, training):

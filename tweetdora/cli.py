@@ -131,6 +131,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
             recipe = yaml.load(stream, _UniqueKeys)  # a safe loader
     except FileNotFoundError:
         raise InputError(f"--config {path}: there is no such file; recipes are in recipes/.") from None
+    except OSError as error:  # a folder, or a file that may not be read
+        raise InputError(f"--config {path} cannot be read ({error.strerror}); expected a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path} is not readable YAML: {error}") from None
     if not isinstance(recipe, dict):

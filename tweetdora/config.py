@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from tweetdora.errors import InputError
 from tweetdora.precision import decide_precision
@@ -16,6 +17,50 @@ PUBLISHED_REPO = "liuhailin0123/llm-course-hw3-dora"
 RUNS_DIR = "runs"
 _AT_LEAST_ONE = (("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1), ("global_batch_size", 1))
 DEFAULT_RUN_DIR = os.path.join(RUNS_DIR, "llm-course-hw3-dora")
+
+# Trainer arguments that make the result of a run, on whatever machine it is computed.
+RECIPE_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "num_train_epochs",
+    "max_steps",
+    "global_batch_size",
+    "seed",
+    "data_seed",
+    "neftune_noise_alpha",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+)
+
+# Trainer arguments that would do something else here than they say, or contradict the record, each with the reason.
+_ONE_WHOLE_MODEL = "adapter and checkpoints are written from a whole model in each process"
+_REFUSED_ARGUMENTS = {
+    "label_smoothing_factor": "the loss is plain cross-entropy",
+    "average_tokens_across_devices": "the loss is always the mean over the answer tokens of all processes",
+    "auto_find_batch_size": "a step always takes --global_batch_size rows; where memory runs out, raise "
+    "--gradient_accumulation_steps",
+    "accelerator_config": "how processes share the rows follows from --global_batch_size",
+    "load_best_model_at_end": "the adapter is that of the last step, as record and card say",
+    "save_only_model": "a run cannot go on from a checkpoint without its optimizer",
+    "ignore_data_skip": "a resumed run would see rows twice and others never",
+    "use_liger_kernel": "it replaces layers of the model, and evaluate.py would measure another one",
+    "bf16_full_eval": "validation computes in --precision, as training does",
+    "fp16_full_eval": "validation computes in --precision, as training does",
+    "fsdp": _ONE_WHOLE_MODEL,
+    "deepspeed": _ONE_WHOLE_MODEL,
+    "parallelism_config": _ONE_WHOLE_MODEL,
+}
 
 SYSTEM_PROMPT = (
     "You are a tweet sentiment classifier. For each tweet input, analyze its sentiment and output exactly one word: "
@@ -35,7 +80,7 @@ class TaskConfig:
     )
     dataset_config: str | None = field(
         default=None,
-        metadata={"help": "Configuration (subset) of the data set; 'sentiment' when --dataset_name is not given."},
+        metadata={"help": "Configuration (subset) of the data set; none: 'sentiment' for cardiffnlp/tweet_eval."},
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the data set on the Hub; none: the newest."}
@@ -155,10 +200,17 @@ class TrainConfig(TrainingArguments):
     eval_samples: int = field(
         default=200, metadata={"help": "First N validation rows to answer by generation while training; 0: none."}
     )
-    eval_steps: float = field(default=100, metadata={"help": "Answer the validation rows every N steps."})
+    eval_steps: float = field(
+        default=100, metadata={"help": "Answer the validation rows every N steps; below 1: a share of all steps."}
+    )
     max_new_tokens: int = field(default=16, metadata={"help": "Longest generated answer, in tokens."})
-    logging_steps: float = field(default=10, metadata={"help": "Log loss, learning rate and speed every N steps."})
-    save_steps: float = field(default=100, metadata={"help": "Write a checkpoint every N steps."})
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Log loss, learning rate and speed every N steps; below 1: a share of all steps."},
+    )
+    save_steps: float = field(
+        default=100, metadata={"help": "Write a checkpoint every N steps; below 1: a share of all steps."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows answered or scored at once."})
     report_to: list[str] = field(
@@ -187,6 +239,7 @@ class TrainConfig(TrainingArguments):
     precision_reason: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
+        self._refuse_what_is_not_ours()
         self._refuse_what_cannot_be()
         if not torch.cuda.is_available():
             self.use_cpu = True
@@ -217,7 +270,8 @@ class TrainConfig(TrainingArguments):
         self._n_gpu = min(self._n_gpu, 1)
         self.per_device_train_batch_size = self._rows_per_pass(batch_size)
 
-    def _refuse_what_cannot_be(self) -> None:
+    def _refuse_what_is_not_ours(self) -> None:
+        """Flags of the Trainer that do not fit this script."""
         if self.push_to_hub:
             raise InputError("--push_to_hub is not train.py's: train first, then python push_to_hub.py publishes.")
         if self.hub_token is not None:
@@ -226,6 +280,20 @@ class TrainConfig(TrainingArguments):
             raise InputError(
                 "--eval_strategy: validation is asked for by --eval_samples (0: none) and --eval_steps; leave it out."
             )
+        fields = {item.name: item for item in dataclasses.fields(self)}
+        for name, reason in _REFUSED_ARGUMENTS.items():
+            if (value := getattr(self, name)) not in (fields[name].default, None, ""):
+                raise InputError(f"--{name} is {value!r}, which does not fit here: {reason}. Leave it out.")
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        installed = get_available_reporting_integrations()
+        if trackers not in (["none"], ["all"]) and not set(trackers) <= set(installed):
+            raise InputError(
+                f"--report_to is {' '.join(trackers)}; expected none, all, or some of the trackers that are installed "
+                f"here: {', '.join(installed)}."
+            )
+
+    def _refuse_what_cannot_be(self) -> None:
+        """Values that contradict one another, or that nothing can be made of."""
         for name, least in (("eval_samples", 0), ("cpu_threads", 0), ("max_new_tokens", 1), *_AT_LEAST_ONE):
             if getattr(self, name) < least:
                 raise InputError(f"--{name} is {getattr(self, name)}; expected {least} or more.")
@@ -238,10 +306,16 @@ class TrainConfig(TrainingArguments):
             raise InputError(
                 f"--hub_model_id is {self.hub_model_id!r}; expected owner/name, such as {PUBLISHED_REPO}."
             )
-        if self.label_smoothing_factor:
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise InputError(f"--{name} is {getattr(self, name)}; expected 0 to {2**32 - 1}.")
+        if self.neftune_noise_alpha is not None and self.batching == "packed":
             raise InputError(
-                "--label_smoothing_factor does nothing here: the loss is plain cross-entropy. Leave it out."
+                "--neftune_noise_alpha: its noise is scaled by the length of a row, and a packed batch is one long "
+                "row. Add --batching padded, or leave it out."
             )
+        if not self.num_train_epochs < float("inf"):
+            raise InputError(f"--num_train_epochs is {self.num_train_epochs}; expected a number above 0.")
         if self.max_steps == 0 or self.num_train_epochs <= 0:
             raise InputError(
                 f"--max_steps is {self.max_steps} and --num_train_epochs {self.num_train_epochs}: nothing to train. "
@@ -297,6 +371,8 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} is {value}; expected 1 or more.")
+        if self.seed < 0:
+            raise InputError(f"--seed is {self.seed}; expected 0 or more.")
 
 
 @dataclass
@@ -331,9 +407,11 @@ class PushConfig:
             raise InputError(f"--hub_model_id is {self.hub_model_id!r}; expected owner/name.")
 
 
-def is_published_run(task: TaskConfig, model: ModelConfig) -> bool:
-    """Whether data, prompt, base model and adapter settings are those of the published run."""
-    return (dataclasses.replace(task, dataset_revision=None), dataclasses.replace(model, model_revision=None)) == (
-        TaskConfig(),
-        ModelConfig(),
+def is_published_run(task: TaskConfig, model: ModelConfig, training: TrainConfig) -> bool:
+    """Whether data, prompt, base model, adapter and training settings are those of the published run."""
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
+    return (
+        dataclasses.replace(task, dataset_revision=None) == TaskConfig()
+        and dataclasses.replace(model, model_revision=None) == ModelConfig()
+        and all(getattr(training, name) == defaults[name] for name in RECIPE_ARGUMENTS)
     )

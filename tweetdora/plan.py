@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from tweetdora.config import PUBLISHED_REPO, ModelConfig, TaskConfig, TrainConfig, is_published_run
+from tweetdora.config import (
+    PUBLISHED_REPO,
+    RECIPE_ARGUMENTS,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+    is_published_run,
+)
 from tweetdora.data import Rows, class_counts
 from tweetdora.errors import InputError
 from tweetdora.modeling import trainable_parameters
@@ -26,33 +33,16 @@ from tweetdora.records import (
 )
 from tweetdora.tracking import wandb_mode
 
-# Trainer arguments that change the result of a run; the record names them, and a resumed run must have the same.
+# Trainer arguments that change the result of a run, if only by rounding; the record names them, and a resumed run must
+# have the same.
 RESULT_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "optim",
-    "optim_args",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "num_train_epochs",
-    "max_steps",
-    "global_batch_size",
+    *RECIPE_ARGUMENTS,
     "gradient_accumulation_steps",
     "world_size",
     "precision",
+    "tf32",
     "batching",
-    "seed",
-    "data_seed",
-    "neftune_noise_alpha",
     "full_determinism",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
 )
 
 
@@ -65,7 +55,7 @@ def find_checkpoint(training: TrainConfig) -> str | None:
     asked = training.resume_from_checkpoint
     folder = training.output_dir
     run_file = os.path.join(folder, RUN_FILE)
-    last = _last_checkpoint(folder)
+    last = last_checkpoint(folder)
     if asked in (None, "", "false", "False"):
         training.resume_from_checkpoint = None
         if os.path.exists(run_file) or last:
@@ -101,7 +91,12 @@ def saved_run(checkpoint: str) -> dict[str, Any] | None:
     return read_json(path) if os.path.exists(path) else None
 
 
-def _last_checkpoint(folder: str) -> str | None:
+def checkpoint_step(checkpoint: str) -> int:
+    """The number of steps that a checkpoint has behind it."""
+    return read_json(os.path.join(checkpoint, "trainer_state.json"))["global_step"]
+
+
+def last_checkpoint(folder: str) -> str | None:
     """The newest checkpoint that was written to its end: the Trainer writes its state last."""
     states = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
     steps = {path: path.rpartition("-")[2] for path in map(os.path.dirname, states)}
@@ -147,13 +142,12 @@ def describe_run(
     validation_rows: Rows | None,
 ) -> dict[str, Any]:
     """Everything that is known of a run before its first step, as the record keeps it."""
-    rows = len(train_rows)
-    steps_per_epoch = math.ceil(rows / training.global_batch_size)
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
     arguments = {name: getattr(training, name) for name in RESULT_ARGUMENTS}
     arguments = {name: getattr(value, "value", value) for name, value in arguments.items()}
     adapter_start = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    hub_model_id = training.hub_model_id or (PUBLISHED_REPO if is_published_run(task, model_config) else None)
+    hub_model_id = training.hub_model_id or (
+        PUBLISHED_REPO if is_published_run(task, model_config, training) else None
+    )
     return {
         "record_version": RECORD_VERSION,
         "name": training.run_name,
@@ -163,6 +157,7 @@ def describe_run(
         "task": dataclasses.asdict(task),
         "model": dataclasses.asdict(model_config),
         "training": arguments,
+        "device": training.device.type,
         "precision_reason": training.precision_reason,
         "max_new_tokens": training.max_new_tokens,
         "hub_model_id": hub_model_id,
@@ -182,9 +177,19 @@ def describe_run(
         },
         "validation_data": validation_rows
         and {**validation_rows.source, "class_counts": class_counts(validation_rows, task)},
-        "steps": steps,
+        "steps": count_steps(training, len(train_rows)),
         "environment": environment(),
     }
+
+
+def count_steps(training: TrainConfig, rows: int) -> int:
+    """Optimizer steps of a run, as the Trainer counts them."""
+    if training.max_steps > 0:
+        return training.max_steps
+    batches = rows / (training.world_size * training.per_device_train_batch_size)
+    batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
+    steps_per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    return math.ceil(training.num_train_epochs * steps_per_epoch)
 
 
 def format_plan(run: dict[str, Any], training: TrainConfig) -> str:
@@ -208,7 +213,7 @@ def format_plan(run: dict[str, Any], training: TrainConfig) -> str:
             f"{data['tokens']:,}, of which {data['supervised_tokens']:,} carry loss; {data['cut_texts']:,} texts cut "
             f"to --max_length {run['task']['max_length']}",
         ),
-        ("validation", f"{validation['rows']:,} rows every {training.eval_steps:g} steps" if validation else "none"),
+        ("validation", f"{validation['rows']:,} rows {_every(training.eval_steps)}" if validation else "none"),
         (
             "steps",
             f"{run['steps']:,} of {training.global_batch_size} rows = {training.world_size} process(es) x "
@@ -228,6 +233,11 @@ def format_plan(run: dict[str, Any], training: TrainConfig) -> str:
     if run["prompt_format"]["system_in_user_turn"]:
         lines.append(("note", "the chat template takes no system message: the prompt heads the user's turn"))
     return "\n".join(f"  {label:<14} {text}" for label, text in lines)
+
+
+def _every(steps: float) -> str:
+    """How often something happens; below 1 the Trainer takes it for a share of all steps."""
+    return f"every {100 * steps:g} % of the steps" if steps < 1 else f"every {steps:g} steps"
 
 
 def _tracker_line(training: TrainConfig) -> str:
