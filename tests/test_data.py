@@ -102,6 +102,29 @@ def test_the_label_words_may_differ_from_the_class_names_of_the_data_set(task):
     assert load_rows(renamed, "test").classes == load_rows(task, "test").classes
 
 
+@pytest.mark.parametrize("words", [["positive", "neutral", "negative"], ["Neutral", " negative ", "POSITIVE"]])
+def test_the_class_names_in_another_order_are_refused_with_the_order_to_give(task, words):
+    """By number, "positive" would silently stand for the data set's class negative."""
+    with pytest.raises(InputError) as refusal:
+        load_rows(dataclasses.replace(task, label_words=words), "train")
+    said = str(refusal.value)
+    assert said.startswith(
+        f"--label_words is {' '.join(words)}, but the classes of {task.dataset_name}, column 'label',"
+    )
+    in_order = " ".join(sorted(words, key=lambda word: WORDS.index(word.strip().lower())))
+    assert said.endswith(f"come in another order: negative, neutral, positive. Give --label_words {in_order}.")
+
+
+def test_the_class_names_in_another_case_are_the_class_names(task):
+    renamed = dataclasses.replace(task, label_words=["Negative", "Neutral", "Positive"])
+    assert load_rows(renamed, "test").classes == load_rows(task, "test").classes
+
+
+def test_label_values_may_put_the_classes_in_another_order(task):
+    turned = dataclasses.replace(task, label_words=WORDS[::-1], label_values=["2", "1", "0"])
+    assert load_rows(turned, "test").classes == [2 - number for number in load_rows(task, "test").classes]
+
+
 def test_space_around_a_text_is_dropped(make_task):
     assert load_rows(make_task("rows.csv", 'text,label\n" fine  ",1\n'), "train").texts == ["fine"]
 
@@ -263,6 +286,13 @@ def test_a_file_has_only_a_train_split(make_task):
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match=f"--dataset_name {tmp_path}, split 'train': .*any data files"):
         load_rows(TaskConfig(dataset_name=str(tmp_path)), "train")
+
+
+def test_a_data_set_that_is_a_script_is_refused(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "old.py").write_text("import datasets\n")
+    with pytest.raises(InputError, match=f"--dataset_name {tmp_path}/old, split 'train': .*scripts are no longer"):
+        load_rows(TaskConfig(dataset_name=str(tmp_path / "old")), "train")
 
 
 @pytest.mark.parametrize("name", ["nix", "nix.csv", "data/nix.jsonl", "some/where/else"])

@@ -82,7 +82,8 @@ def _load_table(task: TaskConfig, split_name: str) -> datasets.Dataset:
             settings |= {"sep": "\t"} if ending == ".tsv" else {}
             return datasets.load_dataset(_FILE_BUILDERS[ending], data_files=name, split=split_name, **settings)
         return datasets.load_dataset(name, task.dataset_config, revision=task.dataset_revision, split=split_name)
-    except (ConnectionError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    # A RuntimeError is what datasets says of a data set that is a script.
+    except (ConnectionError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(_why_not_loaded(task, split_name, error)) from error
 
 
@@ -143,6 +144,8 @@ def _as_classes(table: datasets.Dataset, task: TaskConfig) -> list[int]:
         known = {word: number for number, word in enumerate(words)}
         keys = list(column)
     else:
+        if isinstance(feature, datasets.ClassLabel):
+            _check_order(feature.names, task)
         known = {number: number for number in range(len(words))}
         keys = list(column)
     for number, key in enumerate(keys):
@@ -152,6 +155,18 @@ def _as_classes(table: datasets.Dataset, task: TaskConfig) -> list[int]:
                 f"of {', '.join(map(repr, known))}. Name the values in the order of --label_words with --label_values."
             )
     return [known[key] for key in keys]
+
+
+def _check_order(names: list[str], task: TaskConfig) -> None:
+    """Refuse label words that are the data set's own class names in another order: each would stand for another."""
+    classes = [name.strip().casefold() for name in names]
+    words = {word.strip().casefold(): word for word in task.label_words}
+    if set(words) == set(classes) and list(words) != classes:
+        raise InputError(
+            f"--label_words is {' '.join(task.label_words)}, but the classes of {task.dataset_name}, column "
+            f"{task.label_column!r}, come in another order: {', '.join(names)}. "
+            f"Give --label_words {' '.join(words[name] for name in classes)}."
+        )
 
 
 def class_counts(rows: Rows, task: TaskConfig) -> dict[str, int]:
