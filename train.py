@@ -10,7 +10,6 @@ run folder from there.
 """
 
 import os
-import time
 from typing import Any
 
 from accelerate import PartialState
@@ -33,6 +32,7 @@ from tweetdora.offline import use_cache_if_unreachable
 from tweetdora.plan import (
     check_disk,
     check_same_run,
+    checkpoint_step,
     describe_run,
     find_checkpoint,
     format_plan,
@@ -51,7 +51,7 @@ from tweetdora.records import (
     write_json,
 )
 from tweetdora.tracking import finish_wandb, start_wandb
-from tweetdora.trainer import AnswerTrainer, StopOnSignal, TrackAnswers, TrainingDiverged
+from tweetdora.trainer import AnswerTrainer, StopOnSignal, TrackAnswers, TrainingDiverged, mean_loss, training_seconds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if checkpoint and (saved := saved_run(checkpoint)) is not None:
         check_same_run(saved, run)
-        run["tracker"] = saved.get("tracker")
+        run |= {name: saved[name] for name in ("created", "command", "tracker") if name in saved}
     check_disk(training, run["adapter"]["trainable_parameters"])
 
     # work
@@ -80,22 +80,21 @@ def main(argv: list[str] | None = None) -> int:
     trainer.add_callback(TrackAnswers(trainer))
     if state.is_main_process:
         if "wandb" in training.report_to:
-            run["tracker"] = start_wandb(
-                training.output_dir, training.run_name, run, (run.get("tracker") or {}).get("id")
-            )
+            run["tracker"] = start_wandb(training.output_dir, training.run_name, run, tracker=run.get("tracker"))
         write_status(training, run, "started")
-    started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint and checkpoint_step(checkpoint) >= run["steps"]:  # stopped between its last step and its end
+            trainer.take_over(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     except TrainingDiverged as error:
         if state.is_main_process:
             write_status(training, run, "diverged")
             finish_wandb(exit_code=1)
         raise InputError(str(error)) from error
-    seconds = time.perf_counter() - started
 
     # save
-    if stop.signal_number is not None:
+    if stop.signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
         if state.is_main_process:
             write_status(training, run, "interrupted")
             finish_wandb(exit_code=128 + stop.signal_number)
@@ -104,8 +103,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{training.output_dir}. The same command with --resume_from_checkpoint true goes on."
         )
         return 128 + stop.signal_number
+    peak_memory = peak_memory_bytes()
     if state.is_main_process:
-        save_run(trainer, run, seconds)
+        save_run(trainer, run, peak_memory)
         finish_wandb({"adapter_sha256": run["adapter"]["sha256"]})
         print(f"\nWrote {training.output_dir}. Next: python evaluate.py {training.output_dir}")
     return 0
@@ -156,7 +156,7 @@ def write_status(training: TrainConfig, run: dict[str, Any], status: str) -> Non
     write_json(os.path.join(training.output_dir, RUN_FILE), {**run, "status": status})
 
 
-def save_run(trainer: AnswerTrainer, run: dict[str, Any], seconds: float) -> None:
+def save_run(trainer: AnswerTrainer, run: dict[str, Any], peak_memory: dict[str, int]) -> None:
     """Write adapter, tokenizer, curves, and last the record that declares the run finished."""
     run_dir = trainer.args.output_dir
     adapter_dir = os.path.join(run_dir, ADAPTER_DIR)
@@ -168,9 +168,9 @@ def save_run(trainer: AnswerTrainer, run: dict[str, Any], seconds: float) -> Non
     run["result"] = {
         "finished": utc_now(),
         "steps": trainer.state.global_step,
-        "seconds": round(seconds, 2),
-        "train_loss": history[-1]["train_loss"],
-        "peak_memory_bytes": peak_memory_bytes(),
+        "seconds": training_seconds(history),
+        "train_loss": mean_loss(history),
+        "peak_memory_bytes": peak_memory,
         "log_history": history,
     }
     write_json(os.path.join(run_dir, RUN_FILE), {**run, "status": "finished"})

@@ -279,7 +279,11 @@ PLAIN = dict.fromkeys(("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "WOR
         (["--output_dir=/home/somebody/x/", "a/b"], {}, "python train.py --output_dir=x a/b"),
         (["--system_prompt", "/s = sarcasm"], {}, "python train.py --system_prompt '/s = sarcasm'"),
         ([], {"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch train.py"),
-        ([], {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "1"}, "accelerate launch train.py"),
+        (
+            [],
+            {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "1"},
+            "accelerate launch --mixed_precision bf16 train.py",
+        ),
         ([], {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "4"}, "accelerate launch --num_processes 4 train.py"),
         (
             [],
@@ -341,6 +345,15 @@ def test_peak_memory_is_at_least_what_was_used():
     held = bytearray(300_000_000)
     held[::4096] = b"x" * len(held[::4096])
     assert peak_memory_bytes()["process"] > 300_000_000
+
+
+def test_peak_memory_is_the_largest_of_all_processes(monkeypatch):
+    monkeypatch.setattr(
+        records,
+        "gather_object",
+        lambda own: [{"process": 5, "gpu0": 7, "gpu1": 0}, {"process": 6, "gpu0": 0, "gpu1": 8}],
+    )
+    assert peak_memory_bytes() == {"process": 6, "gpu0": 7, "gpu1": 8}
 
 
 def test_time_is_utc_to_the_second(monkeypatch):

@@ -34,7 +34,15 @@ from tweetdora.generation import LabelParser
 from tweetdora.modeling import DTYPES, attach_adapter, load_base
 from tweetdora.packing import PackedCollator, PaddedCollator
 from tweetdora.prompts import Encoder, encode_rows
-from tweetdora.trainer import AnswerTrainer, StopOnSignal, TrainingDiverged, supervised_loss_sum
+from tweetdora.trainer import (
+    AnswerTrainer,
+    StopOnSignal,
+    TrainingDiverged,
+    after_divergence,
+    mean_loss,
+    supervised_loss_sum,
+    training_seconds,
+)
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 TIMEOUT = 120  # seconds for a process; they take about ten
@@ -312,15 +320,29 @@ def test_a_loss_that_is_nan_stops_the_training_and_names_step_and_rows(laborator
         next(weight for name, weight in trainer.model.named_parameters() if "lora_B" in name).fill_(float("nan"))
     with pytest.raises(
         TrainingDiverged,
-        match=r"^the loss is nan in step 1, training rows \[(\d, ){4}\d\]. Lower --learning_rate, or try --precision "
-        rf"fp32; the checkpoints before this step in {trainer.args.output_dir} are good.$",
+        match=r"^the loss is nan in step 1, training rows \[(\d, ){4}\d\]. "
+        r"Start anew in another --output_dir with a lower --learning_rate.$",
     ):
         trainer.train()
 
 
+@pytest.mark.parametrize(("precision_name", "also"), [("fp32", ""), ("bf16", " or with --precision fp32")])
+def test_advice_after_a_divergence_is_what_can_be_done(precision_name, also, tmp_path, monkeypatch):
+    """A resumed run must have the same settings; a checkpoint is spoken of only if there is one."""
+    monkeypatch.setattr(precision, "has_bf16", lambda device_type: True)
+    training = TrainConfig(output_dir=str(tmp_path), precision=precision_name, report_to=[])
+    start = f"Start anew in another --output_dir with a lower --learning_rate{also}"
+    assert after_divergence(training) == f"{start}."
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text("{}")
+    assert (
+        after_divergence(training) == f"{start}; the adapter in {tmp_path}/checkpoint-20 is from before it, and good."
+    )
+
+
 def test_a_learning_rate_that_blows_up_is_noticed(laboratory):
     with pytest.raises(TrainingDiverged, match="in step [23]"):
-        laboratory.train(learning_rate=1e30, adapter={"method": "lora"}, max_steps=4)
+        laboratory.train(learning_rate=1e38, adapter={"method": "lora"}, max_steps=4)
 
 
 def test_a_gradient_that_is_nan_stops_the_training_before_it_reaches_the_weights(laboratory):
@@ -429,8 +451,43 @@ def test_speed_leaves_out_what_came_before_the_first_step(laboratory, monkeypatc
 def test_log_lines_hold_loss_speed_and_learning_rate(laboratory):
     trainer = laboratory.train(max_steps=4, logging_steps=2)
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
-    expected = {"loss", "grad_norm", "learning_rate", "tweets_per_second", "tokens_per_second", "epoch", "step"}
+    expected = {"loss", "grad_norm", "learning_rate", "seconds", "tweets_per_second", "tokens_per_second"}
+    expected |= {"epoch", "step"}
     assert [(set(line), line["step"]) for line in lines] == [(expected, 2), (expected, 4)]
+
+
+def test_each_checkpoint_and_the_end_have_a_training_line(laboratory):
+    """A run that is resumed from a checkpoint knows of the steps before it what the lines say."""
+    trainer = laboratory.train(max_steps=5, logging_steps=100, save_strategy="steps", save_steps=2)
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [2, 4, 5]
+
+
+def test_the_last_line_has_the_mean_loss_of_all_steps(laboratory):
+    every = losses(laboratory.train(max_steps=5, logging_steps=1))
+    trainer = laboratory.train(max_steps=5, logging_steps=3)
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(sum(every) / 5, rel=1e-6)
+
+
+def test_mean_loss_weighs_a_line_by_its_steps():
+    """By hand: (2 * 4 + 1 * 1) / 3."""
+    assert mean_loss([{"step": 2, "loss": 4.0}, {"step": 2, "eval_loss": 9.0}, {"step": 3, "loss": 1.0}]) == 3
+
+
+def test_seconds_of_a_resumed_run_go_on_from_its_checkpoint(laboratory, monkeypatch):
+    """A clock that stands still but for ten seconds in each step."""
+    clock = SimpleNamespace(now=0)
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.now += 10
+
+    first = laboratory.train(save_strategy="steps", save_steps=2, callbacks=[Tick()])
+    assert training_seconds(first.state.log_history) == 30
+    clock.now = 1000
+    resumed = laboratory.trainer(max_steps=4, callbacks=[Tick()])
+    resumed.train(resume_from_checkpoint=str(Path(first.args.output_dir) / "checkpoint-2"))
+    assert [line["seconds"] for line in resumed.state.log_history] == [10, 20, 30, 40, 40]
 
 
 # Checkpoints
@@ -501,6 +558,12 @@ def test_a_signal_ends_the_training_after_the_step_with_a_checkpoint(number, lab
     trainer = laboratory.train(max_steps=5, save_strategy="steps", save_steps=100, callbacks=[stop, Raise(2, number)])
     assert (trainer.state.global_step, stop.signal_number) == (2, number)
     assert (Path(trainer.args.output_dir) / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_a_signal_in_the_last_step_changes_nothing(laboratory, validation_rows):
+    settings = {"validation": validation_rows, "eval_steps": 1, "max_new_tokens": 1, "max_steps": 2}
+    trainer = laboratory.train(callbacks=[StopOnSignal(), Raise(2, signal.SIGINT)], **settings)
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [1, 2]
 
 
 def test_a_stopped_training_skips_the_validation(laboratory, validation_rows):
@@ -628,3 +691,95 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapt
     assert run["tracker"] == stopped["tracker"]
     tracked = {path.name.rpartition("-")[2] for path in run_dir.glob("wandb/offline-run-*")}
     assert tracked == {run["tracker"]["id"]}
+
+
+SHORT = ("--max_steps", "4", "--eval_samples", "0", "--logging_steps", "3")
+
+
+def interrupt(monkeypatch, step: int) -> None:
+    """Ctrl-C in a step of the train.py runs that follow, by way of a callback that the script adds."""
+    monkeypatch.setattr(trainer_module, "TrackAnswers", lambda trainer: Raise(step, signal.SIGINT))
+
+
+def test_ctrl_c_in_the_last_step_is_a_finished_run(sharp_dir, data_dir, tmp_path, monkeypatch, capsys):
+    interrupt(monkeypatch, 4)
+    assert run_here(command(sharp_dir, data_dir, tmp_path / "run", *SHORT)) == 0
+    run = read_run_file(tmp_path / "run")
+    assert (run["status"], run["result"]["steps"]) == ("finished", 4)
+    assert "Stopped" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_records_the_whole_run(sharp_dir, data_dir, tmp_path, monkeypatch):
+    """Loss, seconds, and the command that a reader of the card can type."""
+    arguments = command(sharp_dir, data_dir, tmp_path / "stopped", *SHORT)
+    assert run_here(command(sharp_dir, data_dir, tmp_path / "straight", *SHORT)) == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        patch.setattr(sys, "argv", ["train.py", "--the", "first"])
+        patch.setattr("time.gmtime", lambda: (2026, 3, 4, 5, 6, 7, 2, 63, 0))
+        assert run_here(arguments) == 130
+    state = json.loads((tmp_path / "stopped" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert run_here([*arguments, "--resume_from_checkpoint", "true"]) == 0
+    straight, run = (read_run_file(tmp_path / name) for name in ("straight", "stopped"))
+    assert (run["command"], run["created"]) == ("python train.py --the first", "2026-03-04T05:06:07Z")
+    assert run["result"]["train_loss"] == pytest.approx(straight["result"]["train_loss"], rel=1e-6)
+    assert run["result"]["log_history"][-1]["train_loss"] == run["result"]["train_loss"], "what W&B shows"
+    assert run["result"]["seconds"] > training_seconds(state["log_history"]) > 0
+    assert run["adapter"] == straight["adapter"]
+
+
+@pytest.mark.parametrize("steps", ["3", "4"], ids=["end of an epoch", "within an epoch"])
+def test_a_run_that_was_killed_after_its_last_step_only_has_to_be_saved(steps, sharp_dir, data_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = command(sharp_dir, data_dir, run_dir, *SHORT, "--max_steps", steps)
+    assert run_here(arguments) == 0
+    whole = read_run_file(run_dir)
+    (run_dir / "run.json").write_text(json.dumps({**whole, "status": "started"}))
+    (run_dir / "adapter" / "adapter_model.safetensors").unlink()
+    assert run_here([*arguments, "--resume_from_checkpoint", "true"]) == 0
+    run = read_run_file(run_dir)
+    assert (run["status"], run["result"]["steps"]) == ("finished", int(steps))
+    assert (run_dir / "adapter" / "adapter_model.safetensors").is_file()
+    assert run["adapter"] == whole["adapter"]
+    assert run["result"]["train_loss"] == whole["result"]["train_loss"]
+    assert run["result"]["seconds"] == pytest.approx(whole["result"]["seconds"], abs=0.5)
+
+
+# Process 1 of two gets a loss that is not finite. Process 0 needs a while to say so in the record, which the launcher
+# must leave it: it asks the others to end when one has failed.
+BROKEN_PROCESS = """
+import os, runpy, sys, time
+sys.path.insert(0, {root!r})
+from tweetdora import records, trainer
+write_json = records.write_json
+def slow(path, record):
+    time.sleep(3 if record["status"] == "diverged" else 0)
+    write_json(path, record)
+records.write_json = slow
+loss_sum = trainer.supervised_loss_sum
+def broken(model, batch):
+    return loss_sum(model, batch) * (float("nan") if os.environ["RANK"] == "1" and model.training else 1.0)
+trainer.supervised_loss_sum = broken
+sys.argv[0] = "train.py"
+sys.exit(runpy.run_path({root!r} + "/train.py")["main"]())
+"""
+
+
+def test_a_loss_that_is_nan_in_one_process_stops_all(sharp_dir, data_dir, tmp_path):
+    """Left alone, the others would wait for it until the launcher kills them, and the record would say "started"."""
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN_PROCESS.format(root=str(REPO_DIR)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = command(sharp_dir, data_dir, tmp_path / "run", "--batching", "padded")
+    process = start(
+        [*launch, "--redirects", "3", "--log-dir", str(tmp_path / "logs"), str(script), *arguments], tmp_path
+    )
+    finish(process)
+    assert process.returncode == 1
+    assert read_run_file(tmp_path / "run")["status"] == "diverged"
+    said = [path.read_text() for path in sorted((tmp_path / "logs").rglob("stderr.log"))]
+    found = [
+        re.findall(r"InputError: the loss is nan in step 1, training rows (\[.*?\])\. Start anew", text)
+        for text in said
+    ]
+    assert len(found) == 2 and found[0] == found[1] and len(json.loads(found[0][0])) == 8

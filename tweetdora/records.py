@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from tweetdora.config import RUNS_DIR
 from tweetdora.errors import InputError
@@ -168,6 +169,8 @@ def command_line() -> str:
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch always sets it
         processes = os.environ.get("WORLD_SIZE", "1")
         launcher = ["accelerate", "launch", *([] if processes == "1" else ["--num_processes", processes])]
+        if os.environ["ACCELERATE_MIXED_PRECISION"] != "no":
+            launcher += ["--mixed_precision", os.environ["ACCELERATE_MIXED_PRECISION"]]
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     return shlex.join([*launcher, os.path.basename(sys.argv[0]), *map(_without_folders, sys.argv[1:])])
@@ -182,7 +185,15 @@ def _without_folders(word: str) -> str:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Highest resident memory of this process, and of each GPU's allocator."""
+    """Highest resident memory of a process, and of each GPU's allocator: the largest figures of all processes.
+
+    All processes must call it.
+    """
+    peaks = gather_object([_own_peak_memory_bytes()])
+    return {name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]}
+
+
+def _own_peak_memory_bytes() -> dict[str, int]:
     # Linux counts ru_maxrss in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

@@ -1,5 +1,6 @@
 """The Trainer: loss on answers only, validation by generation, and a stop that loses nothing."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -12,15 +13,17 @@ from accelerate.utils import gather, gather_object
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from tweetdora.attention import check_packable
-from tweetdora.config import TaskConfig
+from tweetdora.config import TaskConfig, TrainConfig
 from tweetdora.data import Rows
 from tweetdora.generation import Answer, answer_rows
 from tweetdora.metrics import measure
 from tweetdora.modeling import save_adapter
 from tweetdora.packing import PackedCollator, PaddedCollator, token_count
+from tweetdora.plan import last_checkpoint
 from tweetdora.prompts import IGNORE_INDEX, Encoder, encode_rows
 from tweetdora.tracking import log_answers
 
@@ -29,7 +32,7 @@ LOGGED_SCORES = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_ra
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is NaN or infinite."""
+    """The loss or a gradient is NaN or infinite."""
 
 
 class AnswerTrainer(Trainer):
@@ -55,8 +58,11 @@ class AnswerTrainer(Trainer):
         self.task, self.encoder, self.validation_rows = task, encoder, validation_rows
         self.last_answers: list[Answer] = []
         self.add_callback(StopOnBrokenGradient(self))
+        self.add_callback(LogBeforeCheckpoint())
         # compute_loss divides by the supervised tokens of the whole step, so accumulation must not divide again.
         self.loss_is_scaled_for_ga = True
+        # When the run would have begun had it never been interrupted; None before the first step.
+        self._started: float | None = None
         self._window_started, self._window_rows, self._window_tokens = None, 0, 0
 
     @torch.no_grad()
@@ -82,8 +88,9 @@ class AnswerTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One forward and backward pass; rows and tokens are counted for the log."""
-        if self._window_started is None:  # the first step, not what was set up before it
+        if self._started is None:  # the first step, not what was set up before it
             self._window_started = time.perf_counter()
+            self._started = self._window_started - training_seconds(self.state.log_history)
         self._window_rows += len(inputs["row_ids"])
         self._window_tokens += token_count(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
@@ -102,18 +109,27 @@ class AnswerTrainer(Trainer):
         """
         labels = inputs["labels"]  # (B, K)
         total = supervised_loss_sum(model, inputs)
-        if not torch.isfinite(total):
-            raise TrainingDiverged(
-                f"the loss is {total.item()} in step {self.state.global_step + 1}, training rows "
-                f"{inputs['row_ids'].tolist()}. Lower --learning_rate, or try --precision fp32; the checkpoints "
-                f"before this step in {self.args.output_dir} are good."
-            )
+        self._check_finite(total.detach(), inputs["row_ids"])
         if num_items_in_batch is None:
             loss = total / (labels != IGNORE_INDEX).sum()
         else:
             # Gradients are averaged over processes, and the count is the sum over processes.
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
+    def _check_finite(self, loss_sum: torch.Tensor, row_ids: torch.Tensor) -> None:
+        """Refuse a loss that is not finite, in all processes at once: one alone would leave the others waiting."""
+        broken = not torch.isfinite(loss_sum)
+        if self.accelerator.num_processes > 1:
+            broken = bool(self.accelerator.reduce(torch.tensor(int(broken), device=loss_sum.device)))
+        if broken:
+            own = [] if torch.isfinite(loss_sum) else [(loss_sum.item(), row_ids.tolist())]
+            found = gather_object(own)
+            rows = [row for _, process_rows in found for row in process_rows]
+            raise TrainingDiverged(
+                f"the loss is {found[0][0]} in step {self.state.global_step + 1}, training rows {rows}. "
+                + after_divergence(self.args)
+            )
 
     def evaluation_loop(
         self,
@@ -158,15 +174,25 @@ class AnswerTrainer(Trainer):
         return parts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tweets and tokens per second since the last line to the training lines."""
+        """Add the seconds of the whole run to each line, and the speed since the last line to the training lines."""
+        now = time.perf_counter()
+        if self._started is not None:
+            logs["seconds"] = round(now - self._started, 2)
+        if "train_loss" in logs:  # the Trainer's own is the mean since the last resume
+            logs["train_loss"] = mean_loss(self.state.log_history)
         if "loss" in logs:
-            seconds = time.perf_counter() - self._window_started
+            seconds = now - self._window_started
             counts = torch.tensor([self._window_rows, int(self._window_tokens)], device=self.args.device)
             rows, tokens = self.accelerator.reduce(counts).tolist()
             logs["tweets_per_second"] = round(rows / seconds, 2)
             logs["tokens_per_second"] = round(tokens / seconds, 1)
         super().log(logs, start_time)
         self._window_started, self._window_rows, self._window_tokens = time.perf_counter(), 0, 0
+
+    def take_over(self, checkpoint: str) -> None:
+        """Take adapter and history of a checkpoint after which there is nothing left to train."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; a checkpoint holds no base model, tokenizer or pickled arguments."""
@@ -181,6 +207,49 @@ def supervised_loss_sum(model: nn.Module | PeftModel, batch: dict[str, Any]) -> 
     return nn.functional.cross_entropy(
         logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
+
+
+def mean_loss(log_history: Sequence[dict[str, float]]) -> float:
+    """Mean training loss over all steps of a run, however often it was resumed.
+
+    Each training line holds the mean of the steps since the line before it:
+
+    >>> mean_loss([{"step": 2, "loss": 4.0}, {"step": 2, "eval_loss": 9.0}, {"step": 3, "loss": 1.0}])
+    3.0
+    """
+    total, before = 0.0, 0
+    for line in log_history:
+        if "loss" in line:
+            total += line["loss"] * (line["step"] - before)
+            before = line["step"]
+    return total / before
+
+
+def training_seconds(log_history: Sequence[dict[str, float]]) -> float:
+    """Seconds that a run has trained for by its last log line, without the pauses between its resumptions."""
+    return max((line.get("seconds", 0.0) for line in log_history), default=0.0)
+
+
+def after_divergence(training: TrainConfig) -> str:
+    """What can be done about a run that diverged; resumed, it must have the same settings, and diverges again."""
+    precision = "" if training.precision == "fp32" else " or with --precision fp32"
+    checkpoint = last_checkpoint(training.output_dir)
+    good = f"; the adapter in {checkpoint} is from before it, and good" if checkpoint else ""
+    return f"Start anew in another --output_dir with a lower --learning_rate{precision}{good}."
+
+
+class LogBeforeCheckpoint(TrainerCallback):
+    """A training line for each checkpoint and for the end: no step is missing from the lines of a resumed run."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for the line. A checkpoint may also follow from a validation (--save_strategy best)."""
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            control.should_log = True
+        return control
+
+    on_epoch_end = on_step_end
 
 
 class StopOnBrokenGradient(TrainerCallback):
@@ -201,9 +270,9 @@ class StopOnBrokenGradient(TrainerCallback):
             return  # the loss scaler skips such a step and lowers its scale
         gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            # Gradients are the same in all processes by now, so all of them stop here.
             raise TrainingDiverged(
-                f"a gradient is not finite in step {state.global_step + 1}. Lower --learning_rate, or try --precision "
-                f"fp32; the checkpoints in {args.output_dir} are good."
+                f"a gradient is not finite in step {state.global_step + 1}. {after_divergence(args)}"
             )
 
 
@@ -235,7 +304,7 @@ class StopOnSignal(TrainerCallback):
         if args.world_size > 1:  # a signal may have reached one process only, or one process a step earlier
             number = int(gather(torch.tensor([number], device=args.device)).max())
             self.signal_number = number or None
-        if number:
+        if number and state.global_step < state.max_steps:  # after the last step there is nothing to stop
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
         return control
 
