@@ -271,31 +271,16 @@ def test_models_with_plain_attention_are_packable(kind, make_model):
     check_packable(make_model(kind))
 
 
-MASKED_BY_LAYERS = {
+UNPACKABLE = {
     # The two keep their window in the mask, which a packed batch does not have.
     "qwen2_moe": (
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "moe_intermediate_size": 32}
         | {"shared_expert_intermediate_size": 32, "num_experts": 2, "num_experts_per_tok": 1},
-        "keeps its window of 4 tokens in the mask",
+        "its layers keep their window of 4 tokens in the mask",
     ),
-    "phimoe": ({"sliding_window": 4, "num_local_experts": 2}, "keeps its window of 4 tokens in the mask"),
+    "phimoe": ({"sliding_window": 4, "num_local_experts": 2}, "its layers keep their window of 4 tokens in the mask"),
     # A mask that depends on the tokens.
-    "doge": ({}, "makes a mask of its own"),
-}
-
-
-@pytest.mark.parametrize("kind", MASKED_BY_LAYERS)
-def test_layers_that_need_the_mask_are_refused_when_a_packed_batch_reaches_them(kind, make_model):
-    settings, reason = MASKED_BY_LAYERS[kind]
-    model = make_model(kind, **settings)
-    model.set_attn_implementation(ATTENTION)
-    batch = PackedCollator()(ROWS)
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask", "packing")}
-    with torch.no_grad(), pytest.raises(InputError, match=f"^--batching packed: .*Attention {reason}. Use --batching"):
-        model(**inputs, use_cache=False)
-
-
-UNPACKABLE = {
+    "doge": ({}, "its layers make masks of their own"),
     "gemma2": ({}, "it caps attention scores"),
     "gpt_oss": (
         {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "rope_parameters": {"rope_type": "default"}},
@@ -315,3 +300,9 @@ def test_models_with_more_than_plain_attention_are_refused_with_the_flag_that_he
     settings, reason = UNPACKABLE[kind]
     with pytest.raises(InputError, match=f"^--batching packed does not fit {kind}: {reason}. Use --batching padded"):
         check_packable(make_model(kind, **settings))
+
+
+def test_looking_whether_a_model_is_packable_leaves_its_attention(make_model):
+    model = make_model("llama")
+    check_packable(model)
+    assert model.config._attn_implementation == "sdpa"

@@ -15,13 +15,13 @@ from tweetdora.generation import (
     Answer,
     LabelParser,
     answer_rows,
+    generate_packed,
     generate_plainly,
-    generate_sharing_prefix,
 )
 
 WORDS = ["negative", "neutral", "positive"]
 KINDS = ["llama", "mistral", "qwen2"]
-WAYS = [generate_sharing_prefix, generate_plainly]
+WAYS = [generate_packed, generate_plainly]
 NEW = 8  # longest answer, in tokens
 
 
@@ -137,6 +137,7 @@ def make_varied(make_model):
         model = make_model(kind, **{"initializer_range": 0.3, **overrides})
         with torch.no_grad():
             model.lm_head.weight[:5] = 0
+        model.set_attn_implementation(ATTENTION)  # as load_base does; without a packed batch it is transformers' own
         return model
 
     return make
@@ -166,7 +167,8 @@ def common_tokens(sequences: list[list[int]], count: int) -> list[int]:
 @pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
 def way(request, monkeypatch):
     """answer_rows takes this way to generate."""
-    monkeypatch.setattr(generation, "is_packable", lambda model: request.param is generate_sharing_prefix)
+    if request.param is generate_plainly:
+        monkeypatch.setattr(generation, "ATTENTION", "another")
     return request.param
 
 
@@ -184,7 +186,6 @@ def test_answers_are_those_of_a_plain_greedy_loop(make_varied, tokenizer, encode
     unstopped = [greedy(model, prompt) for prompt in prompts]
     assert len({tuple(ids) for ids in unstopped}) > len(prompts) / 2, "the answers must differ to show anything"
     more_stops = common_tokens(unstopped, 3)
-    model.set_attn_implementation(ATTENTION)  # as load_base does; the loop above had transformers' own
     model.generation_config.eos_token_id = more_stops
     stop_ids = [4, *more_stops]
     expected = [up_to_stop(ids, stop_ids) for ids in unstopped]
@@ -212,10 +213,12 @@ def test_a_row_that_has_written_any_of_the_stop_tokens_leaves_the_batch(make_var
     expected = [up_to_stop(ids, stop_ids) for ids in unstopped]
     assert {ids[-1] for ids in expected} >= set(stop_ids), "each of them stops a row"
     sizes = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    assert generate_sharing_prefix(model, prompts, stop_ids, NEW) == expected
-    # One call for the prefix, then as many rows as are still going.
-    assert sizes == [1, *(sum(len(ids) > step for ids in expected) for step in range(max(map(len, expected))))]
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[1]))
+    assert generate_packed(model, prompts, stop_ids, NEW) == expected
+    going = [sum(len(ids) > step for ids in expected) for step in range(max(map(len, expected)))]
+    assert sizes[0] == going[0] == len(prompts) and going[-1] < len(prompts) / 2
+    for before, size, left in zip(sizes[:-1], sizes[1:], going[1:], strict=True):
+        assert size == (left if left <= 0.75 * before else before)
 
 
 @pytest.mark.parametrize("generate", WAYS)
@@ -393,4 +396,4 @@ def test_what_is_packable_shares_its_prefix_and_what_is_not_is_answered_too(
     answers_of(make_varied(), tokenizer, encoder, few)
     gemma2 = {"head_dim": 8, "attn_logit_softcapping": 50.0, "pad_token_id": 0}
     assert len(answers_of(make_model("gemma2", **gemma2), tokenizer, encoder, few)) == 3
-    assert taken == ["generate_sharing_prefix", "generate_plainly"]
+    assert taken == ["generate_packed", "generate_plainly"]

@@ -7,11 +7,15 @@ rows, padded to the longest only inside this function, attend to N x L x (P + L)
     prefix              causal   –
     row 0 … N-1         all      causal
 
+While rows are answered, their keys and values are kept in an AnswerCache; a token of each row is then a packed batch
+again, whose keys are those that are kept.
+
 It is an attention function in transformers' own interface (transformers.AttentionInterface), so the models' code stays
 as it is. `packing` reaches it as an extra argument of model(...); without it the function is transformers' own
 scaled_dot_product_attention, so one setting serves training and generation.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +27,33 @@ from transformers.masking_utils import sdpa_mask
 from tweetdora.errors import InputError
 
 ATTENTION = "tweetdora"
+# On a CPU, products that keep all N x H x L x (P + L) scores take half the time of torch's fused attention, its
+# gradient above all. Beyond so many scores they would take too much memory: kept for the gradient, and without one.
+_KEPT_SCORES, _SCORES = 2**22, 2**25
+
+
+class NotPackable(RuntimeError):
+    """The attention of a model's layers is more than this module computes."""
+
+
+@dataclass
+class AnswerCache:
+    """Keys and values of N rows that are being answered, for each layer by its number.
+
+    `prompts` holds those of the prompts, two of (N, G, P + L, D), padded on the right; `seen` (N, P + L) says which of
+    them are tokens. `answers` holds those of the new tokens, two of (N, G, new tokens, D).
+    """
+
+    prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    answers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    seen: torch.Tensor | None = None
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows only, given by number."""
+        for part in (self.prompts, self.answers):
+            for layer, (keys, values) in part.items():
+                part[layer] = keys[rows], values[rows]
+        self.seen = self.seen[rows]
 
 
 def attention(
@@ -39,17 +70,21 @@ def attention(
 
     With `packing` (see PackedCollator) B is 1 and S is T.
     """
+    if packing is not None:
+        _refuse_other_masks(module, attention_mask, kwargs)
+        if packing.get("answering"):
+            return _answer_attention(query, key, value, packing["cache"], module.layer_idx, **kwargs), None
+        output, keys, values = _packed_attention(query, key, value, packing, **kwargs)
+        if "cache" in packing:
+            packing["cache"].prompts[module.layer_idx] = keys, values
+        return output, None
     dtype = query.dtype
     if query.device.type == "cpu" and query.element_size() < 4:
-        # Small matrix products in bf16 spend their time on copies on a CPU; float32 is faster and more exact.
+        # torch's fused attention takes longer in bf16 than in float32 on a CPU (LOG.md), and is less exact.
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
-    if packing is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    else:
-        _refuse_other_masks(module, attention_mask, kwargs)
-        output = _packed_attention(query, key, value, packing, **kwargs)
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output.to(dtype), None
 
 
@@ -57,16 +92,13 @@ def _refuse_other_masks(module: nn.Module, attention_mask: torch.Tensor | None, 
     """Refuse layers that would have hidden more than causality and the passed window do; here it would not be hidden.
 
     Raises:
-        InputError: names the layer.
+        NotPackable: says what the layers do.
     """
     window = getattr(getattr(module, "config", None), "sliding_window", None)
     if window is not None and "sliding_window" not in kwargs:
-        said = f"keeps its window of {window} tokens in the mask"
-    elif attention_mask is not None and attention_mask.numel() > 1:  # the collator's place-holder has one element
-        said = "makes a mask of its own"
-    else:
-        return
-    raise InputError(f"--batching packed: {type(module).__name__} {said}. Use --batching padded, which is slower.")
+        raise NotPackable(f"its layers keep their window of {window} tokens in the mask")
+    if attention_mask is not None and attention_mask.numel() > 1:  # the collator's place-holder has one element
+        raise NotPackable("its layers make masks of their own")
 
 
 def _packed_attention(
@@ -78,25 +110,62 @@ def _packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention output (1, T, H, D), and keys and values (N, G, P + L, D) of the padded rows."""
     prefix = packing["prefix_length"]
     padded_length = packing["to_padded"].numel() // packing["row_count"]
-    own = []
+    of_prefix, own = [], []
     for states in (query, key, value):
-        rows = states[0, :, prefix:].index_select(1, packing["to_padded"])  # (heads, N * L, D)
-        own.append(rows.unflatten(1, (-1, padded_length)).transpose(0, 1))  # (N, heads, L, D)
-    row_query, row_key, row_value = own
-    count = row_query.shape[0]
-    row_key = torch.cat([key[:, :, :prefix].expand(count, -1, -1, -1), row_key], dim=2)  # (N, G, P + L, D)
-    row_value = torch.cat([value[:, :, :prefix].expand(count, -1, -1, -1), row_value], dim=2)
+        # Split, not sliced: the gradient of a slice is a tensor of zeros as large as the whole.
+        first, rest = states[0].transpose(0, 1).split([prefix, states.shape[2] - prefix])  # (P or T - P, heads, D)
+        rows = rest.index_select(0, packing["to_padded"])  # (N * L, heads, D)
+        of_prefix.append(first.transpose(0, 1))  # (heads, P, D)
+        own.append(rows.unflatten(0, (-1, padded_length)).transpose(1, 2))  # (N, heads, L, D)
+    keys, values = (  # (N, G, P + L, D)
+        torch.cat([first.expand(len(rows), -1, -1, -1), rows], dim=2)
+        for first, rows in zip(of_prefix[1:], own[1:], strict=True)
+    )
     mask = _causal_mask(prefix + padded_length, sliding_window, query.device)
-    output = _attend(row_query, row_key, row_value, mask[prefix:], scaling, dropout)  # (N, H, L, D)
-    output = output.transpose(0, 1).flatten(1, 2).index_select(1, packing["to_packed"])  # (H, T - P, D)
+    output = _attend(own[0], keys, values, mask[prefix:], scaling, dropout)  # (N, H, L, D)
+    output = output.transpose(1, 2).flatten(0, 1).index_select(0, packing["to_packed"])  # (T - P, H, D)
     if prefix:
-        states = (query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix])
-        of_prefix = _attend(*states, mask[:prefix, :prefix], scaling, dropout)[0]  # (H, P, D)
-        output = torch.cat([of_prefix, output], dim=1)
-    return output.transpose(0, 1).unsqueeze(0)  # (1, T, H, D)
+        prefix_output = _attend(*(states[None] for states in of_prefix), mask[:prefix, :prefix], scaling, dropout)[0]
+        output = torch.cat([prefix_output.transpose(0, 1), output])
+    return output.unsqueeze(0), keys, values
+
+
+def _answer_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: AnswerCache,
+    layer: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attention output (1, N, H, D) of one new token a row, query (1, H, N, D), key and value (1, G, N, D)."""
+    new = [states[0].transpose(0, 1)[:, :, None] for states in (key, value)]  # (N, G, 1, D)
+    if layer in cache.answers:
+        new = [torch.cat([old, states], dim=2) for old, states in zip(cache.answers[layer], new, strict=True)]
+    cache.answers[layer] = new[0], new[1]
+    keys, values = cache.prompts[layer]  # (N, G, P + L, D)
+    count, groups, prompt_length, width = keys.shape
+    query = query[0].transpose(0, 1).reshape(count, groups, -1, width)  # (N, G, H / G, D)
+    query = query * (scaling if scaling is not None else width**-0.5)
+    scores = torch.cat([query @ keys.transpose(2, 3), query @ new[0].transpose(2, 3)], dim=-1)
+    number = new[0].shape[2]
+    seen = torch.cat([cache.seen, cache.seen.new_ones(count, number)], dim=1)  # (N, P + L + new)
+    if sliding_window is not None:
+        # A row's new tokens stand behind its own last one, not behind the padding.
+        places = torch.arange(prompt_length, device=keys.device).expand(count, -1)
+        answered = cache.seen.sum(1, keepdim=True) + torch.arange(number, device=keys.device)
+        places = torch.cat([places, answered], dim=1)
+        seen = seen & (places[:, -1:] - places < sliding_window)
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    weights = torch.softmax(scores, dim=-1)
+    output = weights[..., :prompt_length] @ values + weights[..., prompt_length:] @ new[1]  # (N, G, H / G, D)
+    return output.reshape(1, count, -1, width)
 
 
 def _causal_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -118,10 +187,25 @@ def _attend(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    grouped = key.shape[1] != query.shape[1]
-    return nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped
-    )
+    """Attention output (N, H, L, D) for query (N, H, L, D), key and value (N, G, S, D) and mask (L, S)."""
+    count, heads, length, width = query.shape
+    groups, seen = key.shape[1:3]
+    most = _KEPT_SCORES if torch.is_grad_enabled() else _SCORES
+    if query.device.type != "cpu" or dropout or count * heads * length * seen > most:
+        dtype = query.dtype
+        if query.device.type == "cpu" and query.element_size() < 4:
+            query, key, value = query.float(), key.float(), value.float()
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=groups != heads
+        )
+        return output.to(dtype)
+    # The heads that share keys stand below one another: one product for each row and group.
+    query = query.reshape(count * groups, -1, width)  # (N * G, H / G * L, D)
+    key, value = key.reshape(count * groups, seen, width), value.reshape(count * groups, seen, width)
+    hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf")).repeat(heads // groups, 1)
+    scale = scaling if scaling is not None else width**-0.5
+    scores = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=scale)  # (N * G, H / G * L, S)
+    return torch.bmm(torch.softmax(scores, dim=-1), value).view(count, heads, length, width)
 
 
 def check_packable(model: PreTrainedModel) -> None:
@@ -138,7 +222,7 @@ def check_packable(model: PreTrainedModel) -> None:
 
 
 def is_packable(model: PreTrainedModel) -> bool:
-    """Whether rows of the model may share the states of what they begin with."""
+    """Whether packed batches, and answers behind a shared prefix, fit the model."""
     return _why_not_packable(model) is None
 
 
@@ -152,6 +236,25 @@ def _why_not_packable(model: PreTrainedModel) -> str | None:
         return "its attention is more than scaled dot products"  # sinks in gpt-oss, for example
     if other := set(_layer_types(config)) - {"full_attention", "sliding_attention"}:
         return f"it has layers of the kind {', '.join(sorted(other))}"
+    return _try_packed_batch(model)
+
+
+@torch.no_grad()
+def _try_packed_batch(model: PreTrainedModel) -> str | None:
+    """Run two rows of a token behind a prefix of one; what the attention function says against the layers, or None."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        ids = torch.tensor([[0, 1, 2]], device=model.device)
+        places = torch.tensor([0, 1], device=model.device)
+        packing = {"prefix_length": 1, "row_count": 2, "to_padded": places, "to_packed": places}
+        mask = torch.ones(1, 1, 1, 1, device=model.device)
+        positions = torch.tensor([[0, 1, 1]], device=model.device)
+        model(input_ids=ids, position_ids=positions, attention_mask=mask, packing=packing, use_cache=False)
+    except NotPackable as reason:
+        return str(reason)
+    finally:
+        model.set_attn_implementation(before)
     return None
 
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from tweetdora.attention import ATTENTION, is_packable
 from tweetdora.config import ModelConfig
+from tweetdora.dora import DoraLinear
 from tweetdora.errors import InputError
 from tweetdora.records import ADAPTER_WEIGHTS, file_sha256
 
@@ -151,6 +152,8 @@ def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
         base_model_name_or_path=config.model_name_or_path,
         revision=config.model_revision,
     )
+    if config.method == "dora":
+        peft_config._register_custom_module({torch.nn.Linear: DoraLinear})
     return get_peft_model(base, peft_config, autocast_adapter_dtype=True)
 
 

@@ -35,35 +35,50 @@ class PackedCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         prefix = shared_prefix_length(examples)
-        own_lengths = [len(example["input_ids"]) - prefix for example in examples]
-        longest = max(own_lengths)
-        input_ids, positions = list(examples[0]["input_ids"][:prefix]), list(range(prefix))
-        keep, labels, to_padded, to_packed = [], [], [], []
-        for number, (example, length) in enumerate(zip(examples, own_lengths, strict=True)):
-            start = len(input_ids)
-            input_ids += example["input_ids"][prefix:]
-            positions += range(prefix, prefix + length)
+        batch, starts = pack([example["input_ids"] for example in examples], prefix)
+        keep, labels = [], []
+        for example, start in zip(examples, starts, strict=True):
             for offset, label in enumerate(example["labels"][prefix:]):
                 if label != IGNORE_INDEX:
                     keep.append(start + offset - 1)
                     labels.append(label)
-            to_padded += [*range(start - prefix, start - prefix + length), *[0] * (longest - length)]
-            to_packed += range(number * longest, number * longest + length)
-        return {
-            "input_ids": torch.tensor([input_ids]),
-            "position_ids": torch.tensor([positions]),
-            # transformers builds no T x T mask where it is given one of four dimensions; nothing reads this one.
-            "attention_mask": torch.ones(1, 1, 1, 1),
+        return batch | {
             "logits_to_keep": torch.tensor(keep),
             "labels": torch.tensor(labels),
             "row_ids": torch.tensor([example["row_id"] for example in examples]),
-            "packing": {
-                "prefix_length": prefix,
-                "row_count": len(examples),
-                "to_padded": torch.tensor(to_padded),
-                "to_packed": torch.tensor(to_packed),
-            },
         }
+
+
+def pack(rows: Sequence[list[int]], prefix: int) -> tuple[dict[str, Any], list[int]]:
+    """The inputs of a model for rows of token ids behind the `prefix` tokens that all begin with.
+
+    Returns input_ids, position_ids, attention_mask and packing, as PackedCollator describes them, and where in the
+    packed row each row's own tokens begin.
+    """
+    own_lengths = [len(row) - prefix for row in rows]
+    longest = max(own_lengths)
+    input_ids, positions = list(rows[0][:prefix]), list(range(prefix))
+    starts, to_padded, to_packed = [], [], []
+    for number, (row, length) in enumerate(zip(rows, own_lengths, strict=True)):
+        start = len(input_ids)
+        starts.append(start)
+        input_ids += row[prefix:]
+        positions += range(prefix, prefix + length)
+        to_padded += [*range(start - prefix, start - prefix + length), *[0] * (longest - length)]
+        to_packed += range(number * longest, number * longest + length)
+    batch = {
+        "input_ids": torch.tensor([input_ids]),
+        "position_ids": torch.tensor([positions]),
+        # transformers builds no T x T mask where it is given one of four dimensions; nothing reads this one.
+        "attention_mask": torch.ones(1, 1, 1, 1),
+        "packing": {
+            "prefix_length": prefix,
+            "row_count": len(rows),
+            "to_padded": torch.tensor(to_padded),
+            "to_packed": torch.tensor(to_packed),
+        },
+    }
+    return batch, starts
 
 
 def shared_prefix_length(examples: Sequence[dict[str, Any]]) -> int:

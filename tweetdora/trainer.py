@@ -54,7 +54,6 @@ class AnswerTrainer(Trainer):
         super().__init__(data_collator=collator, eval_dataset=validation, **trainer_arguments)
         if packed:
             check_packable(self.model.get_base_model())
-            self._try_packing()
         self.task, self.encoder, self.validation_rows = task, encoder, validation_rows
         self.last_answers: list[Answer] = []
         self.add_callback(StopOnBrokenGradient(self))
@@ -64,13 +63,6 @@ class AnswerTrainer(Trainer):
         # When the run would have begun had it never been interrupted; None before the first step.
         self._started: float | None = None
         self._window_started, self._window_rows, self._window_tokens = None, 0, 0
-
-    @torch.no_grad()
-    def _try_packing(self) -> None:
-        """One forward pass of two rows: what the attention function refuses comes up before the run is set up."""
-        batch = self.data_collator([self.train_dataset[index] for index in range(min(2, len(self.train_dataset)))])
-        with self.accelerator.autocast():
-            supervised_loss_sum(self.model, self._prepare_inputs(batch))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
