@@ -31,6 +31,7 @@ assets: $(VENV)/.runtime
 	$(BIN)/python -m tweetdora.quickstart
 
 $(VENV)/.runtime: requirements.txt
+	@echo "Installing the pinned packages into $(VENV), a minute or two ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

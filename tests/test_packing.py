@@ -49,6 +49,7 @@ def test_packed_batch_is_the_one_of_the_docstring():
             "prefix_length": 2,
             "row_count": 2,
             "to_padded": [0, 1, 2, 0, 3, 4, 5, 6],
+            "is_padding": [False, False, False, True, False, False, False, False],
             "to_packed": [0, 1, 2, 4, 5, 6, 7],
         },
     }
@@ -67,6 +68,7 @@ def test_packed_rows_that_share_nothing_have_no_prefix():
             "prefix_length": 0,
             "row_count": 2,
             "to_padded": [0, 1, 2, 3, 4, 5, 6, 7],
+            "is_padding": [False] * 8,
             "to_packed": [0, 1, 2, 3, 4, 5, 6, 7],
         },
     }
@@ -81,7 +83,13 @@ def test_packed_single_row_keeps_the_token_before_its_answer_out_of_the_prefix()
         "logits_to_keep": [2, 3],
         "labels": [8, 2],
         "row_ids": [3],
-        "packing": {"prefix_length": 2, "row_count": 1, "to_padded": [0, 1, 2], "to_packed": [0, 1, 2]},
+        "packing": {
+            "prefix_length": 2,
+            "row_count": 1,
+            "to_padded": [0, 1, 2],
+            "is_padding": [False] * 3,
+            "to_packed": [0, 1, 2],
+        },
     }
 
 
@@ -98,6 +106,7 @@ def test_packed_identical_rows_each_keep_the_token_before_their_answer():
             "prefix_length": 2,
             "row_count": 2,
             "to_padded": [0, 1, 2, 3, 4, 5],
+            "is_padding": [False] * 6,
             "to_packed": [0, 1, 2, 3, 4, 5],
         },
     }
@@ -116,6 +125,7 @@ def test_packed_answers_of_different_lengths_each_keep_their_own_loss():
             "prefix_length": 1,
             "row_count": 2,
             "to_padded": [0, 1, 2, 0, 0, 3, 4, 5, 6, 7],
+            "is_padding": [False] * 3 + [True] * 2 + [False] * 5,
             "to_packed": [0, 1, 2, 5, 6, 7, 8, 9],
         },
     }

@@ -426,7 +426,7 @@ def test_the_plan_says_all_that_the_run_will_be(describe, training, task, model_
         f"({100 * 1600 / parameters:.3f}%)",
         "training rows": f"48 of {task.dataset_name}, train: 16 negative, 16 neutral, 16 positive",
         "tokens": f"{tokens}, of which 112 carry loss; 0 texts cut to --max_length 512",
-        "validation": "12 rows every 20 steps",
+        "validation": "12 rows every 20 steps and at the end",
         "steps": "3 of 16 rows = 1 process(es) x 2 x 8; learning rate 0.0001, linear",
         "device": "cpu, 2 threads each",
         "precision": "fp32: asked for by --precision fp32",
@@ -448,7 +448,7 @@ def test_the_plan_says_that_there_is_neither_validation_nor_tracker(describe, tr
 
 def test_steps_below_one_are_a_share_of_all_steps(describe, training):
     settings = {"eval_steps": 0.125}
-    assert plan_lines(describe(**settings), training(**settings))["validation"] == "12 rows every 12.5 % of the steps"
+    assert plan_lines(describe(**settings), training(**settings))["validation"] == "12 rows every 12.5 % of the steps and at the end"
 
 
 def test_the_plan_says_how_many_gpus_stay_idle(describe, training):

@@ -271,7 +271,7 @@ def test_a_long_table_of_answers_is_cut_and_the_matrix_is_not(tmp_path):
 def test_a_run_goes_on_under_its_own_id(tmp_path):
     first = start_wandb(str(tmp_path), "a run", {})
     finish_wandb(exit_code=130)
-    again = start_wandb(str(tmp_path), "a run", {}, run_id=first["id"])
+    again = start_wandb(str(tmp_path), "a run", {}, tracker=first)
     finish_wandb()
     ids = [record.run.run_id for path in log_files(tmp_path) for record in read_log(path) if record.HasField("run")]
     assert again["id"] == first["id"]

@@ -24,15 +24,11 @@ from tweetdora.errors import InputError
 # The Trainer flags that --help shows; --help_all shows all.
 _SHOWN_TRAINER_FLAGS = {
     *TrainConfig.__annotations__,
-    "max_steps",
     "warmup_steps",
     "lr_scheduler_type",
     "weight_decay",
     "max_grad_norm",
-    "gradient_accumulation_steps",
     "seed",
-    "run_name",
-    "resume_from_checkpoint",
 } - {"logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters", "per_device_train_batch_size"}
 
 # Flags that take a truth value or a word: YAML's true is meant as it stands.

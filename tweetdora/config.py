@@ -213,6 +213,19 @@ class TrainConfig(TrainingArguments):
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows answered or scored at once."})
+    max_steps: int = field(
+        default=-1, metadata={"help": "Stop after N optimizer steps, whatever --num_train_epochs says; -1: do not."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Passes of one optimizer step; --global_batch_size rows are shared out over them."}
+    )
+    run_name: str | None = field(
+        default=None, metadata={"help": "Name of the run in its record and in W&B; none: the run folder's name."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "true: go on from the newest whole checkpoint of --output_dir; or name a checkpoint folder."},
+    )
     report_to: list[str] = field(
         default_factory=lambda: ["wandb"],
         metadata={"help": "Trackers; wandb runs offline when there is no login. none: no tracker."},

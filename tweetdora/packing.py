@@ -28,6 +28,7 @@ class PackedCollator:
         row_ids         [4, 7]
         packing         prefix_length 2, row_count 2
                         to_padded   [0, 1, 2, 0, 3, 4, 5, 6]   (N * L,), own tokens of the N rows, padded to length L
+                        is_padding  [0, 0, 0, 1, 0, 0, 0, 0]   (N * L,)
                         to_packed   [0, 1, 2, 4, 5, 6, 7]      (T - 2,), the way back
 
     (`to_padded` counts from behind the prefix; a padding place repeats token 0, and nothing ever looks at it.)
@@ -58,13 +59,14 @@ def pack(rows: Sequence[list[int]], prefix: int) -> tuple[dict[str, Any], list[i
     own_lengths = [len(row) - prefix for row in rows]
     longest = max(own_lengths)
     input_ids, positions = list(rows[0][:prefix]), list(range(prefix))
-    starts, to_padded, to_packed = [], [], []
+    starts, to_padded, is_padding, to_packed = [], [], [], []
     for number, (row, length) in enumerate(zip(rows, own_lengths, strict=True)):
         start = len(input_ids)
         starts.append(start)
         input_ids += row[prefix:]
         positions += range(prefix, prefix + length)
         to_padded += [*range(start - prefix, start - prefix + length), *[0] * (longest - length)]
+        is_padding += [False] * length + [True] * (longest - length)
         to_packed += range(number * longest, number * longest + length)
     batch = {
         "input_ids": torch.tensor([input_ids]),
@@ -75,6 +77,7 @@ def pack(rows: Sequence[list[int]], prefix: int) -> tuple[dict[str, Any], list[i
             "prefix_length": prefix,
             "row_count": len(rows),
             "to_padded": torch.tensor(to_padded),
+            "is_padding": torch.tensor(is_padding),
             "to_packed": torch.tensor(to_packed),
         },
     }

@@ -8,6 +8,7 @@ import numpy as np
 
 matplotlib.use("Agg")  # files only: a training machine has no screen
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 _STYLE = {
     "font.size": 10,
@@ -46,6 +47,7 @@ def _curve(axis: Any, points: Sequence[tuple[float, float]], colour: str, label:
     if points:
         steps, values = zip(*points, strict=True)
         axis.plot(steps, values, style, color=colour, label=label, markersize=4)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 2.85
 
 
 def plot_confusion(matrix: Sequence[Sequence[int]], label_words: Sequence[str], path: str, title: str) -> None:

@@ -63,7 +63,8 @@ def read_run(run_dir: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         runs = sorted(name for name in _folders(RUNS_DIR) if os.path.isfile(os.path.join(RUNS_DIR, name, RUN_FILE)))
         known = f"Run folders here: {', '.join(os.path.join(RUNS_DIR, name) for name in runs)}." if runs else ""
-        raise InputError(f"{run_dir} is not a run folder: it has no {RUN_FILE}. Train first with train.py. {known}")
+        why = f"it has no {RUN_FILE}" if os.path.isdir(run_dir) else "there is no such folder"
+        raise InputError(f"{run_dir} is not a run folder: {why}. Train first with train.py. {known}".rstrip())
     run = read_json(path)
     if run.get("record_version") != RECORD_VERSION:
         raise InputError(
@@ -149,7 +150,7 @@ def git_state() -> dict[str, Any] | None:
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
         commit = _git(here, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(here, "status", "--porcelain"))}
+        return {"commit": commit, "dirty": bool(_git(here, "status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
         return None
 

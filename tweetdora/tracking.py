@@ -32,29 +32,23 @@ def wandb_mode() -> tuple[str, str]:
 
 
 def start_wandb(
-    run_dir: str,
-    name: str,
-    config: dict[str, Any],
-    run_id: str | None = None,
-    tracker: dict[str, Any] | None = None,
+    run_dir: str, name: str, config: dict[str, Any], tracker: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Open the W&B run that the Trainer's callback then uses.
 
-    `tracker`, what an earlier call returned, continues that run where it lies, whatever the environment says now; with
-    `run_id` alone it is looked for in the environment's project.
+    `tracker`, what an earlier call returned, continues that run where it lies, whatever the environment says now.
 
     Returns what the run's record keeps: id, mode, address (None offline), project, and entity (None: the user's own).
     """
     mode, _ = wandb_mode()
-    tracker = tracker or {"id": run_id}
-    run_id = tracker["id"]
+    tracker = tracker or {}
     run = wandb.init(
         project=tracker.get("project") or os.environ.get("WANDB_PROJECT", "tweetdora"),
         entity=tracker.get("entity"),
         name=name,
         dir=run_dir,
-        id=run_id,
-        resume="allow" if run_id else None,
+        id=tracker.get("id"),
+        resume="allow" if tracker else None,
         mode=mode,
         config=config,
         settings=wandb.Settings(silent=True),
