@@ -13,6 +13,9 @@ confusion matrices; for a model or an adapter the same in runs/evaluations/owner
 if __name__ == "evaluate":
     raise ImportError("this is the script evaluate.py; to get the library here, import tweetdora.metrics first")
 
+import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
+
+# isort: split
 import os
 from typing import Any
 

@@ -7,6 +7,9 @@
 Reads <run folder>/run.json, adapter and evaluation/<split>.json; leaves <run folder>/publish, which is what is pushed.
 """
 
+import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
+
+# isort: split
 import os
 
 from tweetdora.cli import parse_with_target, run_script

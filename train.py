@@ -9,6 +9,9 @@ Leaves <run folder>/adapter, run.json, training.png and the last checkpoints; ev
 run folder from there.
 """
 
+import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
+
+# isort: split
 import os
 from typing import Any
 

@@ -108,7 +108,6 @@ def test_an_answer_ends_before_its_first_stop_token(tokenizer):
         Answer("", True, UNPARSED),
         Answer("neutral<|im_start|>", False, 1),  # a control token that does not stop is shown
     ]
-    assert read[0].to_dict() == {"text": "neutral", "stopped": True, "predicted": 1}
 
 
 # Generating

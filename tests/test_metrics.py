@@ -371,7 +371,3 @@ def test_a_class_without_rows_has_its_place_in_the_lines():
     # Always negative: 2 hits, 3 called so, 2 there.
     assert lines["majority"]["label"] == "negative"
     assert lines["majority"]["macro_f1"] == pytest.approx(4 / 5 / 3)
-
-
-def test_the_headline_is_a_metric_with_an_interval():
-    assert metrics.HEADLINE in INTERVAL_METRICS

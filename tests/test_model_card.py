@@ -180,7 +180,7 @@ def test_metadata_parses_back_to_the_records(records):
         "| learning rate | 3e-05, linear |",
         "| loss | on the answer and its stop token only: 20,000 of 830,000 tokens; mean over training 0.612 |",
         "| time | 12.6 minutes on 2 cores of Fast CPU |",
-        "| peak memory | 2.7 GB of the main process's memory |",
+        "| peak memory | 2.7 GB of one process's memory |",
         "| `train` | 10,000 | 4,000 | 6,000 |",
         "7 texts were cut to fit 512 tokens.",
         "32 of 32 answers equal token for token, largest difference of a logit 4.6e-05.",
@@ -304,7 +304,7 @@ def test_a_folder_never_passes_for_a_hub_id_and_a_hub_id_never_for_a_folder(reco
     [
         ("cuda", 2, "2 x Big GPU", "5.5 GB of one GPU's memory"),
         ("cuda", 1, "1 x Big GPU", "5.5 GB of one GPU's memory"),
-        ("cpu", 2, "2 cores of Fast CPU", "2.7 GB of the main process's memory"),
+        ("cpu", 2, "2 cores of Fast CPU", "2.7 GB of one process's memory"),
     ],
 )
 def test_hardware_is_what_was_used_not_what_was_there(records, device, processes, hardware, memory):

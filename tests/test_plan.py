@@ -448,7 +448,8 @@ def test_the_plan_says_that_there_is_neither_validation_nor_tracker(describe, tr
 
 def test_steps_below_one_are_a_share_of_all_steps(describe, training):
     settings = {"eval_steps": 0.125}
-    assert plan_lines(describe(**settings), training(**settings))["validation"] == "12 rows every 12.5 % of the steps and at the end"
+    lines = plan_lines(describe(**settings), training(**settings))
+    assert lines["validation"] == "12 rows every 12.5 % of the steps and at the end"
 
 
 def test_the_plan_says_how_many_gpus_stay_idle(describe, training):

@@ -155,7 +155,7 @@ def test_a_folder_that_is_no_run_is_refused_with_the_run_folders_there_are(run_d
 
 def test_a_folder_that_is_no_run_is_refused_where_there_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="^runs/x is not a run folder: there is no such folder. Train first with train.py"):
+    with pytest.raises(InputError, match="^runs/x is not a run folder: there is no such folder. Train first"):
         read_run("runs/x")
 
 

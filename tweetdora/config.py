@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 
 from tweetdora.errors import InputError
 from tweetdora.precision import decide_precision
@@ -217,14 +216,14 @@ class TrainConfig(TrainingArguments):
         default=-1, metadata={"help": "Stop after N optimizer steps, whatever --num_train_epochs says; -1: do not."}
     )
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Passes of one optimizer step; --global_batch_size rows are shared out over them."}
+        default=1, metadata={"help": "Passes of an optimizer step; --global_batch_size rows are shared out over them."}
     )
     run_name: str | None = field(
         default=None, metadata={"help": "Name of the run in its record and in W&B; none: the run folder's name."}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "true: go on from the newest whole checkpoint of --output_dir; or name a checkpoint folder."},
+        metadata={"help": "true: go on from the newest whole checkpoint of --output_dir; or a checkpoint folder."},
     )
     report_to: list[str] = field(
         default_factory=lambda: ["wandb"],
@@ -297,6 +296,9 @@ class TrainConfig(TrainingArguments):
         for name, reason in _REFUSED_ARGUMENTS.items():
             if (value := getattr(self, name)) not in (fields[name].default, None, ""):
                 raise InputError(f"--{name} is {value!r}, which does not fit here: {reason}. Leave it out.")
+        # Imported late: it says that W&B runs offline, which scripts without a tracker need not hear.
+        from transformers.integrations import get_available_reporting_integrations
+
         trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         installed = get_available_reporting_integrations()
         if trackers not in (["none"], ["all"]) and not set(trackers) <= set(installed):
@@ -373,7 +375,8 @@ class EvaluateConfig:
         metadata={"help": "Recipe that names the task, for a target that is not a run folder; none: tweet_eval."},
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Where the results go; none: <run folder>/evaluation."}
+        default=None,
+        metadata={"help": "Where results go; none: <run folder>/evaluation, or runs/evaluations/<model or adapter>."},
     )
     report_to: Literal["wandb", "none"] = field(
         default="wandb", metadata={"help": "Add the results to the training run's W&B run, if it has one."}
@@ -410,7 +413,8 @@ class PushConfig:
         default=None, metadata={"help": "Licence on the card; none: the base model's, where its card names one."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Where the publishable folder is built; none: <run folder>/publish."}
+        default=None,
+        metadata={"help": "Folder to build, new, empty or an earlier build; none: <run folder>/publish."},
     )
 
     def __post_init__(self) -> None:

@@ -3,9 +3,8 @@
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -33,10 +32,6 @@ class Answer:
     text: str
     stopped: bool  # by a stop token, before max_new_tokens ran out
     predicted: int  # class number, or UNPARSED
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a record."""
-        return asdict(self)
 
 
 class LabelParser:

@@ -16,7 +16,6 @@ import evaluate
 
 from tweetdora.generation import UNPARSED, Answer
 
-HEADLINE = "macro_f1"
 # What the bootstrap gives an interval to; all of them follow from the confusion matrix.
 INTERVAL_METRICS = ("macro_f1", "macro_recall", "accuracy")
 

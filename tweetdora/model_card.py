@@ -335,12 +335,12 @@ def _hardware(run: dict[str, Any]) -> str:
 
 
 def _peak_memory(run: dict[str, Any]) -> str:
-    """The main process's peak; the records hold no other's."""
+    """The peak of the process that used most."""
     peak = run["result"]["peak_memory_bytes"]
     if run["device"] == "cuda":
         used = max(size for name, size in peak.items() if name != "process")
         return f"{used / 1e9:.1f} GB of one GPU's memory"
-    return f"{peak['process'] / 1e9:.1f} GB of the main process's memory"
+    return f"{peak['process'] / 1e9:.1f} GB of one process's memory"
 
 
 def table_cell(text: str) -> str:

@@ -184,7 +184,7 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
         raise InputError(f"{folder} holds no adapter_config.json; expected an adapter folder that PEFT wrote.")
     try:
         return PeftModel.from_pretrained(base, folder).eval()
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
             f"the adapter in {folder} does not fit the base model {base.name_or_path}: "
             + " ".join(str(error).split())[:300]

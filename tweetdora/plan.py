@@ -213,7 +213,10 @@ def format_plan(run: dict[str, Any], training: TrainConfig) -> str:
             f"{data['tokens']:,}, of which {data['supervised_tokens']:,} carry loss; {data['cut_texts']:,} texts cut "
             f"to --max_length {run['task']['max_length']}",
         ),
-        ("validation", f"{validation['rows']:,} rows {_every(training.eval_steps)} and at the end" if validation else "none"),
+        (
+            "validation",
+            f"{validation['rows']:,} rows {_every(training.eval_steps)} and at the end" if validation else "none",
+        ),
         (
             "steps",
             f"{run['steps']:,} of {training.global_batch_size} rows = {training.world_size} process(es) x "
