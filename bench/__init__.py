@@ -1,0 +1,1 @@
+"""Side-by-side measurements against TRL and PEFT: python -m bench --help."""

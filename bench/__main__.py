@@ -1,0 +1,141 @@
+"""Measure this project side by side with TRL 1.16 and PEFT on the CPU, and print the table.
+
+    python -m bench                          # everything but --full, in about an hour and a half
+    python -m bench --only training memory   # some parts; the others stay in the record as they are
+    python -m bench --quick                  # a smoke test: 2 steps of 8 rows, into runs/bench/quick.json
+
+The parts: training (steps, losses, share of the GEMM rate, projection), memory, methods (DoRA against LoRA), prompts
+(longer ones), generation, launch, and full (the published recipe, with --full or --only full). Each runs in processes
+of its own, so that no part inherits another's memory; sides that are compared run in one process, in turn.
+
+Leaves every raw sample, with machine, versions and commit, in results/bench/cpu.json.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import importlib.metadata
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+
+from bench.report import table
+from bench.settings import Settings
+from tweetdora.cli import run_script
+from tweetdora.data import load_rows
+from tweetdora.records import RECORD_VERSION, environment, read_json, use_cpu_threads, utc_now, write_json
+
+# Of each part the function and its runs, the words between colons being the function's arguments.
+PARTS = {
+    "training": ("bench.training.measure_training", ["fp32", "bf16"]),
+    "memory": (
+        "bench.training.measure_memory",
+        ["fp32:ours", "fp32:trl", "bf16:ours", "bf16:trl", "bf16:trl_bf16"],
+    ),
+    "methods": (
+        "bench.variants.measure_methods",
+        ["fp32:k_v", "fp32:all-linear", "bf16:k_v", "bf16:all-linear"],
+    ),
+    "prompts": ("bench.variants.measure_prompts", ["bf16"]),
+    "generation": ("bench.generation.measure_generation", ["all"]),
+    "launch": ("bench.launch.measure_launch", ["all"]),
+    "full": ("bench.launch.measure_full", ["all"]),
+}
+OUTPUT, QUICK_OUTPUT = os.path.join("results", "bench", "cpu.json"), os.path.join("runs", "bench", "quick.json")
+QUICK = {
+    "batch_size": 8,
+    "steps": 2,
+    "warmup": 1,
+    "loss_steps": 2,
+    "answer_rows": 8,
+    "answer_batch": 4,
+    "tune_steps": 2,
+    "validation_rows": 8,
+    "train_rows": 64,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the parts asked for, one after the other; the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    options, settings = parse(argv)
+    if options.worker:
+        work(options.worker, settings, options.output)
+        return 0
+    output = options.output or (QUICK_OUTPUT if options.quick else OUTPUT)
+    record = read_json(output) if os.path.isfile(output) else {"record_version": RECORD_VERSION, "parts": {}}
+    for part in options.only:
+        header = describe(argv, settings)
+        samples = {variant: run_worker(part, variant, argv) for variant in PARTS[part][1]}
+        record["parts"][part] = {**header, "samples": samples}
+        write_json(output, record)
+    print(f"\n{table(record['parts'])}\n\nWrote {output}.")
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
+    """The flags: what runs, and the settings of the measurement."""
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"Parts to run: {', '.join(PARTS)}.")
+    parser.add_argument("--quick", action="store_true", help="2 steps of 8 rows: whether it runs, not how fast.")
+    parser.add_argument("--full", action="store_true", help="Run the whole published recipe too.")
+    parser.add_argument("--output", metavar="FILE", help=f"The record; without it {OUTPUT}.")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # this process is to do one run: part:variant
+    for item in dataclasses.fields(Settings):
+        text = f"{item.metadata['help']} ({item.default})"
+        parser.add_argument(f"--{item.name}", type=type(item.default), metavar="VALUE", help=text)
+    options = parser.parse_args(argv)
+    given = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.only is None:
+        options.only = [part for part in PARTS if part != "full"]
+    if options.full and "full" not in options.only:
+        options.only.append("full")
+    return options, Settings(**{**(QUICK if options.quick else {}), **given})
+
+
+def describe(argv: list[str], settings: Settings) -> dict[str, Any]:
+    """What a record says of a part beside its samples: when, how, on what and with which code."""
+    facts = environment()
+    facts["packages"]["trl"] = importlib.metadata.version("trl")
+    return {
+        "created": utc_now(),
+        "command": shlex.join(["python", "-m", "bench", *argv]),
+        "settings": dataclasses.asdict(settings),
+        "data": load_rows(settings.task(), "train").head(settings.train_rows).source,
+        "environment": facts,
+    }
+
+
+def run_worker(part: str, variant: str, argv: list[str]) -> Any:
+    """One run in a process of its own; its samples."""
+    print(f"{utc_now()} {part} {variant}", flush=True)
+    # Model and tweets are local; TRL and transformers would ask the Hub about them.
+    calm = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        output = os.path.join(folder, "samples.json")
+        command = [sys.executable, "-m", "bench", *argv, "--worker", f"{part}:{variant}", "--output", output]
+        subprocess.run(command, check=True, env={**os.environ, **calm})
+        return read_json(output)
+
+
+def work(job: str, settings: Settings, output: str) -> None:
+    """Do one run in this process."""
+    # sides.py sets a flag by TRL's name for it; transformers 5.23 has another.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    use_cpu_threads(torch.device("cpu"), 1)
+    part, *words = job.split(":")
+    module, _, function = PARTS[part][0].rpartition(".")
+    arguments = [] if words == ["all"] else words
+    write_json(output, getattr(importlib.import_module(module), function)(settings, *arguments))
+
+
+if __name__ == "__main__":
+    run_script(main, "python -m bench")

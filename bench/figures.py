@@ -1,0 +1,107 @@
+"""Medians, the operations of a step, and the table: plain numbers, no model."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles (the middle half lies between them).
+
+    >>> spread([4.0, 1.0, 2.0, 3.0, 9.0])
+    {'median': 3.0, 'q1': 2.0, 'q3': 4.0, 'n': 5}
+    """
+    if len(values) == 1:
+        return {"median": values[0], "q1": values[0], "q3": values[0], "n": 1}
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3, "n": len(values)}
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Spread of the ratios of pairs: what slows one member of a pair slows the other, so it cancels.
+
+    >>> ratios([6.0, 9.0, 40.0], [2.0, 3.0, 10.0])
+    {'median': 3.0, 'q1': 3.0, 'q3': 3.5, 'n': 3}
+    """
+    return spread([first / second for first, second in zip(above, below, strict=True)])
+
+
+@dataclass
+class ModelShape:
+    """The sizes of a Llama-like model that decide how much there is to compute."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+    head_width: int
+    vocabulary: int
+
+
+def step_operations(
+    shape: ModelShape, own_lengths: Sequence[int], prefix: int, supervised: int, rank: int
+) -> dict[str, int]:
+    """Multiplications and additions that a training step of a packed batch needs, adapter on k_proj and v_proj.
+
+    A product of (T, in) and (in, out) is 2 * T * in * out. With T the tokens of the packed batch (`prefix`, and
+    `own_lengths` of the rows), P the weights of the decoder's linear layers and K the supervised tokens:
+
+        linear     forward 2 P T; backward 2 P T for the gradient at the inputs. The weights are frozen and need none;
+                   nor do the inputs of the first layer's q, k and v, which are embeddings
+        attention  a query and a key that it sees: 2 * heads * head_width for the score, as much for the values;
+                   backward twice that. Only pairs that are seen: causal, and no row sees another
+        head       2 K hidden vocabulary forward, as much backward; only the supervised tokens have logits
+        adapter    of each layer's k and v: 2 T rank (in + out) forward; backward as much for the weights, and again
+                   for the input, but in the first layer
+
+    What is not counted (DoRA's norms, normalisation, rotary embedding, softmax, optimizer) is work too, so the share
+    of the machine's rate that follows from the count is a lower bound. Nor is counted what is computed in vain:
+    scores that the mask hides, padding inside attention.
+    """
+    tokens = prefix + sum(own_lengths)
+    query_width, key_width = shape.heads * shape.head_width, shape.key_value_heads * shape.head_width
+    qkv = shape.hidden * (query_width + 2 * key_width)
+    weights = shape.layers * (qkv + query_width * shape.hidden + 3 * shape.hidden * shape.intermediate)
+    pairs = prefix * (prefix + 1) // 2 + sum(own * prefix + own * (own + 1) // 2 for own in own_lengths)
+    adapters = 2 * tokens * rank * 2 * (shape.hidden + key_width)  # k and v of one layer, one way
+    return {
+        "linear": 2 * tokens * weights + 2 * tokens * (weights - qkv),
+        "attention": shape.layers * 3 * 4 * query_width * pairs,
+        "head": 2 * 2 * supervised * shape.hidden * shape.vocabulary,
+        "adapter": adapters * (3 * shape.layers - 1),
+    }
+
+
+def format_spread(figures: dict[str, float], unit: str = "") -> str:
+    """Median and quartiles as one cell.
+
+    >>> format_spread({"median": 3.0, "q1": 2.0, "q3": 40.04, "n": 5}, "s")
+    '3.00 s [2.00, 40.0]'
+    """
+    unit = f" {unit}" if unit else ""
+    return f"{_short(figures['median'])}{unit} [{_short(figures['q1'])}, {_short(figures['q3'])}]"
+
+
+def _short(value: float) -> str:
+    """Three digits: 0.123, 1.23, 12.3, 1,230."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    if abs(value) < 0.001:
+        return f"{value:.1e}"
+    return f"{value:.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3}f}"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it can be read as text too.
+
+    >>> print(format_table(["what", "ours"], [["step", "1.5 s"]]))
+    | what | ours  |
+    |------|-------|
+    | step | 1.5 s |
+    """
+    cells = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    rule = "|".join("-" * (width + 2) for width in widths)
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])

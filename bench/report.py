@@ -1,0 +1,129 @@
+"""The table of a record: each row what was measured, ours, the other's, and their ratio."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.figures import format_spread, format_table, ratios, spread
+
+HEADER = ("what", "ours", "other", "other / ours")
+
+
+def table(parts: dict[str, Any]) -> str:
+    """All parts of a record as one table; medians, in brackets the quartiles."""
+    rows: list[Sequence[str]] = []
+    for name, lines in _LINES.items():
+        if name in parts:
+            rows += lines(parts[name]["samples"], parts[name]["settings"])
+    return format_table(HEADER, rows)
+
+
+def _seconds_row(what: str, ours: Sequence[float], other: Sequence[float]) -> list[str]:
+    cells = [format_spread(spread(seconds), "s") for seconds in (ours, other)]
+    return [what, *cells, format_spread(ratios(other, ours))]
+
+
+def _training(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for precision, sample in samples.items():
+        ours, trl = sample["our_seconds"], sample["trl_seconds"]
+        rows.append(_seconds_row(f"training step, {precision}, TRL ({sample['trl_kind']})", ours, trl))
+        apart = max(abs(a - b) for a, b in zip(sample["our_losses"], sample["trl_losses"], strict=True))
+        steps = len(sample["our_losses"])
+        rows.append([f"largest difference of the loss, {precision}, {steps} steps", f"{apart:.1e}", "", ""])
+        share = [
+            sum(operations.values()) / seconds / rate
+            for operations, seconds, rate in zip(
+                sample["operations"], ours, sample["gemm_operations_per_second"], strict=True
+            )
+        ]
+        rate = spread([rate / 1e9 for rate in sample["gemm_operations_per_second"]])
+        rows.append([f"share of the GEMM rate, {precision}", format_spread(spread(share)), "", ""])
+        rows.append([f"GEMM rate, {precision}", "", format_spread(rate, "Gop/s"), ""])
+        steps = -(-settings["train_rows"] // settings["batch_size"])
+        minutes = [f"{spread(seconds)['median'] * steps / 60:.1f} min" for seconds in (ours, trl)]
+        rows.append([f"projected: {steps} steps, {precision}", *minutes, ""])
+    return rows
+
+
+def _memory(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for variant, sample in samples.items():
+        precision, side = variant.split(":")
+        if side == "ours":
+            continue
+        for key, what in (("peak_bytes", "peak memory"), ("growth_bytes", "memory beyond the loaded model")):
+            ours, other = samples[f"{precision}:ours"][key], sample[key]
+            cells = [f"{size / 1e9:.2f} GB" for size in (ours, other)]
+            rows.append([f"{what}, {precision}, TRL ({side})", *cells, f"{other / ours:.2f}"])
+    return rows
+
+
+def _methods(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for variant, sample in samples.items():
+        precision, targets = variant.split(":")
+        ratio = {side: ratios(sample[f"{side}_dora"], sample[f"{side}_lora"]) for side in ("ours", "peft")}
+        cells = [format_spread(ratio[side]) for side in ("ours", "peft")]
+        rows.append([f"DoRA step / LoRA step, {targets}, {precision}, PEFT", *cells, ""])
+        rows.append(_seconds_row(f"DoRA step, {targets}, {precision}, PEFT", sample["ours_dora"], sample["peft_dora"]))
+    return rows
+
+
+def _prompts(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for precision, sample in samples.items():
+        for length in (2, 4):
+            cells = [
+                format_spread(ratios(sample[f"{side}_{length}_seconds"], sample[f"{side}_1_seconds"]))
+                for side in ("ours", "trl")
+            ]
+            rows.append([f"step with {length} x the prompt / ordinary step, {precision}, TRL", *cells, ""])
+            ours, trl = sample[f"ours_{length}_seconds"], sample[f"trl_{length}_seconds"]
+            rows.append(_seconds_row(f"step with {length} x the prompt, {precision}, TRL", ours, trl))
+    return rows
+
+
+def _generation(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+    sample, rows = samples["all"], []
+    for name in ("base_fp32", "base_bf16", "tuned_fp32", "tuned_bf16"):
+        figures = sample[name]
+        speeds = [
+            spread([count / seconds for count, seconds in zip(figures["rows"], figures[key], strict=True)])
+            for key in ("our_seconds", "plain_seconds")
+        ]
+        model, precision = name.split("_")
+        rows.append(
+            [
+                f"answers, {model} model, {precision}, generate",
+                *(format_spread(speed, "tweets/s") for speed in speeds),
+                format_spread(ratios(figures["plain_seconds"], figures["our_seconds"])),
+            ]
+        )
+        equal = f"{figures['same_tokens']} of {sum(figures['rows'])}"
+        rows.append([f"answers equal token for token, {model}, {precision}", equal, "", ""])
+    done = sample["validation"]
+    rows.append([f"{done['rows']:,} validation tweets, tuned, bf16", f"{done['seconds']:.1f} s", "", ""])
+    return rows
+
+
+def _launch(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+    sample, what = samples["all"], f"accelerate launch to the first step, {settings['train_rows']:,} rows"
+    rows = [[what, f"{sample['runs'][-1]['to_first_step']:.1f} s", "", ""]]
+    names = ("launcher", "imports", "data_tokens_and_model", "trainer_and_first_step")
+    return rows + [[f"    of it {name.replace('_', ' ')}", f"{sample['spent'][name]:.1f} s", "", ""] for name in names]
+
+
+def _full(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+    sample = samples["all"]
+    return [[f"the published recipe, bf16, {sample['steps']} steps", f"{sample['seconds'] / 60:.1f} min", "", ""]]
+
+
+_LINES = {
+    "training": _training,
+    "memory": _memory,
+    "methods": _methods,
+    "prompts": _prompts,
+    "generation": _generation,
+    "launch": _launch,
+    "full": _full,
+}

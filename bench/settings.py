@@ -1,0 +1,59 @@
+"""What is measured: model, rows and counts; one flag of `python -m bench` for each field."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from tweetdora.config import SYSTEM_PROMPT, TaskConfig
+from tweetdora.data import Rows, load_rows
+from tweetdora.modeling import load_tokenizer
+from tweetdora.prompts import Encoder, PromptFormat, encode_rows
+
+_TWEET_EVAL = os.path.join(os.pardir, "shared", "tweet_eval")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Settings:
+    """What is measured, and how often."""
+
+    model: str = _setting("assets/SmolLM2-135M-Instruct", "Base model: local folder or Hub id.")
+    dataset_name: str = _setting(
+        _TWEET_EVAL if os.path.isdir(_TWEET_EVAL) else "assets/hutto_tweets",
+        "Tweets: TweetEval where its folder lies beside the checkout, else the quickstart's.",
+    )
+    dataset_config: str = _setting("sentiment", "Configuration of the data set, where it has several.")
+    batch_size: int = _setting(16, "Rows in a training step.")
+    steps: int = _setting(20, "Measured steps of each side.")
+    warmup: int = _setting(2, "Steps of each side before those.")
+    loss_steps: int = _setting(50, "Steps over which the float32 losses are compared.")
+    answer_rows: int = _setting(256, "Validation rows answered by both sides.")
+    answer_batch: int = _setting(32, "Rows that both sides answer at once.")
+    tune_steps: int = _setting(60, "Training steps of the tuned model that answers, learning rate 5e-4.")
+    validation_rows: int = _setting(2_000, "Validation rows answered by the tuned model.")
+    train_rows: int = _setting(10_000, "Rows of the published recipe: launch, --full and the projection.")
+
+    def task(self, prompt_repeats: int = 1) -> TaskConfig:
+        """The task, its system prompt repeated to make it longer."""
+        config = None if self.dataset_name.startswith("assets") else self.dataset_config
+        prompt = " ".join([SYSTEM_PROMPT] * prompt_repeats)
+        return TaskConfig(dataset_name=self.dataset_name, dataset_config=config, system_prompt=prompt)
+
+    def encoder(self, prompt_repeats: int = 1) -> Encoder:
+        """Token ids of prompts and answers."""
+        task, tokenizer = self.task(prompt_repeats), load_tokenizer(self.model)
+        return Encoder(tokenizer, PromptFormat.from_template(tokenizer, task), task.max_length)
+
+    def batches(self, count: int, prompt_repeats: int = 1) -> list[list[dict[str, Any]]]:
+        """The first `count` training batches, in the data set's order; they begin again where there are fewer."""
+        rows = load_rows(self.task(prompt_repeats), "train").head(count * self.batch_size)
+        examples = encode_rows(rows, self.encoder(prompt_repeats)).examples
+        places = [range(number * self.batch_size, (number + 1) * self.batch_size) for number in range(count)]
+        return [[examples[place % len(examples)] for place in batch] for batch in places]
+
+    def validation(self, count: int) -> Rows:
+        """The first `count` validation rows."""
+        return load_rows(self.task(), "validation").head(count)

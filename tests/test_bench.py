@@ -1,0 +1,127 @@
+"""The pure parts of bench/: counts by hand, medians, the table, the flags; no model, no TRL."""
+
+from typing import Any
+
+import pytest
+
+from bench.__main__ import OUTPUT, PARTS, parse
+from bench.figures import ModelShape, format_spread, format_table, ratios, spread, step_operations
+from bench.generation import until_stop
+from bench.launch import import_seconds, train_flags
+from bench.report import table
+from tweetdora.cli import parse_train
+
+
+def test_the_operations_of_a_tiny_step_are_those_counted_by_hand():
+    """Two layers, hidden 4, intermediate 6, 2 heads on 1 of keys, each 3 wide, vocabulary 10; rank 2.
+
+    A prefix of 2 and rows of 1 and 2 own tokens: 5 tokens. Weights of a layer: q 4x6, k and v 4x3 each, o 6x4, MLP
+    3 x 4x6 = 24 + 24 + 24 + 72 = 144. Pairs seen: prefix 1 + 2, row 0: 3, row 1: 3 + 4 = 13.
+    """
+    counted = step_operations(ModelShape(2, 4, 6, 2, 1, 3, 10), own_lengths=[1, 2], prefix=2, supervised=4, rank=2)
+    assert counted == {
+        "linear": 2 * 5 * 288 + 2 * 5 * (288 - 48),  # the first layer's q, k, v: 48 weights
+        "attention": 2 * 13 * 3 * (2 * 6 + 2 * 6),  # forward once and backward twice: scores and values
+        "head": 2 * (2 * 4 * 4 * 10),
+        # k and v: 2 T r (in + out) = 2 * 5 * 2 * 7 each; forward 2 layers, weights 2 layers, input 1 layer
+        "adapter": 2 * 140 * (2 + 2 + 1),
+    }
+
+
+def test_a_batch_without_a_prefix_counts_the_pairs_inside_its_rows_only():
+    counted = step_operations(ModelShape(1, 1, 1, 1, 1, 1, 1), own_lengths=[2, 3], prefix=0, supervised=2, rank=1)
+    assert counted["attention"] == 12 * (3 + 6)
+
+
+def test_spread_is_median_and_quartiles():
+    assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "n": 5}
+    assert spread([7.0]) == {"median": 7.0, "q1": 7.0, "q3": 7.0, "n": 1}
+
+
+def test_the_ratio_is_the_median_of_the_pairs_not_the_ratio_of_the_medians():
+    above, below = [10.0, 100.0, 12.0], [5.0, 20.0, 3.0]
+    assert ratios(above, below)["median"] == 4.0  # of 2, 5 and 4; the medians are 12 and 5
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        ratios([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [(0.0123, "0.012"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234"), (0.00002, "2.0e-05"), (0.0, "0")],
+)
+def test_a_cell_shows_three_digits(value, cell):
+    assert format_spread({"median": value, "q1": value, "q3": value}, "s") == f"{cell} s [{cell}, {cell}]"
+
+
+def test_the_table_is_padded_markdown():
+    assert format_table(["what", "ours"], [["step", "1.5 s"]]).splitlines() == [
+        "| what | ours  |",
+        "|------|-------|",
+        "| step | 1.5 s |",
+    ]
+
+
+def test_ids_end_with_the_first_stop_token():
+    assert until_stop([7, 2, 0, 0], [0, 2]) == [7, 2]
+    assert until_stop([7, 8], [2]) == [7, 8]
+
+
+def test_import_times_are_summed_by_package():
+    lines = [
+        "import time: self [us] | cumulative | imported package",
+        "import time:   1500000 |    2000000 |   torch.nn",
+        "import time:    500000 |     500000 | torch",
+        "import time:    250000 |     250000 | numpy",
+        "another line",
+    ]
+    assert import_seconds(lines) == {"torch": 2.0, "numpy": 0.25}
+
+
+def training_sample() -> dict[str, Any]:
+    """Two pairs of steps: TRL 6 and 8 s, ours 2 and 2 s, 3 Gop each on a machine of 6 Gop/s."""
+    return {
+        "trl_kind": "trl",
+        "trl_seconds": [6.0, 8.0],
+        "our_seconds": [2.0, 2.0],
+        "trl_losses": [4.0, 3.0],
+        "our_losses": [4.0, 3.00025],
+        "operations": [{"linear": 2 * 10**9, "head": 10**9}] * 2,
+        "gemm_operations_per_second": [6e9, 6e9],
+    }
+
+
+def test_the_training_lines_of_the_table_are_those_worked_out_by_hand():
+    settings = {"train_rows": 10_000, "batch_size": 16}  # 625 steps
+    text = table({"training": {"samples": {"fp32": training_sample()}, "settings": settings}})
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    assert lines == [
+        ["training step, fp32, TRL (trl)", "2.00 s [2.00, 2.00]", "7.00 s [6.50, 7.50]", "3.50 [3.25, 3.75]"],
+        ["largest difference of the loss, fp32, 2 steps", "2.5e-04", "", ""],
+        ["share of the GEMM rate, fp32", "0.250 [0.250, 0.250]", "", ""],
+        ["GEMM rate, fp32", "", "6.00 Gop/s [6.00, 6.00]", ""],
+        ["projected: 625 steps, fp32", "20.8 min", "72.9 min", ""],
+    ]
+
+
+def test_memory_is_compared_within_a_precision():
+    sizes = {"fp32:ours": 2e9, "fp32:trl": 5e9, "bf16:ours": 1e9, "bf16:trl": 4e9, "bf16:trl_bf16": 3e9}
+    samples = {name: {"peak_bytes": size, "growth_bytes": size / 2} for name, size in sizes.items()}
+    text = table({"memory": {"samples": samples, "settings": {}}})
+    ratio = [line.strip("| ").split("|")[-1].strip() for line in text.splitlines()[2:]]
+    assert ratio == ["2.50", "2.50", "4.00", "4.00", "3.00", "3.00"]
+
+
+def test_flags_win_over_quick_and_quick_over_the_defaults():
+    options, settings = parse(["--quick", "--steps", "3"])
+    assert (settings.steps, settings.batch_size, settings.loss_steps) == (3, 8, 2)
+    assert "full" not in options.only and len(options.only) == len(PARTS) - 1
+    assert parse(["--full"])[0].only[-1] == "full"
+    assert parse([])[1].steps == 20 and OUTPUT == "results/bench/cpu.json"
+
+
+def test_the_processes_of_train_py_get_flags_that_it_knows(tmp_path):
+    """The published recipe's adapter, batch and learning rate are train.py's defaults, so no flag names them."""
+    _, settings = parse([])
+    task, model, training = parse_train([*train_flags(settings, str(tmp_path)), "--precision", "fp32"], "")
+    assert (task.max_train_samples, training.eval_samples, training.global_batch_size) == (10_000, 0, 16)
+    assert (training.learning_rate, model.r, model.target_modules) == (3e-5, 8, ["k_proj", "v_proj"])
