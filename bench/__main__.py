@@ -110,6 +110,7 @@ def describe(argv: list[str], settings: Settings) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "bench", *argv]),
         "settings": dataclasses.asdict(settings),
         "data": load_rows(settings.task(), "train").head(settings.train_rows).source,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "environment": facts,
     }
 
