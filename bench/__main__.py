@@ -110,7 +110,7 @@ def describe(argv: list[str], settings: Settings) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "bench", *argv]),
         "settings": dataclasses.asdict(settings),
         "data": load_rows(settings.task(), "train").head(settings.train_rows).source,
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "openmp": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
         "environment": facts,
     }
 

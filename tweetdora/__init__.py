@@ -4,7 +4,9 @@ import os
 
 __version__ = "0.1.0"
 
-# OpenMP's threads wait for one another by spinning. Where another program wants the cores too, each wait then lasts as
-# long as that program's turn: a training step took 13 times as long on two cores shared with another process (LOG.md).
-# Read when torch loads OpenMP.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads wait for one another by spinning, by default for milliseconds. Where another program wants the cores,
+# each wait then lasts as long as that program's turn: a step took many times as long on two cores shared with another
+# process. Spinning for microseconds only and then sleeping costs a quiet machine nothing that could be measured (LOG.md).
+# Read when torch loads GNU OpenMP; what the user has set stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
