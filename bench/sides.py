@@ -10,7 +10,7 @@ tried in both of its forms (`trl`: base in float32 under autocast, its default; 
 collator, SFTTrainer.training_step, clipping and optimizer, without the rest of Trainer's loop (logs, callbacks,
 data loader), whose time is thus left out on both sides. On a CPU, SFTTrainer 1.16 computes the logits of every token;
 it leaves the others out where it has Triton. Both sides have the threads that importing tweetdora sets up
-(OMP_WAIT_POLICY), so what that saves on a busy machine is not in their ratio.
+(GOMP_SPINCOUNT), so what that saves on a busy machine is not in their ratio.
 """
 
 import time
