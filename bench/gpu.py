@@ -11,7 +11,7 @@ A machine without network may lack datasets, which tweetdora imports, and TRL. T
 
 and there, with .whl carried,
 
-    python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl && export PYTHONPATH=/tmp/site || exit
+    python3 -m pip install -q --no-index --no-deps --target .site .whl/*.whl && export PYTHONPATH=$PWD/.site || exit
     HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 python3 -m bench.gpu --out $OUT
 
 The model is OuteAI/Lite-Oute-1-300M-Instruct's architecture with random weights, unless --model names a folder; the
