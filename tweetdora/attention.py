@@ -19,12 +19,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tweetdora.errors import InputError
+from tweetdora.packing import pack
 
 ATTENTION = "tweetdora"
 # On a CPU, products that keep all N x H x L x (P + L) scores take half the time of torch's fused attention, its
@@ -113,12 +115,13 @@ def _packed_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention output (1, T, H, D), and keys and values (N, G, P + L, D) of the padded rows."""
     prefix = packing["prefix_length"]
-    padded_length = packing["to_padded"].numel() // packing["row_count"]
+    to_padded, to_packed = packing["to_padded"], packing["to_packed"]
+    padded_length = to_padded.numel() // packing["row_count"]
     of_prefix, own = [], []
     for states in (query, key, value):
         # Split, not sliced: the gradient of a slice is a tensor of zeros as large as the whole.
         first, rest = states[0].transpose(0, 1).split([prefix, states.shape[2] - prefix])  # (P or T - P, heads, D)
-        rows = _Pad.apply(rest, packing)  # (N * L, heads, D)
+        rows = _Regroup.apply(rest, to_padded, to_packed, None)  # (N * L, heads, D)
         of_prefix.append(first.transpose(0, 1))  # (heads, P, D)
         own.append(rows.unflatten(0, (-1, padded_length)).transpose(1, 2))  # (N, heads, L, D)
     keys, values = (  # (N, G, P + L, D)
@@ -127,42 +130,36 @@ def _packed_attention(
     )
     mask = _causal_mask(prefix + padded_length, sliding_window, query.device)
     output = _attend(own[0], keys, values, mask[prefix:], scaling, dropout)  # (N, H, L, D)
-    output = _Unpad.apply(output.transpose(1, 2).flatten(0, 1), packing)  # (T - P, H, D)
+    output = output.transpose(1, 2).flatten(0, 1)  # (N * L, H, D)
+    output = _Regroup.apply(output, to_packed, to_padded, packing["is_padding"])  # (T - P, H, D)
     if prefix:
         prefix_output = _attend(*(states[None] for states in of_prefix), mask[:prefix, :prefix], scaling, dropout)[0]
         output = torch.cat([prefix_output.transpose(0, 1), output])
     return output.unsqueeze(0), keys, values
 
 
-class _Pad(torch.autograd.Function):
-    """Tokens (T - P, …) to padded places (N * L, …).
+class _Regroup(torch.autograd.Function):
+    """Tokens to padded places, or padded places to tokens: states (A, heads, D) to (B, heads, D) by `index` (B,).
 
-    The gradient takes the way back, which is faster than adding up: nothing looks at a padding place, so its gradient
-    is zero, and every other place is taken once.
+    The gradient takes the way `back` (A,), which is faster than adding up, and is exact: nothing looks at a padding
+    place, so the gradient that comes from one is zero, and so is the one that goes to it (`unseen`, of shape (A,)).
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, packing: dict[str, Any]) -> torch.Tensor:
-        ctx.packing = packing
-        return tokens.index_select(0, packing["to_padded"])
+    def forward(
+        ctx: Any, states: torch.Tensor, index: torch.Tensor, back: torch.Tensor, unseen: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Take the rows of `states` that `index` names."""
+        ctx.back, ctx.unseen = back, unseen
+        return states.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient.index_select(0, ctx.packing["to_packed"]), None
-
-
-class _Unpad(torch.autograd.Function):
-    """Padded places (N * L, …) to tokens (T - P, …); the gradient of a padding place is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, places: torch.Tensor, packing: dict[str, Any]) -> torch.Tensor:
-        ctx.packing = packing
-        return places.index_select(0, packing["to_packed"])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        padded = gradient.index_select(0, ctx.packing["to_padded"])
-        return padded.masked_fill_(ctx.packing["is_padding"][:, None, None], 0), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of `states`."""
+        gradient = gradient.index_select(0, ctx.back)
+        if ctx.unseen is not None:
+            gradient.masked_fill_(ctx.unseen[:, None, None], 0)
+        return gradient, None, None, None
 
 
 def _answer_attention(
@@ -245,6 +242,8 @@ def check_packable(model: PreTrainedModel) -> None:
     Raises:
         InputError: names the feature, and the flag for padded batches.
     """
+    if model.config._attn_implementation == ATTENTION:
+        return  # load_base has looked
     if reason := _why_not_packable(model):
         raise InputError(
             f"--batching packed does not fit {model.config.model_type}: {reason}. Use --batching padded, which is "
@@ -276,13 +275,8 @@ def _try_packed_batch(model: PreTrainedModel) -> str | None:
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
-        ids = torch.tensor([[0, 1, 2]], device=model.device)
-        places = torch.tensor([0, 1], device=model.device)
-        packing = {"prefix_length": 1, "row_count": 2, "to_padded": places, "to_packed": places}
-        packing["is_padding"] = places < 0
-        mask = torch.ones(1, 1, 1, 1, device=model.device)
-        positions = torch.tensor([[0, 1, 1]], device=model.device)
-        model(input_ids=ids, position_ids=positions, attention_mask=mask, packing=packing, use_cache=False)
+        batch, _ = pack([[0, 1], [0, 2]], prefix=1)
+        model(**send_to_device(batch, model.device), use_cache=False)
     except NotPackable as reason:
         return str(reason)
     finally:

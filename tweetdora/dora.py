@@ -87,11 +87,12 @@ class _AddAndScale(torch.autograd.Function):
         gain: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
+        """Output (..., out), in `result`'s format; the sums are in the adapter's."""
         if bias is not None:
             result = result - bias  # the magnitude scales the weight's part only
         tokens = x.flatten(0, -2).to(down.dtype)  # (T, in)
         hidden = tokens @ down.T  # (T, r)
-        scaled_up = (up.T * scaling).to(down.dtype)  # (r, out)
+        scaled_up = up.T * scaling  # (r, out)
         unscaled = torch.addmm(result.flatten(0, -2).to(down.dtype), hidden, scaled_up)  # (T, out)
         output = (unscaled * gain).to(result.dtype)
         ctx.save_for_backward(x, hidden, unscaled, down, scaled_up, gain)
@@ -100,6 +101,7 @@ class _AddAndScale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of forward's arguments, in their order."""
         x, hidden, unscaled, down, scaled_up, gain = ctx.saved_tensors
         of_output = gradient.flatten(0, -2).to(down.dtype)  # (T, out)
         of_gain = (of_output * unscaled).sum(0)
