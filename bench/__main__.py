@@ -72,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     record = read_json(output) if os.path.isfile(output) else {"record_version": RECORD_VERSION, "parts": {}}
     for part in options.only:
         header = describe(argv, settings)
+        before = cpu_times()
         samples = {variant: run_worker(part, variant, argv) for variant in PARTS[part][1]}
-        record["parts"][part] = {**header, "samples": samples}
+        record["parts"][part] = {**header, "stolen_share": stolen_share(before, cpu_times()), "samples": samples}
         write_json(output, record)
     print(f"\n{table(record['parts'])}\n\nWrote {output}.")
     return 0
@@ -113,6 +114,27 @@ def describe(argv: list[str], settings: Settings) -> dict[str, Any]:
         "openmp": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
         "environment": facts,
     }
+
+
+def cpu_times() -> list[int] | None:
+    """What the cores did since the machine started, in ticks of each kind (proc(5), /proc/stat); None where unknown."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            return [int(ticks) for ticks in file.readline().split()[1:9]]
+    except FileNotFoundError:
+        return None
+
+
+def stolen_share(before: list[int] | None, after: list[int] | None) -> float | None:
+    """Share of the cores' time that the host of a virtual machine gave to others.
+
+    >>> stolen_share([10, 0, 0, 90, 0, 0, 0, 0], [60, 0, 0, 130, 0, 0, 0, 10])    # the eighth kind: stolen
+    0.1
+    """
+    if before is None or after is None:
+        return None
+    spent = [end - start for start, end in zip(before, after, strict=True)]
+    return round(spent[7] / sum(spent), 4)
 
 
 def run_worker(part: str, variant: str, argv: list[str]) -> Any:

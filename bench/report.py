@@ -14,6 +14,8 @@ def table(parts: dict[str, Any]) -> str:
     for name, lines in _LINES.items():
         if name in parts:
             rows += lines(parts[name]["samples"], parts[name]["settings"])
+            if parts[name].get("stolen_share") is not None:
+                rows.append([f"cores' time that the host took, {name}", f"{parts[name]['stolen_share']:.1%}", "", ""])
     return format_table(HEADER, rows)
 
 

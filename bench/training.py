@@ -88,7 +88,7 @@ def batch_operations(shape: ModelShape, rows: list[dict[str, Any]]) -> dict[str,
     """Operations of our step on a batch."""
     batch = PackedCollator()(rows)
     prefix = batch["packing"]["prefix_length"]
-    own_lengths = [len(row["input_ids"]) - prefix for row in rows]
+    own_lengths = [len(row["input_ids"]) - 1 - prefix for row in rows]  # without the stop token
     return step_operations(shape, own_lengths, prefix, batch["labels"].numel(), RANK)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bench.__main__ import OUTPUT, PARTS, parse
+from bench.__main__ import OUTPUT, PARTS, parse, stolen_share
 from bench.figures import ModelShape, format_spread, format_table, ratios, spread, step_operations
 from bench.generation import until_stop
 from bench.launch import import_seconds, train_flags
@@ -101,6 +101,22 @@ def test_the_training_lines_of_the_table_are_those_worked_out_by_hand():
         ["GEMM rate, fp32", "", "6.00 Gop/s [6.00, 6.00]", ""],
         ["projected: 625 steps, fp32", "20.8 min", "72.9 min", ""],
     ]
+
+
+def test_the_table_says_how_much_of_the_cores_the_host_took():
+    part = {"samples": {}, "settings": {}, "stolen_share": 0.125}
+    assert "host took, training | 12.5%" in table({"training": part})
+    assert "host took" not in table({"training": {**part, "stolen_share": None}})
+
+
+def test_the_stolen_share_is_that_of_the_time_between():
+    busy, idle, stolen = 0, 3, 7
+    before, after = [5] * 8, [5] * 8
+    after[busy] += 30
+    after[idle] += 60
+    after[stolen] += 10
+    assert stolen_share(before, after) == 0.1
+    assert stolen_share(None, after) is None
 
 
 def test_memory_is_compared_within_a_precision():

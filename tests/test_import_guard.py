@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import tweetdora
 from tweetdora import metrics
 
 REPO_DIR = Path(__file__).resolve().parents[1]
@@ -27,6 +28,31 @@ TRAP = "this is the script evaluate.py; to get the library here, import tweetdor
 def is_library(file: str) -> bool:
     path = Path(file).resolve()
     return path.name == "__init__.py" and path.parent.name == "evaluate" and REPO_DIR not in path.parents[:2]
+
+
+# OpenMP
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_wait_by_sleeping_unless_the_user_has_said_how(monkeypatch, set_by_user, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what the package sets is undone
+        monkeypatch.delenv(name)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    importlib.reload(tweetdora)
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "push_to_hub.py"])
+def test_the_scripts_import_the_package_first(script):
+    """torch reads OpenMP's settings when it is imported, and every other import may lead to torch."""
+    tree = ast.parse((REPO_DIR / script).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [name.name for name in imports[0].names] == ["tweetdora"]
 
 
 # In this process

@@ -39,18 +39,18 @@ def unpack(batch: dict[str, Any]) -> list[list[int]]:
 def test_packed_batch_is_the_one_of_the_docstring():
     batch = PackedCollator()([row([5, 6, 1], [8, 2], 4), row([5, 6, 7, 3], [9, 2], 7)])
     assert as_lists(batch) == {
-        "input_ids": [[5, 6, 1, 8, 2, 7, 3, 9, 2]],
-        "position_ids": [[0, 1, 2, 3, 4, 2, 3, 4, 5]],
+        "input_ids": [[5, 6, 1, 8, 7, 3, 9]],
+        "position_ids": [[0, 1, 2, 3, 2, 3, 4]],
         "attention_mask": [[[[1.0]]]],
-        "logits_to_keep": [2, 3, 6, 7],
+        "logits_to_keep": [2, 3, 5, 6],
         "labels": [8, 2, 9, 2],
         "row_ids": [4, 7],
         "packing": {
             "prefix_length": 2,
             "row_count": 2,
-            "to_padded": [0, 1, 2, 0, 3, 4, 5, 6],
-            "is_padding": [False, False, False, True, False, False, False, False],
-            "to_packed": [0, 1, 2, 4, 5, 6, 7],
+            "to_padded": [0, 1, 0, 2, 3, 4],
+            "is_padding": [False, False, True, False, False, False],
+            "to_packed": [0, 1, 3, 4, 5],
         },
     }
 
@@ -58,52 +58,14 @@ def test_packed_batch_is_the_one_of_the_docstring():
 def test_packed_rows_that_share_nothing_have_no_prefix():
     batch = PackedCollator()([row([5, 6], [8, 2]), row([7, 6], [9, 2])])
     assert as_lists(batch) == {
-        "input_ids": [[5, 6, 8, 2, 7, 6, 9, 2]],
-        "position_ids": [[0, 1, 2, 3, 0, 1, 2, 3]],
+        "input_ids": [[5, 6, 8, 7, 6, 9]],
+        "position_ids": [[0, 1, 2, 0, 1, 2]],
         "attention_mask": [[[[1.0]]]],
-        "logits_to_keep": [1, 2, 5, 6],
+        "logits_to_keep": [1, 2, 4, 5],
         "labels": [8, 2, 9, 2],
         "row_ids": [0, 0],
         "packing": {
             "prefix_length": 0,
-            "row_count": 2,
-            "to_padded": [0, 1, 2, 3, 4, 5, 6, 7],
-            "is_padding": [False] * 8,
-            "to_packed": [0, 1, 2, 3, 4, 5, 6, 7],
-        },
-    }
-
-
-def test_packed_single_row_keeps_the_token_before_its_answer_out_of_the_prefix():
-    batch = PackedCollator()([row([5, 6, 7], [8, 2], 3)])
-    assert as_lists(batch) == {
-        "input_ids": [[5, 6, 7, 8, 2]],
-        "position_ids": [[0, 1, 2, 3, 4]],
-        "attention_mask": [[[[1.0]]]],
-        "logits_to_keep": [2, 3],
-        "labels": [8, 2],
-        "row_ids": [3],
-        "packing": {
-            "prefix_length": 2,
-            "row_count": 1,
-            "to_padded": [0, 1, 2],
-            "is_padding": [False] * 3,
-            "to_packed": [0, 1, 2],
-        },
-    }
-
-
-def test_packed_identical_rows_each_keep_the_token_before_their_answer():
-    batch = PackedCollator()([row([5, 6, 7], [8, 2])] * 2)
-    assert as_lists(batch) == {
-        "input_ids": [[5, 6, 7, 8, 2, 7, 8, 2]],
-        "position_ids": [[0, 1, 2, 3, 4, 2, 3, 4]],
-        "attention_mask": [[[[1.0]]]],
-        "logits_to_keep": [2, 3, 5, 6],
-        "labels": [8, 2, 8, 2],
-        "row_ids": [0, 0],
-        "packing": {
-            "prefix_length": 2,
             "row_count": 2,
             "to_padded": [0, 1, 2, 3, 4, 5],
             "is_padding": [False] * 6,
@@ -112,34 +74,80 @@ def test_packed_identical_rows_each_keep_the_token_before_their_answer():
     }
 
 
+def test_packed_single_row_keeps_the_token_before_its_answer_out_of_the_prefix():
+    batch = PackedCollator()([row([5, 6, 7], [8, 2], 3)])
+    assert as_lists(batch) == {
+        "input_ids": [[5, 6, 7, 8]],
+        "position_ids": [[0, 1, 2, 3]],
+        "attention_mask": [[[[1.0]]]],
+        "logits_to_keep": [2, 3],
+        "labels": [8, 2],
+        "row_ids": [3],
+        "packing": {
+            "prefix_length": 2,
+            "row_count": 1,
+            "to_padded": [0, 1],
+            "is_padding": [False] * 2,
+            "to_packed": [0, 1],
+        },
+    }
+
+
+def test_packed_identical_rows_each_keep_the_token_before_their_answer():
+    batch = PackedCollator()([row([5, 6, 7], [8, 2])] * 2)
+    assert as_lists(batch) == {
+        "input_ids": [[5, 6, 7, 8, 7, 8]],
+        "position_ids": [[0, 1, 2, 3, 2, 3]],
+        "attention_mask": [[[[1.0]]]],
+        "logits_to_keep": [2, 3, 4, 5],
+        "labels": [8, 2, 8, 2],
+        "row_ids": [0, 0],
+        "packing": {
+            "prefix_length": 2,
+            "row_count": 2,
+            "to_padded": [0, 1, 2, 3],
+            "is_padding": [False] * 4,
+            "to_packed": [0, 1, 2, 3],
+        },
+    }
+
+
 def test_packed_answers_of_different_lengths_each_keep_their_own_loss():
     batch = PackedCollator()([row([5, 6], [8, 2]), row([5, 7], [9, 4, 3, 2])])
     assert as_lists(batch) == {
-        "input_ids": [[5, 6, 8, 2, 7, 9, 4, 3, 2]],
-        "position_ids": [[0, 1, 2, 3, 1, 2, 3, 4, 5]],
+        "input_ids": [[5, 6, 8, 7, 9, 4, 3]],
+        "position_ids": [[0, 1, 2, 1, 2, 3, 4]],
         "attention_mask": [[[[1.0]]]],
-        "logits_to_keep": [1, 2, 4, 5, 6, 7],
+        "logits_to_keep": [1, 2, 3, 4, 5, 6],
         "labels": [8, 2, 9, 4, 3, 2],
         "row_ids": [0, 0],
         "packing": {
             "prefix_length": 1,
             "row_count": 2,
-            "to_padded": [0, 1, 2, 0, 0, 3, 4, 5, 6, 7],
-            "is_padding": [False] * 3 + [True] * 2 + [False] * 5,
-            "to_packed": [0, 1, 2, 5, 6, 7, 8, 9],
+            "to_padded": [0, 1, 0, 0, 2, 3, 4, 5],
+            "is_padding": [False] * 2 + [True] * 2 + [False] * 4,
+            "to_packed": [0, 1, 4, 5, 6, 7],
         },
     }
 
 
 def test_packed_labels_are_the_tokens_behind_the_kept_columns():
-    """Second way: what stands one column behind each kept one is what it must predict."""
+    """Second way: what each kept column must predict stands behind it, or is the row's last token, which is left out."""
     batch = PackedCollator()([row([5, 6, 1], [8, 2]), row([5, 6, 7, 3], [9, 4, 2]), row([5, 6], [8, 2])])
-    assert batch["input_ids"][0, batch["logits_to_keep"] + 1].tolist() == batch["labels"].tolist()
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"].tolist()
+    for column, label in zip(batch["logits_to_keep"].tolist(), labels, strict=True):
+        assert label == 2 or label == ids[column + 1]
+    assert len(labels) == 7
+
+
+def test_packed_rows_leave_out_the_stop_token_from_which_nothing_is_predicted():
+    batch = PackedCollator()([row([5, 6, 1], [8, 2]), row([5, 6, 7, 3], [9, 4, 2])])
+    assert 2 not in batch["input_ids"] and batch["labels"].tolist().count(2) == 2
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_packed_rows_can_be_read_back_whole(seed):
-    """Second way: prefix and own tokens, put together again, are the rows that went in."""
+    """Second way: prefix and own tokens, put together again, are the rows that went in but for their last token."""
     draw = random.Random(seed)
     rows = [
         row([1, 2, 3, *draw.choices(range(4, 9), k=draw.randint(0, 6))], draw.choices(range(9, 12), k=2))
@@ -147,7 +155,7 @@ def test_packed_rows_can_be_read_back_whole(seed):
     ]
     batch = PackedCollator()(rows)
     prefix = batch["input_ids"][0, : batch["packing"]["prefix_length"]].tolist()
-    assert [prefix + own for own in unpack(batch)] == [example["input_ids"] for example in rows]
+    assert [prefix + own for own in unpack(batch)] == [example["input_ids"][:-1] for example in rows]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -257,7 +265,7 @@ def test_collators_leave_the_rows_as_they_were():
 
 
 def test_token_count_of_a_packed_batch_has_the_prefix_once():
-    assert token_count(PackedCollator()([row([5, 6, 1], [8, 2]), row([5, 6, 7, 3], [9, 2])])) == 2 + 3 + 4
+    assert token_count(PackedCollator()([row([5, 6, 1], [8, 2]), row([5, 6, 7, 3], [9, 2])])) == 2 + 2 + 3
 
 
 def test_token_count_of_a_padded_batch_leaves_the_padding_out():

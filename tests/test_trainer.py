@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -691,6 +692,29 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapt
     assert run["tracker"] == stopped["tracker"]
     tracked = {path.name.rpartition("-")[2] for path in run_dir.glob("wandb/offline-run-*")}
     assert tracked == {run["tracker"]["id"]}
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(sharp_dir, data_dir, tmp_path):
+    run_dir = tmp_path / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [*command(sharp_dir, data_dir, run_dir), "--max_steps", "100000"]
+    process = start([*launch, str(REPO_DIR / "train.py"), *arguments], tmp_path)
+    output = ""
+    for line in process.stdout:
+        output += line
+        if "'loss'" in line:  # written by the first process; the signal goes to the second
+            (second,) = (
+                child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"
+            )
+            second.send_signal(signal.SIGTERM)
+            break
+    output += finish(process)
+    assert process.returncode != 0, output[-3000:]
+    (checkpoint,) = run_dir.glob("checkpoint-*")
+    stopped_at = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert f"Stopped at step {stopped_at} of 100000; its checkpoint is in {run_dir}." in output
+    assert read_run_file(run_dir)["status"] == "interrupted"
+    assert {path.name for path in checkpoint.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
 SHORT = ("--max_steps", "4", "--eval_samples", "0", "--logging_steps", "3")

@@ -1,10 +1,11 @@
 """Batches for training, in two forms that give the same loss: rows packed behind one prompt, or padded rows.
 
 Every row begins with the same system prompt. In a causal model the states of those tokens do not depend on what
-follows, so they need to be computed once in a batch, not once in a row:
+follows, so they need to be computed once in a batch, not once in a row; and the stop token at the end of a row is
+predicted, but nothing is predicted from it:
 
-    padded   <system prompt> great day positive       packed   <system prompt> great day positive | rain negative
-             <pad> <system prompt> rain negative                └── prefix ──┘ └─── row 0 ──────┘   └── row 1 ──┘
+    padded   <system prompt> great day positive <stop>      packed   <system prompt> great day positive | rain negative
+             <pad> <system prompt> rain negative <stop>               └── prefix ──┘ └─── row 0 ──────┘   └── row 1 ──┘
 """
 
 from collections.abc import Sequence
@@ -16,27 +17,27 @@ from tweetdora.prompts import IGNORE_INDEX
 
 
 class PackedCollator:
-    """One row of all tokens: what all rows begin with, then the rest of each row.
+    """One row of all tokens: what all rows begin with, then the rest of each row but its last token.
 
     Rows 5 6 1 8 2 (id 4) and 5 6 7 3 9 2 (id 7), each with loss on its last two tokens, prefix 5 6:
 
-        input_ids       [[5, 6, 1, 8, 2, 7, 3, 9, 2]]       (1, T)
-        position_ids    [[0, 1, 2, 3, 4, 2, 3, 4, 5]]       (1, T), each row goes on behind the prefix
-        attention_mask  [[[[1]]]]                           a place-holder, see below
-        logits_to_keep  [2, 3, 6, 7]                        (K,), the tokens whose logits predict a supervised token
-        labels          [8, 2, 9, 2]                        (K,)
+        input_ids       [[5, 6, 1, 8, 7, 3, 9]]       (1, T)
+        position_ids    [[0, 1, 2, 3, 2, 3, 4]]       (1, T), each row goes on behind the prefix
+        attention_mask  [[[[1]]]]                     a place-holder, see below
+        logits_to_keep  [2, 3, 5, 6]                  (K,), the tokens whose logits predict a supervised token
+        labels          [8, 2, 9, 2]                  (K,)
         row_ids         [4, 7]
         packing         prefix_length 2, row_count 2
-                        to_padded   [0, 1, 2, 0, 3, 4, 5, 6]   (N * L,), own tokens of the N rows, padded to length L
-                        is_padding  [0, 0, 0, 1, 0, 0, 0, 0]   (N * L,)
-                        to_packed   [0, 1, 2, 4, 5, 6, 7]      (T - 2,), the way back
+                        to_padded   [0, 1, 0, 2, 3, 4]   (N * L,), own tokens of the N rows, padded to length L
+                        is_padding  [0, 0, 1, 0, 0, 0]   (N * L,)
+                        to_packed   [0, 1, 3, 4, 5]      (T - 2,), the way back
 
     (`to_padded` counts from behind the prefix; a padding place repeats token 0, and nothing ever looks at it.)
     """
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         prefix = shared_prefix_length(examples)
-        batch, starts = pack([example["input_ids"] for example in examples], prefix)
+        batch, starts = pack([example["input_ids"][:-1] for example in examples], prefix)
         keep, labels = [], []
         for example, start in zip(examples, starts, strict=True):
             for offset, label in enumerate(example["labels"][prefix:]):
