@@ -117,7 +117,7 @@ def describe(argv: list[str], settings: Settings) -> dict[str, Any]:
 
 
 def cpu_times() -> list[int] | None:
-    """What the cores did since the machine started, in ticks of each kind (proc(5), /proc/stat); None where unknown."""
+    """What the cores did since the machine started, in ticks of each kind (proc(5)); None where that is not told."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
             return [int(ticks) for ticks in file.readline().split()[1:9]]
@@ -128,7 +128,7 @@ def cpu_times() -> list[int] | None:
 def stolen_share(before: list[int] | None, after: list[int] | None) -> float | None:
     """Share of the cores' time that the host of a virtual machine gave to others.
 
-    >>> stolen_share([10, 0, 0, 90, 0, 0, 0, 0], [60, 0, 0, 130, 0, 0, 0, 10])    # the eighth kind: stolen
+    >>> stolen_share([10, 0, 0, 90, 0, 0, 0, 0], [60, 0, 0, 130, 0, 0, 0, 10])  # the eighth: stolen
     0.1
     """
     if before is None or after is None:

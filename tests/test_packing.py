@@ -132,7 +132,7 @@ def test_packed_answers_of_different_lengths_each_keep_their_own_loss():
 
 
 def test_packed_labels_are_the_tokens_behind_the_kept_columns():
-    """Second way: what each kept column must predict stands behind it, or is the row's last token, which is left out."""
+    """Second way: what a kept column predicts stands behind it, or is the row's last token, which is left out."""
     batch = PackedCollator()([row([5, 6, 1], [8, 2]), row([5, 6, 7, 3], [9, 4, 2]), row([5, 6], [8, 2])])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"].tolist()
     for column, label in zip(batch["logits_to_keep"].tolist(), labels, strict=True):
