@@ -84,6 +84,11 @@ def test_a_login_in_netrc_is_online():
     assert wandb_mode() == ("online", "there is a login for api.wandb.ai")
 
 
+def test_a_host_without_a_password_is_no_login():
+    write_netrc("machine api.wandb.ai login user")
+    assert wandb_mode()[0] == "offline"
+
+
 def test_a_login_for_another_host_is_no_login():
     write_netrc("machine github.com login user password x")
     assert wandb_mode()[0] == "offline"
