@@ -31,8 +31,8 @@ from tweetdora.evaluation import (
     write_predictions,
 )
 from tweetdora.generation import Answer
+from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.metrics import reference_lines
-from tweetdora.offline import use_cache_if_unreachable
 from tweetdora.plots import plot_confusion
 from tweetdora.precision import compute_state, decide_precision
 from tweetdora.records import RECORD_VERSION, command_line, environment, use_cpu_threads, utc_now, write_json

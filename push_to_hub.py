@@ -4,32 +4,43 @@
     python push_to_hub.py runs/quickstart --dry_run true      # build and verify the folder, push nothing
     python push_to_hub.py runs/quickstart --hub_model_id owner/name --private true
 
-Reads <run folder>/run.json, adapter and evaluation/<split>.json; leaves <run folder>/publish, which is what is pushed.
+Reads <run folder>/run.json, adapter and evaluation/<split>.json; leaves <run folder>/publish, which is what is pushed,
+and publish.json, which says what the Hub holds then and what reading it back has shown.
 """
 
 import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
 
 # isort: split
 import os
+from typing import Any
 
-from tweetdora.cli import parse_with_target, run_script
-from tweetdora.config import PushConfig, TaskConfig
-from tweetdora.data import load_rows
-from tweetdora.evaluation import format_results
-from tweetdora.hub import (
+from tweetdora.build import (
     build_model,
     check_output_dir,
-    check_push,
     copy_adapter,
     copy_figures,
-    push_folder,
     read_evaluation,
     replace_folder,
 )
+from tweetdora.cli import parse_with_target, run_script
+from tweetdora.config import PushConfig, TaskConfig
+from tweetdora.data import load_rows
+from tweetdora.errors import InputError
+from tweetdora.evaluation import format_results
+from tweetdora.hub import use_cache_if_unreachable
+from tweetdora.leaks import check_contents
 from tweetdora.model_card import card_base_name, check_records, render_card
-from tweetdora.offline import use_cache_if_unreachable
 from tweetdora.precision import compute_state
-from tweetdora.records import command_line, read_run, use_cpu_threads
+from tweetdora.publish import Published, add_tag, check_free_space, find_target, publish, read_back
+from tweetdora.records import (
+    RECORD_VERSION,
+    command_line,
+    environment,
+    read_run,
+    use_cpu_threads,
+    utc_now,
+    write_json,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,31 +52,36 @@ def main(argv: list[str] | None = None) -> int:
     hub_model_id = config.hub_model_id or run["hub_model_id"]
     folder = os.path.normpath(config.output_dir or os.path.join(run_dir, "publish"))
     check_output_dir(folder, run_dir)
-    check_push(hub_model_id, config.dry_run)
+    if hub_model_id is None and not config.dry_run:
+        raise InputError("the run names no repository; give --hub_model_id owner/name, or --dry_run true.")
+    use_cache_if_unreachable(run["task"]["dataset_name"], run["base"]["name_or_path"])
+    target = None if config.dry_run else find_target(hub_model_id, config)
+    # The merged model, and the copy that is read back, or the base in the cache.
+    check_free_space(folder, 2 * 4 * run["base"]["parameters"])
     device = compute_state().device
     use_cpu_threads(device, 1)
 
     # load
     evaluation, predictions = read_evaluation(run_dir, config.split)
     check_records(run, evaluation, predictions)
-    use_cache_if_unreachable(run["task"]["dataset_name"], run["base"]["name_or_path"])
     rows = load_rows(TaskConfig(**run["task"]), config.split).head(config.check_samples)
     license = config.license or run["base_card"].get("license")
     if license is None:
         print("note: the base model's card names no licence, so the card has none; --license sets one")
 
     # work
-    def build(beside: str) -> dict:
-        merge_check = build_model(run_dir, run, rows, config, device, beside)
+    def build(beside: str) -> tuple:
+        merge_check, reference = build_model(run_dir, run, rows, config, device, beside)
         copy_adapter(run_dir, beside, card_base_name(run))
         copy_figures(run_dir, beside, config.split)
         commands = [run["command"], evaluation["command"], command_line()]
         card = render_card(run, evaluation, predictions, merge_check, hub_model_id, folder, license, commands)
         with open(os.path.join(beside, "README.md"), "w", encoding="utf-8") as stream:
             stream.write(card)
-        return merge_check
+        check_contents(beside, hub_model_id)
+        return merge_check, reference
 
-    merge_check = replace_folder(folder, build)
+    merge_check, reference = replace_folder(folder, build)
     print(
         f"Merged, saved as {merge_check['dtype']} and loaded again: {merge_check['equal_answers']} of "
         f"{merge_check['rows']} answers equal, largest logit difference {merge_check['max_logit_difference']:.1e}."
@@ -80,8 +96,39 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     score = evaluation["after"]["macro_f1"]
     message = f"{run['name']}: macro-F1 {score:.3f} on {evaluation['data']['split']}"
-    print(f"Published: {push_folder(folder, hub_model_id, config.private, message)}")
+    published = publish(folder, target, message, config.private)
+    record_path = os.path.join(run_dir, "publish.json")
+    write_record(record_path, published, None)  # what is on the Hub is known, whatever reading it back says
+    if config.tag:
+        add_tag(published, config.tag)
+    check = read_back(published, folder, reference, device)
+    write_record(record_path, published, check)
+    print(describe(published, check))
     return 0
+
+
+def write_record(path: str, published: Published, check: dict[str, Any] | None) -> None:
+    """Write publish.json: what the Hub holds, and what reading it back has shown."""
+    record = {"record_version": RECORD_VERSION, "created": utc_now(), "command": command_line()}
+    record |= {"published": published.to_dict(), "read_back": check, "environment": environment()}
+    write_json(path, record)
+
+
+def describe(published: Published, check: dict[str, Any]) -> str:
+    """What was done, in lines for a person."""
+    what = "Published" if published.changed else "Nothing to publish, it is there already"
+    lines = [
+        f"{what}: {published.url}",
+        f"Read back from an empty cache: {check['files']} files equal by hash, {check['equal_answers']} of "
+        f"{check['rows']} answers equal, largest logit difference {check['max_logit_difference']:.1e}.",
+    ]
+    if published.pull_request:
+        lines.append(f"Pull request: revision {published.pull_request}")
+    if published.removed:
+        lines.append(f"Removed, from an earlier publish: {', '.join(published.removed)}")
+    if published.left_alone:
+        lines.append(f"Left alone, not ours: {', '.join(published.left_alone)}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tweetdora.cli import parse_train, run_script
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import check_trainable, load_rows
 from tweetdora.errors import InputError
+from tweetdora.hub import pin_revision, use_cache_if_unreachable
 from tweetdora.modeling import (
     DTYPES,
     attach_adapter,
@@ -31,7 +32,6 @@ from tweetdora.modeling import (
     read_base_card,
     save_adapter,
 )
-from tweetdora.offline import use_cache_if_unreachable
 from tweetdora.plan import (
     check_disk,
     check_same_run,
@@ -118,8 +118,9 @@ def load(
     task: TaskConfig, model_config: ModelConfig, training: TrainConfig, state: PartialState
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows, tokenizer and model, by the names that AnswerTrainer takes; and the record of the run so far."""
-    name, revision = model_config.model_name_or_path, model_config.model_revision
+    name = model_config.model_name_or_path
     use_cache_if_unreachable(task.dataset_name, name)
+    revision = pin_revision(name, model_config.model_revision)
     with state.main_process_first():
         train_rows = load_rows(task, "train")
         validation_rows = load_rows(task, "validation").head(training.eval_samples) if training.eval_samples else None
@@ -129,7 +130,7 @@ def load(
     encoded = encode_rows(train_rows, encoder)
     with state.main_process_first():
         base = load_base(name, revision, DTYPES[training.precision], training.device)
-    identity = base_identity(base, name)
+    identity = base_identity(base, name, revision)
     set_seed(training.seed)  # before the adapter's random start
     model = attach_adapter(base, model_config)
     run = describe_run(

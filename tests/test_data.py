@@ -187,20 +187,6 @@ def hub_table(monkeypatch):
     return served
 
 
-def test_the_commit_of_a_hub_data_set_is_recorded_even_if_a_branch_was_asked_for(hub_table):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    hub_table.info.download_checksums = {f"hf://datasets/me/mine@{commit}/sentiment/train.parquet": {}}
-    rows = load_rows(TaskConfig(dataset_name="me/mine", dataset_revision="main"), "train")
-    assert rows.source["revision"] == commit
-    assert (rows.texts, rows.classes) == (["a", "b"], [0, 2])
-
-
-def test_without_a_commit_the_revision_is_the_one_that_was_asked_for(hub_table):
-    hub_table.info.download_checksums = {"/somewhere/train.parquet": {}}
-    task = TaskConfig(dataset_name="me/mine", dataset_revision="v1")
-    assert load_rows(task, "train").source["revision"] == "v1"
-
-
 def test_a_split_without_rows_is_refused(hub_table, monkeypatch):
     monkeypatch.setattr(data.datasets, "load_dataset", lambda *args, **kwargs: hub_table.select([]))
     with pytest.raises(InputError, match="split 'validation' of me/mine has no rows"):

@@ -1,193 +1,23 @@
-"""The way to the Hub: what a build may replace, and what a push makes of a repository. The Hub here is a fake one."""
+"""What is asked of the Hub before anything is loaded; the test Hub itself is test_hub_server.py's."""
 
-import os
-import re
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
-import pytest
-from httpx2 import ConnectError
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import constants
 
 from tweetdora import hub
-from tweetdora.errors import InputError
-from tweetdora.hub import check_output_dir, check_push, push_folder, replace_folder
+from tweetdora.hub import pin_revision
 
 
-def fill(folder: Path, *names: str) -> Path:
-    """Make a folder with files of these names, each holding its own name."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    return folder
+def test_a_local_path_has_no_revision(tmp_path):
+    assert pin_revision(str(tmp_path), None) is None
+    assert pin_revision(str(tmp_path), "v1") is None
 
 
-def files_of(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def test_a_name_that_is_not_on_the_hub_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr(hub, "HfApi", None)
+    assert pin_revision("missing.csv", "v1") == "v1"
+    assert pin_revision("a/b/c", None) is None
 
 
-BUILT = ("README.md", "config.json", "model.safetensors", "adapter/adapter_config.json", "figures/training.png")
-
-
-# What a build may replace
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """A working folder with the run folder runs/demo and a folder of the user's own; it is the current folder."""
-    fill(tmp_path / "work/runs/demo", "run.json", "adapter/adapter_config.json")
-    fill(tmp_path / "work/thesis", "chapter.tex")
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
-
-
-@pytest.mark.parametrize(
-    ("folder", "message"),
-    [
-        ("runs/demo", "--output_dir runs/demo is the run folder or holds it; give the build a folder of its own."),
-        ("runs/demo/", "is the run folder or holds it"),
-        ("runs/demo/adapter/..", "is the run folder or holds it"),
-        ("runs", "is the run folder or holds it"),
-        ("link", "is the run folder or holds it"),
-        (".", "is the run folder or holds it"),
-        ("..", "is the run folder or holds it"),
-        ("/", "is the run folder or holds it"),
-        ("thesis/chapter.tex", "is a file; give a folder"),
-        (
-            "thesis",
-            "thesis would be replaced, but is no earlier build of push_to_hub.py: it holds chapter.tex. Give an",
-        ),
-        ("runs/demo/adapter", "it holds adapter_config.json. Give another --output_dir"),
-        ("clone", "it holds .git, README.md, adapter, config.json, figures. Give another --output_dir"),
-    ],
-)
-def test_a_folder_that_a_build_must_not_replace_is_refused(place, folder, message):
-    (place / "link").symlink_to("runs/demo")
-    fill(place / "clone", *BUILT, ".git/config")
-    with pytest.raises(InputError, match=re.escape(message)):
-        check_output_dir(folder, "runs/demo")
-
-
-def test_the_working_folder_is_refused_where_the_run_lies_elsewhere(place, tmp_path):
-    run_dir = fill(tmp_path / "elsewhere", "run.json")
-    for folder in (".", "..", str(place)):
-        with pytest.raises(InputError, match=r"is the (run|working) folder or holds it"):
-            check_output_dir(folder, str(run_dir))
-
-
-@pytest.mark.parametrize("folder", ["runs/demo/publish", "out/publish", "empty", "built", "built/"])
-def test_a_new_or_empty_folder_and_an_earlier_build_are_taken(place, folder):
-    (place / "empty").mkdir()
-    fill(place / "built", *BUILT)
-    check_output_dir(folder, "runs/demo")
-    assert files_of(place / "runs") == ["demo/adapter/adapter_config.json", "demo/run.json"]
-
-
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_a_build_takes_the_place_of_the_old_one_and_leaves_nothing_beside(tmp_path, slash):
-    folder = fill(tmp_path / "publish", "old")
-    assert replace_folder(f"{folder}{slash}", lambda beside: bool(fill(Path(beside), "new"))) is True
-    assert files_of(tmp_path) == ["publish/new"]
-    assert os.listdir(tmp_path) == ["publish"]
-
-
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_a_build_that_fails_leaves_the_old_one(tmp_path, slash):
-    folder = fill(tmp_path / "publish", "old")
-
-    def fail(beside: str) -> None:
-        fill(Path(beside), "new")
-        raise InputError("no")
-
-    with pytest.raises(InputError, match="^no$"):
-        replace_folder(f"{folder}{slash}", fail)
-    assert files_of(tmp_path) == ["publish/old"] and os.listdir(tmp_path) == ["publish"]
-
-
-def test_the_old_build_is_there_until_the_new_one_is_in_its_place(tmp_path, monkeypatch):
-    """If the last step fails, both are still on the disk."""
-    folder, rename = fill(tmp_path / "publish", "old"), os.rename
-
-    def fail_to_publish(source: str, target: str) -> None:
-        if target == str(folder):
-            raise PermissionError(target)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", fail_to_publish)
-    with pytest.raises(PermissionError):
-        replace_folder(str(folder), lambda beside: fill(Path(beside), "new"))
-    assert [Path(name).name for name in files_of(tmp_path)] == ["old", "new"]
-
-
-# What a push makes of a repository
-
-
-class FakeHub:
-    """In the place of HfApi: a repository with files, and the operations of the commits that it took."""
-
-    def __init__(self, *files: str, error: Exception | None = None) -> None:
-        self.files, self.error, self.operations = list(files), error, []
-
-    def whoami(self) -> None:
-        self._answer()
-
-    def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
-        assert exist_ok
-        self._answer()
-
-    def list_repo_files(self, repo_id: str) -> list[str]:
-        return self.files
-
-    def create_commit(self, repo_id: str, operations: list[Any], commit_message: str) -> Any:
-        self.operations = operations
-        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/0")
-
-    def _answer(self) -> None:
-        if self.error is not None:
-            raise self.error
-
-
-@pytest.fixture
-def use_hub(monkeypatch):
-    """use_hub(fake): let hub.py talk to it, with a token."""
-
-    def use(fake: FakeHub) -> FakeHub:
-        monkeypatch.setattr(hub, "HfApi", lambda: fake)
-        monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
-        return fake
-
-    return use
-
-
-def test_a_push_makes_the_repository_what_the_folder_is_in_one_commit(tmp_path, use_hub):
-    """An adapter_config.json at the root would be loaded in place of the merged model."""
-    left = ("adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors")
-    fake = use_hub(FakeHub(".gitattributes", "README.md", "adapter/adapter_config.json", *left))
-    address = push_folder(str(fill(tmp_path / "publish", *BUILT)), "owner/name", False, "better")
-    added = [step.path_in_repo for step in fake.operations if isinstance(step, CommitOperationAdd)]
-    deleted = [step.path_in_repo for step in fake.operations if isinstance(step, CommitOperationDelete)]
-    assert (added, deleted) == (sorted(BUILT), sorted(left))
-    assert address == "https://huggingface.co/owner/name/commit/0"
-
-
-@pytest.mark.parametrize("error", [ConnectError("no route to host"), RuntimeError("Error while uploading 'model'")])
-def test_a_push_that_fails_on_the_way_says_so_and_the_folder_stays(tmp_path, use_hub, error):
-    use_hub(FakeHub(error=error))
-    folder = fill(tmp_path / "publish", *BUILT)
-    with pytest.raises(InputError, match=f"^pushing to owner/name failed: {error}. The folder {folder} is complete.$"):
-        push_folder(str(folder), "owner/name", False, "better")
-    assert files_of(folder) == sorted(BUILT)
-
-
-def test_a_hub_that_cannot_be_reached_is_said_before_any_work(use_hub):
-    use_hub(FakeHub(error=ConnectError("no route to host")))
-    with pytest.raises(
-        InputError, match="^the Hub does not take the token, or cannot be reached: no route to host. Log"
-    ):
-        check_push("owner/name", dry_run=False)
-
-
-def test_a_dry_run_asks_nothing_of_the_hub(use_hub):
-    use_hub(FakeHub(error=AssertionError("asked")))
-    check_push(None, dry_run=True)
+def test_without_the_hub_a_revision_stays_as_it_is():
+    assert constants.HF_HUB_OFFLINE  # the tests' own setting
+    assert pin_revision("someone/tiny", "v1") == "v1"
+    assert pin_revision("someone/tiny", None) is None

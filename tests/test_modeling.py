@@ -395,7 +395,7 @@ def test_identity_of_a_folder_names_architecture_size_and_weights(model_dir):
 
     sha256 = hashlib.sha256((Path(model_dir) / "model.safetensors").read_bytes()).hexdigest()
     base = base_of(model_dir)
-    assert base_identity(base, model_dir) == {
+    assert base_identity(base, model_dir, None) == {
         "name_or_path": model_dir,
         "revision": None,
         "architecture": "LlamaForCausalLM",
@@ -409,15 +409,13 @@ def test_identity_changes_when_a_weight_changes(model_dir, tmp_path):
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 0.001
     model.save_pretrained(tmp_path)
-    before, after = base_identity(base_of(model_dir), model_dir), base_identity(base_of(str(tmp_path)), str(tmp_path))
+    before, after = (base_identity(base_of(folder), folder, None) for folder in (model_dir, str(tmp_path)))
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"name_or_path", "weights_sha256"}
 
 
 def test_identity_of_a_hub_model_is_its_commit(make_model):
-    model = make_model()
-    model.config._commit_hash = "0123abcd" * 5
-    identity = base_identity(model, "someone/tiny")
+    identity = base_identity(make_model(), "someone/tiny", "0123abcd" * 5)
     assert (identity["revision"], identity["weights_sha256"]) == ("0123abcd" * 5, None)
 
 

@@ -248,7 +248,7 @@ def describe(model_dir, task, encoder, training, rows_of) -> Callable[..., dict[
         model_config = ModelConfig(**{"model_name_or_path": model_dir, **parts["model"]})
         config = training(**settings)
         base = load_base(model_dir, None, torch.float32, torch.device("cpu"))
-        identity = base_identity(base, model_dir)
+        identity = base_identity(base, model_dir, None)
         base.name_or_path = model_config.model_name_or_path
         torch.manual_seed(seed)
         train_rows = whole.head(rows)

@@ -111,6 +111,15 @@ def test_the_three_commands_leave_what_the_readme_says(finished):
     assert left_over == []
 
 
+def test_a_secret_on_the_card_stops_the_build_and_leaves_no_folder(finished, tmp_path, monkeypatch):
+    """The system prompt stands on the card; here it is the password of a service as well."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("PASSWORD=Say how the day is.\n")
+    said = refused("push_to_hub.py", finished[0], "--dry_run", "true", "--output_dir", tmp_path / "out")
+    assert re.match(r"README\.md, line \d+, holds the value of PASSWORD in \.env\. Nothing was published\.", said)
+    assert [path.name for path in tmp_path.iterdir()] == [".env"]
+
+
 def test_training_teaches_the_tiny_model(finished):
     folder, _ = finished
     record, losses = read(folder / "evaluation/test.json"), read(folder / "run.json")["result"]["log_history"]
@@ -254,7 +263,7 @@ def test_push_refuses_a_folder_that_is_not_whole(finished, tmp_path, monkeypatch
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish"))
     damage(folder)
-    monkeypatch.setattr("tweetdora.hub.load_base", None)  # refused before the merge
+    monkeypatch.setattr("tweetdora.build.load_base", None)  # refused before the merge
     assert message in refused("push_to_hub.py", folder, "--dry_run", "true")
     assert not (folder / "publish").exists()
 

@@ -403,6 +403,13 @@ class PushConfig:
         default="float32", metadata={"help": "Number format of the published weights; merging is always in float32."}
     )
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch to commit to, made if it is not there; none: the default one."}
+    )
+    tag: str | None = field(default=None, metadata={"help": "Tag to put on the commit, such as v1.0."})
+    create_pr: bool = field(
+        default=False, metadata={"help": "Open a pull request, in a repository that one may not write to."}
+    )
     check_samples: int = field(
         default=32, metadata={"help": "Rows on which the saved model is compared with the adapter model."}
     )
@@ -422,6 +429,10 @@ class PushConfig:
             raise InputError(f"--check_samples is {self.check_samples}; expected 1 or more.")
         if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
             raise InputError(f"--hub_model_id is {self.hub_model_id!r}; expected owner/name.")
+        if self.create_pr and (self.tag or self.revision or self.private):
+            raise InputError(
+                "--create_pr true goes with none of --tag, --revision and --private: a pull request has its own."
+            )
 
 
 def is_published_run(task: TaskConfig, model: ModelConfig, training: TrainConfig) -> bool:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import datasets
 
 from tweetdora.config import TaskConfig
 from tweetdora.errors import InputError
+from tweetdora.hub import pin_revision
 
 _FILE_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -49,7 +49,8 @@ def load_rows(task: TaskConfig, split: str) -> Rows:
         InputError: the data set, split, column or a label is not what the task says.
     """
     split_name = getattr(task, f"{split}_split")
-    table = _load_table(task, split_name)
+    revision = pin_revision(task.dataset_name, task.dataset_revision, "dataset")
+    table = _load_table(task, split_name, revision)
     for flag, column in (("--text_column", task.text_column), ("--label_column", task.label_column)):
         if column not in table.column_names:
             raise InputError(
@@ -63,14 +64,14 @@ def load_rows(task: TaskConfig, split: str) -> Rows:
     source = {
         "name": task.dataset_name,
         "config": task.dataset_config,
-        "revision": _hub_revision(table) or task.dataset_revision,
+        "revision": revision,
         "split": split_name,
     }
     rows = make_rows(texts, classes, source)
     return rows.head(task.max_train_samples) if split == "train" else rows
 
 
-def _load_table(task: TaskConfig, split_name: str) -> datasets.Dataset:
+def _load_table(task: TaskConfig, split_name: str, revision: str | None) -> datasets.Dataset:
     name = task.dataset_name
     ending = os.path.splitext(name)[1].lower()
     try:
@@ -81,7 +82,7 @@ def _load_table(task: TaskConfig, split_name: str) -> datasets.Dataset:
             settings = {"keep_default_na": False, "na_values": [""]} if _FILE_BUILDERS[ending] == "csv" else {}
             settings |= {"sep": "\t"} if ending == ".tsv" else {}
             return datasets.load_dataset(_FILE_BUILDERS[ending], data_files=name, split=split_name, **settings)
-        return datasets.load_dataset(name, task.dataset_config, revision=task.dataset_revision, split=split_name)
+        return datasets.load_dataset(name, task.dataset_config, revision=revision, split=split_name)
     # A RuntimeError is what datasets says of a data set that is a script.
     except (ConnectionError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(_why_not_loaded(task, split_name, error)) from error
@@ -105,14 +106,6 @@ def _why_not_loaded(task: TaskConfig, split_name: str, error: Exception) -> str:
             "or name a local folder or file."
         )
     return f"{name}, configuration {task.dataset_config!r}, split {split_name!r}: {said}"
-
-
-def _hub_revision(table: datasets.Dataset) -> str | None:
-    """The commit that a Hub data set came from; its file addresses hold it (hf://datasets/<name>@<commit>/…)."""
-    for address in table.info.download_checksums or {}:
-        if found := re.search(r"@([0-9a-f]{40})/", address):
-            return found[1]
-    return None
 
 
 def _as_text(value: Any, number: int, task: TaskConfig) -> str:

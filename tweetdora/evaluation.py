@@ -15,6 +15,7 @@ from tweetdora.config import RUNS_DIR, EvaluateConfig, TaskConfig
 from tweetdora.data import Rows
 from tweetdora.errors import InputError
 from tweetdora.generation import UNPARSED, Answer, answer_rows
+from tweetdora.hub import pin_revision
 from tweetdora.metrics import INTERVAL_METRICS, bootstrap_intervals, measure, paired_difference
 from tweetdora.modeling import (
     DTYPES,
@@ -99,12 +100,12 @@ def answer_target(
     The tuned model is measured as it is published: the adapter merged into the base in float32, then cast to the
     precision of the measurement.
     """
-    task = target.task
-    tokenizer = load_tokenizer(target.base, target.base_revision)
+    task, revision = target.task, pin_revision(target.base, target.base_revision)
+    tokenizer = load_tokenizer(target.base, revision)
     encoder = Encoder(tokenizer, target.prompt_format or PromptFormat.from_template(tokenizer, task), task.max_length)
     dtype = DTYPES[config.precision]
-    model = load_base(target.base, target.base_revision, dtype, device)
-    identity = base_identity(model, target.base)
+    model = load_base(target.base, revision, dtype, device)
+    identity = base_identity(model, target.base, revision)
     if target.run is not None and identity != target.run["base"]:
         raise InputError(
             f"{target.base} is not the base model that {config.target} was trained on: found {identity}, the run's "
@@ -116,7 +117,7 @@ def answer_target(
     answers[first], facts[first] = _answer(first, model, tokenizer, encoder, rows, task, config)
     if target.adapter_dir:
         del model
-        base = load_base(target.base, target.base_revision, torch.float32, device)
+        base = load_base(target.base, revision, torch.float32, device)
         model = merge(load_adapter(base, target.adapter_dir)).to(dtype)
         facts["adapter_sha256"] = file_sha256(os.path.join(target.adapter_dir, ADAPTER_WEIGHTS))
         answers["after"], facts["after"] = _answer("after", model, tokenizer, encoder, rows, task, config)

@@ -1,255 +1,55 @@
-"""The publishable folder: merge, save, load again, compare, describe; and its way to the Hub."""
+"""The Hugging Face Hub before anything is loaded from it: whether it answers, and which commit a revision is."""
 
-import json
 import os
-import shutil
-from collections.abc import Callable
-from typing import Any
+import socket
+import sys
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HTTPError
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import datasets.config
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HTTPError, RevisionResolutionError
 
-from tweetdora.config import PushConfig, TaskConfig
-from tweetdora.data import Rows
-from tweetdora.errors import InputError
-from tweetdora.generation import answer_rows
-from tweetdora.modeling import base_identity, load_adapter, load_base, load_tokenizer, merge, save_merged
-from tweetdora.prompts import Encoder, PromptFormat, stop_token_ids
-from tweetdora.records import ADAPTER_DIR, read_json
-
-# The merge is a sum in float32 either way; what differs is the order of the sums.
-MAX_LOGIT_DIFFERENCE = 1e-2
-_ROWS_AT_ONCE = 32
-MIN_EQUAL_ANSWERS = 0.9  # for weights published in half precision, whose answers may differ here and there
-# A folder that holds these was built here.
-_BUILT_FILES = ("README.md", "config.json", "adapter/adapter_config.json", "figures/training.png")
-# The base class of what the Hub's client raises when a server refuses or is not reached; the latter is no OSError.
-_HUB_ERRORS = (HTTPError, OSError)
+_TIMEOUT_SECONDS = 3.0
 
 
-def check_push(hub_model_id: str | None, dry_run: bool) -> None:
-    """Refuse what cannot be pushed before any work is done.
+def use_cache_if_unreachable(*names: str) -> None:
+    """Put the Hub's libraries in offline mode if one of `names` is no local path and the Hub does not answer.
 
-    Raises:
-        InputError: no repository, no token, or one that the Hub does not take.
+    Left to themselves they try each file six times over 23 seconds. Offline, what is in the cache is used, and what is
+    not is an error at once. It is the mode that HF_HUB_OFFLINE=1 asks for; the libraries read that variable when they
+    are imported, so here the values they made of it are set.
     """
-    if dry_run:
+    if constants.HF_HUB_OFFLINE or all(os.path.exists(name) for name in names) or _reachable():
         return
-    if hub_model_id is None:
-        raise InputError("the run names no repository; give --hub_model_id owner/name, or --dry_run true.")
-    if get_token() is None:
-        raise InputError(
-            "no Hub token: run `hf auth login` or set HF_TOKEN (a token with write access). "
-            "--dry_run true builds and checks the folder without one."
-        )
+    constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
+    print(f"note: {constants.ENDPOINT} cannot be reached; only what is cached here can be used", file=sys.stderr)
+
+
+def _reachable() -> bool:
+    address = urlsplit(constants.ENDPOINT)
+    if address.scheme in getproxies():
+        return True  # the proxy's business; the libraries find out
+    port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        HfApi().whoami()
-    except _HUB_ERRORS as error:
-        raise InputError(
-            f"the Hub does not take the token, or cannot be reached: {error}. Log in again with `hf auth login`, or "
-            "build the folder with --dry_run true."
-        ) from error
+        with socket.create_connection((address.hostname or "", port), timeout=_TIMEOUT_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
-def check_output_dir(folder: str, run_dir: str) -> None:
-    """Refuse a folder that a build must not replace; everything that is in it would go.
+def pin_revision(name: str, revision: str | None, repo_type: str = "model") -> str | None:
+    """The commit that a revision of a repository on the Hub is at this moment; None for a local path.
 
-    Raises:
-        InputError: it is a file, holds the run or the working folder, or holds something that was not built here.
+    Everything that is loaded is to be of one commit, which the record names: neither transformers 5 nor datasets 5
+    says which one it loaded. What the Hub does not know, or cannot be asked, stays as it is; loading it says so.
     """
-    path = os.path.realpath(folder)
-    for kept, what in ((run_dir, "the run folder"), (os.getcwd(), "the working folder")):
-        if os.path.commonpath([path, os.path.realpath(kept)]) == path:
-            raise InputError(f"--output_dir {folder} is {what} or holds it; give the build a folder of its own.")
-    if os.path.isfile(path):
-        raise InputError(f"--output_dir {folder} is a file; give a folder.")
-    found = os.listdir(path) if os.path.isdir(path) else []
-    missing = [name for name in _BUILT_FILES if not os.path.isfile(os.path.join(path, name))]
-    if found and (missing or ".git" in found):
-        raise InputError(
-            f"{folder} would be replaced, but is no earlier build of push_to_hub.py: it holds "
-            f"{', '.join(sorted(found)[:5])}. Give another --output_dir, or empty the folder yourself."
-        )
-
-
-def read_evaluation(run_dir: str, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The results of evaluate.py for a run, and the answer of every row.
-
-    Raises:
-        InputError: the run was not evaluated on that split, or its files are not whole.
-    """
-    again = f"Measure first: python evaluate.py {run_dir} --split {split}"
-    folder = os.path.join(run_dir, "evaluation")
-    record, predictions = os.path.join(folder, f"{split}.json"), os.path.join(folder, split, "predictions.jsonl")
-    for path in (record, predictions, *figure_paths(run_dir, split)):
-        if not os.path.isfile(path):
-            remedy = again if path.startswith(folder) else "It is part of the run folder; train.py wrote it."
-            raise InputError(f"{path} is missing. {remedy}")
+    if os.path.exists(name):
+        return None
+    if name.count("/") != 1:
+        return revision
     try:
-        with open(predictions, encoding="utf-8") as stream:
-            return read_json(record), [json.loads(line) for line in stream]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{predictions} has a line that is not JSON ({error}); it was cut. {again}") from None
-
-
-def figure_paths(run_dir: str, split: str) -> list[str]:
-    """The pictures that the card shows: training.png is train.py's, the others are evaluate.py's."""
-    folder = os.path.join(run_dir, "evaluation", split)
-    names = [os.path.join(folder, f"confusion_{when}.png") for when in ("before", "after")]
-    return [os.path.join(run_dir, "training.png"), *names]
-
-
-def build_model(
-    run_dir: str, run: dict[str, Any], rows: Rows, config: PushConfig, device: torch.device, folder: str
-) -> dict[str, Any]:
-    """Merge the run's adapter into its base, save it to `folder`, load that again and compare; what the check saw.
-
-    Raises:
-        InputError: the base is another one, or the saved model does not answer as base and adapter do.
-    """
-    task, name = TaskConfig(**run["task"]), run["base"]["name_or_path"]
-    adapter_dir = os.path.join(run_dir, ADAPTER_DIR)
-    tokenizer = load_tokenizer(adapter_dir)
-    encoder = Encoder(tokenizer, PromptFormat(**run["prompt_format"]), task.max_length)
-    base = load_base(name, run["base"]["revision"], torch.float32, device)
-    if (identity := base_identity(base, name)) != run["base"]:
-        raise InputError(f"{name} is not the base model of this run: found {identity}, expected {run['base']}.")
-    with_adapter = load_adapter(base, adapter_dir)
-    expected = observe(with_adapter, tokenizer, encoder, rows, task, run["max_new_tokens"])
-    stop_ids = stop_token_ids(base, tokenizer, encoder.stop_token_id)
-    save_merged(merge(with_adapter), tokenizer, stop_ids, getattr(torch, config.dtype), folder)
-    del base, with_adapter
-
-    # As any user loads it: nothing of ours takes part in making the model or the prompt.
-    saved_tokenizer = AutoTokenizer.from_pretrained(folder)
-    check_prompts(saved_tokenizer, encoder, rows, task)
-    saved = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    found = observe(saved, saved_tokenizer, encoder, rows, task, run["max_new_tokens"])
-    return compare(expected, found, config.dtype)
-
-
-def observe(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    rows: Rows,
-    task: TaskConfig,
-    max_new_tokens: int,
-) -> tuple[list[torch.Tensor], list[str]]:
-    """For each row the logits of the first answer token, float32 of shape (V,), and the greedy answer."""
-    prompts, _ = encoder.prompt_ids(rows.texts)
-    logits = []
-    for start in range(0, len(prompts), _ROWS_AT_ONCE):
-        batch = prompts[start : start + _ROWS_AT_ONCE]
-        length = max(map(len, batch))
-        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
-        ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in batch], device=model.device)  # (B, T)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.no_grad():
-            output = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1)
-        logits += output.logits[:, -1].float().cpu().unbind()
-    answers, _ = answer_rows(
-        model, tokenizer, encoder, rows, task.label_words, batch_size=_ROWS_AT_ONCE, max_new_tokens=max_new_tokens
-    )
-    return logits, [answer.text for answer in answers]
-
-
-def check_prompts(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, rows: Rows, task: TaskConfig) -> None:
-    """The saved chat template must give a user the token ids that the model was trained with.
-
-    Raises:
-        InputError: it does not, for an ordinary text.
-    """
-    prompts, _ = encoder.prompt_ids(rows.texts)
-    for text, prompt in zip(rows.texts, prompts, strict=True):
-        if encoder.is_plain(text) and len(prompt) < encoder.max_prompt_length:
-            messages = encoder.format.messages(task.system_prompt, text)
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-            if ids != prompt:
-                raise InputError(
-                    f"the saved chat template gives other token ids than training used for the text {text!r}; "
-                    "the published model would not see the prompt that it was tuned on."
-                )
-
-
-def compare(
-    expected: tuple[list[torch.Tensor], list[str]], found: tuple[list[torch.Tensor], list[str]], dtype: str
-) -> dict[str, Any]:
-    """Largest difference of a logit, and equal answers.
-
-    Raises:
-        InputError: more than rounding lies between the two.
-    """
-    difference = max((a - b).abs().max().item() for a, b in zip(expected[0], found[0], strict=True))
-    equal = sum(a == b for a, b in zip(expected[1], found[1], strict=True))
-    rows = len(expected[1])
-    exact = dtype == "float32"
-    too_far = difference > MAX_LOGIT_DIFFERENCE or equal < rows if exact else equal < MIN_EQUAL_ANSWERS * rows
-    if too_far or difference != difference:
-        raise InputError(
-            f"the saved {dtype} model is not the adapter model: logits differ by up to {difference:.3g}, {equal} of "
-            f"{rows} answers are equal. Nothing was published."
-        )
-    return {"dtype": dtype, "rows": rows, "equal_answers": equal, "max_logit_difference": difference}
-
-
-def copy_adapter(run_dir: str, folder: str, base_name: str) -> None:
-    """Copy the adapter's two files; its settings name the base as the card does, not by a path of this machine."""
-    source, target = os.path.join(run_dir, ADAPTER_DIR), os.path.join(folder, ADAPTER_DIR)
-    os.makedirs(target)
-    shutil.copy2(os.path.join(source, "adapter_model.safetensors"), target)
-    settings = read_json(os.path.join(source, "adapter_config.json"))
-    settings["base_model_name_or_path"] = base_name
-    with open(os.path.join(target, "adapter_config.json"), "w", encoding="utf-8") as stream:
-        json.dump(settings, stream, indent=2, sort_keys=True)
-
-
-def copy_figures(run_dir: str, folder: str, split: str) -> None:
-    """Copy the pictures that the card shows."""
-    target = os.path.join(folder, "figures")
-    os.makedirs(target)
-    for path in figure_paths(run_dir, split):
-        shutil.copy2(path, target)
-
-
-def replace_folder(folder: str, build: Callable[[str], Any]) -> Any:
-    """Let `build` fill a new folder beside `folder`, then put it in its place; a failure leaves the old one."""
-    folder = os.path.realpath(folder)  # "publish/" + ".part" would lie inside it
-    beside, old = f"{folder}.{os.getpid()}.part", f"{folder}.{os.getpid()}.old"
-    shutil.rmtree(beside, ignore_errors=True)
-    os.makedirs(beside)
-    try:
-        result = build(beside)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    if os.path.isdir(folder):
-        os.rename(folder, old)
-    os.rename(beside, folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return result
-
-
-def push_folder(folder: str, hub_model_id: str, private: bool, message: str) -> str:
-    """Make the repository's files those of the folder, as one commit; the commit's address, once the Hub has it.
-
-    What an earlier version left would not lie there idle: with an adapter_config.json at the root, transformers loads
-    base and adapter in place of the merged model.
-
-    Raises:
-        InputError: the Hub refused or cannot be reached; the local folder stays as it is.
-    """
-    api = HfApi()
-    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    files = {os.path.relpath(path, folder): path for path in sorted(paths)}
-    try:
-        api.create_repo(hub_model_id, private=private, exist_ok=True)
-        left_over = sorted({*api.list_repo_files(hub_model_id)} - {*files, ".gitattributes"})
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-        operations += [CommitOperationDelete(name, is_folder=False) for name in left_over]
-        return api.create_commit(hub_model_id, operations, commit_message=message).commit_url
-    except (*_HUB_ERRORS, ValueError, RuntimeError) as error:  # a large file's upload ends in a RuntimeError
-        raise InputError(f"pushing to {hub_model_id} failed: {error}. The folder {folder} is complete.") from error
+        return HfApi().resolve_revision(name, revision=revision, repo_type=repo_type).resolved
+    except (RevisionResolutionError, HTTPError, OSError, ValueError):  # the last: a name that cannot be one
+        return revision

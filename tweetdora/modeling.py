@@ -7,7 +7,12 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -93,11 +98,14 @@ def _why_not_loaded(
     return f"{name}: {said}"
 
 
-def base_identity(model: PreTrainedModel, name_or_path: str) -> dict[str, Any]:
-    """What tells one base model from another: the commit on the Hub, or the SHA-256 of a local folder's weights."""
+def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | None) -> dict[str, Any]:
+    """What tells one base model from another: the commit on the Hub, or the SHA-256 of a local folder's weights.
+
+    `revision` is pin_revision's.
+    """
     identity = {
         "name_or_path": name_or_path,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": revision,
         "architecture": model.config.architectures[0] if model.config.architectures else type(model).__name__,
         "parameters": model.num_parameters(),
         "weights_sha256": None,

@@ -1,0 +1,115 @@
+"""The publishable folder: what a build may replace."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tweetdora.build import check_output_dir, replace_folder
+from tweetdora.errors import InputError
+
+
+def fill(folder: Path, *names: str) -> Path:
+    """Make a folder with files of these names, each holding its own name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+BUILT = ("README.md", "config.json", "model.safetensors", "adapter/adapter_config.json", "figures/training.png")
+
+
+# What a build may replace
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working folder with the run folder runs/demo and a folder of the user's own; it is the current folder."""
+    fill(tmp_path / "work/runs/demo", "run.json", "adapter/adapter_config.json")
+    fill(tmp_path / "work/thesis", "chapter.tex")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("runs/demo", "--output_dir runs/demo is the run folder or holds it; give the build a folder of its own."),
+        ("runs/demo/", "is the run folder or holds it"),
+        ("runs/demo/adapter/..", "is the run folder or holds it"),
+        ("runs", "is the run folder or holds it"),
+        ("link", "is the run folder or holds it"),
+        (".", "is the run folder or holds it"),
+        ("..", "is the run folder or holds it"),
+        ("/", "is the run folder or holds it"),
+        ("thesis/chapter.tex", "is a file; give a folder"),
+        (
+            "thesis",
+            "thesis would be replaced, but is no earlier build of push_to_hub.py: it holds chapter.tex. Give an",
+        ),
+        ("runs/demo/adapter", "it holds adapter_config.json. Give another --output_dir"),
+        ("clone", "it holds .git, README.md, adapter, config.json, figures. Give another --output_dir"),
+    ],
+)
+def test_a_folder_that_a_build_must_not_replace_is_refused(place, folder, message):
+    (place / "link").symlink_to("runs/demo")
+    fill(place / "clone", *BUILT, ".git/config")
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_output_dir(folder, "runs/demo")
+
+
+def test_the_working_folder_is_refused_where_the_run_lies_elsewhere(place, tmp_path):
+    run_dir = fill(tmp_path / "elsewhere", "run.json")
+    for folder in (".", "..", str(place)):
+        with pytest.raises(InputError, match=r"is the (run|working) folder or holds it"):
+            check_output_dir(folder, str(run_dir))
+
+
+@pytest.mark.parametrize("folder", ["runs/demo/publish", "out/publish", "empty", "built", "built/"])
+def test_a_new_or_empty_folder_and_an_earlier_build_are_taken(place, folder):
+    (place / "empty").mkdir()
+    fill(place / "built", *BUILT)
+    check_output_dir(folder, "runs/demo")
+    assert files_of(place / "runs") == ["demo/adapter/adapter_config.json", "demo/run.json"]
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_build_takes_the_place_of_the_old_one_and_leaves_nothing_beside(tmp_path, slash):
+    folder = fill(tmp_path / "publish", "old")
+    assert replace_folder(f"{folder}{slash}", lambda beside: bool(fill(Path(beside), "new"))) is True
+    assert files_of(tmp_path) == ["publish/new"]
+    assert os.listdir(tmp_path) == ["publish"]
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_build_that_fails_leaves_the_old_one(tmp_path, slash):
+    folder = fill(tmp_path / "publish", "old")
+
+    def fail(beside: str) -> None:
+        fill(Path(beside), "new")
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="^no$"):
+        replace_folder(f"{folder}{slash}", fail)
+    assert files_of(tmp_path) == ["publish/old"] and os.listdir(tmp_path) == ["publish"]
+
+
+def test_the_old_build_is_there_until_the_new_one_is_in_its_place(tmp_path, monkeypatch):
+    """If the last step fails, both are still on the disk."""
+    folder, rename = fill(tmp_path / "publish", "old"), os.rename
+
+    def fail_to_publish(source: str, target: str) -> None:
+        if target == str(folder):
+            raise PermissionError(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_to_publish)
+    with pytest.raises(PermissionError):
+        replace_folder(str(folder), lambda beside: fill(Path(beside), "new"))
+    assert [Path(name).name for name in files_of(tmp_path)] == ["old", "new"]

@@ -1,0 +1,133 @@
+"""What may leave the machine: a closed list of kinds of file, and in them no secret and no trace of the machine."""
+
+import getpass
+import json
+import netrc
+import os
+import re
+from collections.abc import Iterator, Mapping
+
+from huggingface_hub import get_token
+
+from tweetdora.errors import InputError
+
+_KINDS = (".safetensors", ".json", ".md", ".png")
+_BY_NAME = ("chat_template.jinja",)
+# Secrets by their form. A W&B key of the old form, 40 hexadecimal digits, looks like a git commit: only by its value.
+_FORMS = {
+    "a Hugging Face token": r"\b(hf|api_org)_[A-Za-z0-9]{30,}",
+    "a W&B key": r"\bwandb_v1_[A-Za-z0-9_]{20,}|(?i:wandb[_ -]?api[_ -]?key\W{1,5}[0-9a-f]{40})",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "an AWS key": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a GitHub token": r"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})",
+    "an API key": r"\bsk-[A-Za-z0-9_-]{32,}",
+    "a home folder": r"(?<![A-Za-z0-9.])(/home/|/Users/|[A-Za-z]:\\\\?Users\\\\?)[A-Za-z0-9._-]+",
+}
+_SHORTEST_VALUE = 8  # shorter values of .env are words that may stand anywhere
+_COMMON_USERS = (
+    "root",
+    "user",
+    "ubuntu",
+    "admin",
+    "runner",
+    "jovyan",
+    "debian",
+    "ec2-user",
+    "nobody",
+    "app",
+    "default",
+)
+
+
+def check_contents(folder: str, repo_id: str | None) -> None:
+    """Refuse a folder with a file of another kind, or with something that should not be published.
+
+    Raises:
+        InputError: names the file, the line and what is there, not the secret itself.
+    """
+    values = known_secrets(os.environ, os.getcwd())
+    names = _names_of_the_machine(repo_id)
+    for root, _, files in os.walk(folder):
+        for file in sorted(files):
+            path = os.path.join(root, file)
+            name = os.path.relpath(path, folder)
+            if not file.endswith(_KINDS) and file not in _BY_NAME or file.startswith("."):
+                raise InputError(
+                    f"{path} is not among the files of a model that are published ({', '.join(_KINDS)}, "
+                    f"{', '.join(_BY_NAME)}). Remove it, or build the folder anew."
+                )
+            for line, text in _lines(path):
+                if what := find_secret(text, values, names):
+                    raise InputError(
+                        f"{name}, line {line}, holds {what}. Nothing was published. Take it out of the settings, the "
+                        "prompt or the data that it comes from, and build the folder anew."
+                    )
+
+
+def find_secret(text: str, values: Mapping[str, str], names: Mapping[str, str]) -> str | None:
+    """What in a line should not be published, or None.
+
+    >>> find_secret("token: hf_" + "x" * 34, {}, {})
+    'a Hugging Face token'
+    >>> find_secret("by the model of 2024", {"the value of KEY in .env": "secret-word"}, {})
+    """
+    for what, form in _FORMS.items():
+        if re.search(form, text):
+            return what
+    for what, value in values.items():
+        if value in text:
+            return what
+    for what, name in names.items():
+        if re.search(rf"(?<![A-Za-z0-9_-]){re.escape(name)}(?![A-Za-z0-9_-])", text):
+            return what
+    return None
+
+
+def known_secrets(environment: Mapping[str, str], folder: str) -> dict[str, str]:
+    """The secrets of this machine, by what they are: the Hub's and W&B's logins, and the values of .env."""
+    found = {"the Hub token of this machine": get_token() or ""}
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        found[f"the value of {name}"] = environment.get(name, "")
+    try:
+        logins = netrc.netrc(environment.get("NETRC"))
+        for host in logins.hosts:
+            login = logins.authenticators(host)
+            found[f"the password for {host} in .netrc"] = login[2] if login else ""
+    except (OSError, netrc.NetrcParseError):
+        pass  # no readable file, no password in it
+    try:
+        with open(os.path.join(folder, ".env"), encoding="utf-8") as stream:
+            for line in stream:
+                name, sign, value = line.partition("=")
+                if sign:
+                    found[f"the value of {name.strip().removeprefix('export ')} in .env"] = value.strip().strip("'\"")
+    except (OSError, UnicodeDecodeError):
+        pass
+    return {what: value for what, value in found.items() if len(value) >= _SHORTEST_VALUE}
+
+
+def _names_of_the_machine(repo_id: str | None) -> dict[str, str]:
+    """Login name and home folder, unless they say nothing or are public as the repository's owner."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container may have no name for its user
+        user = ""
+    home = os.path.expanduser("~")
+    names = {}
+    if len(user) > 3 and user not in _COMMON_USERS and user not in (repo_id or "").split("/"):
+        names["the login name of this machine"] = user
+    if home.count(os.sep) > 1:
+        names["the home folder of this machine"] = home
+    return names
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file, numbered from 1; of weights the header, whose entries anyone may read."""
+    if path.endswith(".safetensors"):
+        with open(path, "rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        text = json.dumps(header.get("__metadata__", {}), indent=0)
+    else:
+        with open(path, "rb") as stream:
+            text = stream.read().decode("utf-8", "replace")
+    return enumerate(text.splitlines(), 1)
