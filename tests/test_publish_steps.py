@@ -281,7 +281,7 @@ def test_a_final_refusal_is_not_tried_again(hub, folder, status):
 def test_a_card_that_the_hub_refuses_is_no_commit(hub, folder):
     hub.card_errors.append("license must be one of ...")
     said = refused(publish, folder, find_target(REPO, config()), "better", False)
-    assert "the Hub refuses the card" in said and "license must be one of" in said
+    assert "the Hub refuses it" in said and "license must be one of" in said
     assert history(hub) == ["initial commit"]
 
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from tweetdora.records import file_sha256
 HUB_ERRORS = (HTTPError, OSError)
 ATTEMPTS, FIRST_WAIT = 4, 1.0  # of the commit; seconds before the second one, doubled each time
 # Statuses after which the same request can only fail again.
-_FINAL = (400, 401, 403, 404, 409, 413, 422)
+_FINAL = (400, 401, 403, 404, 413, 422)
 # What a publish of ours may have left in a repository. Above all a root adapter_config.json: transformers would load
 # base and adapter in place of the merged model.
 _OURS = re.compile(
@@ -64,6 +64,11 @@ class Published:
     removed: list[str] = field(default_factory=list)
     left_alone: list[str] = field(default_factory=list)
 
+    @property
+    def revision(self) -> str:
+        """Under what it can be read: a pull request's commit is reached by its own name."""
+        return self.pull_request or self.commit
+
     def to_dict(self) -> dict[str, Any]:
         """For the record."""
         return asdict(self)
@@ -83,6 +88,7 @@ def find_target(repo_id: str, config: PushConfig) -> Target:
     user = _who_may_write(api)
     try:
         info = api.model_info(repo_id)
+        refs = api.list_repo_refs(repo_id)
     except RepositoryNotFoundError:
         _check_new(repo_id, user, config)
         return Target(repo_id, user["name"], exists=False, revision=config.revision)
@@ -101,15 +107,12 @@ def find_target(repo_id: str, config: PushConfig) -> Target:
                 f"{user['name']} may not write to {repo_id} ({_said(error)}). Push to a repository of your own with "
                 f"--hub_model_id {user['name']}/{repo_id.split('/')[1]}, or propose the files with --create_pr true."
             ) from error
-    refs = api.list_repo_refs(repo_id)
     if config.tag in [tag.name for tag in refs.tags]:
         raise InputError(f"--tag {config.tag} is there already in {repo_id}; give another, or delete it on the Hub.")
-    revision = config.revision
-    if revision is not None and revision not in [branch.name for branch in refs.branches]:
-        return Target(repo_id, user["name"], True, None, (), revision, config.create_pr)
-    info = api.model_info(repo_id, revision=revision)
-    files = tuple(file.rfilename for file in info.siblings or [])
-    return Target(repo_id, user["name"], True, info.sha, files, revision, config.create_pr)
+    target = Target(repo_id, user["name"], True, revision=config.revision, create_pr=config.create_pr)
+    if config.revision is not None and config.revision not in [branch.name for branch in refs.branches]:
+        return target  # _make_repository makes the branch
+    return _with_head(api, target)
 
 
 def _who_may_write(api: HfApi) -> dict[str, Any]:
@@ -208,13 +211,18 @@ def _make_repository(api: HfApi, target: Target, private: bool) -> Target:
             api.create_repo(target.repo_id, private=private, exist_ok=True)
         if target.revision is not None and target.head is None:
             api.create_branch(target.repo_id, branch=target.revision, exist_ok=True)
-        if target.head is not None:
-            return target
-        info = api.model_info(target.repo_id, revision=target.revision)
     except HUB_ERRORS as error:
         raise InputError(f"{target.repo_id} could not be made: {_said(error)}. Nothing was published.") from error
-    files = tuple(file.rfilename for file in info.siblings or [])
-    return Target(target.repo_id, target.user, True, info.sha, files, target.revision, target.create_pr)
+    return target if target.head is not None else _with_head(api, target)
+
+
+def _with_head(api: HfApi, target: Target) -> Target:
+    """The target with what its branch holds now."""
+    try:
+        info = api.model_info(target.repo_id, revision=target.revision)
+    except HUB_ERRORS as error:
+        raise InputError(f"the Hub says of {target.repo_id}: {_said(error)}. Nothing was published.") from error
+    return replace(target, exists=True, head=info.sha, files=tuple(file.rfilename for file in info.siblings or []))
 
 
 def _commit(
@@ -236,10 +244,8 @@ def _commit(
                 parent_commit=target.head,
             )
             return {"commit": done.oid, "pull_request": done.pr_revision}
-        except ValueError as error:  # the Hub's own check of the card
-            raise InputError(
-                _nothing_published(target, folder, f"the Hub refuses the card: {_said(error)}")
-            ) from error
+        except ValueError as error:  # above all the Hub's own check of the card
+            raise InputError(_nothing_published(target, folder, f"the Hub refuses it: {_said(error)}")) from error
         except HUB_ERRORS as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in _FINAL:
@@ -341,13 +347,13 @@ def read_back(published: Published, folder: str, reference: Reference, device: t
     """
     api = HfApi()
     try:
-        differing = differing_files(api, folder, published.repo_id, published.commit)
+        differing = differing_files(api, folder, published.repo_id, published.revision)
         if differing:
             raise InputError(
                 f"{published.url} does not hold what {folder} does: {', '.join(differing)}. Do not use it; push again."
             )
         with tempfile.TemporaryDirectory() as cache:  # empty, so that every file comes from the Hub
-            where = {"revision": published.commit, "cache_dir": cache}
+            where = {"revision": published.revision, "cache_dir": cache}
             tokenizer = AutoTokenizer.from_pretrained(published.repo_id, **where)
             model = AutoModelForCausalLM.from_pretrained(published.repo_id, **where).to(device).eval()
     except HUB_ERRORS as error:
