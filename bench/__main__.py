@@ -29,7 +29,15 @@ from bench.report import table
 from bench.settings import Settings
 from tweetdora.cli import run_script
 from tweetdora.data import load_rows
-from tweetdora.records import RECORD_VERSION, environment, read_json, use_cpu_threads, utc_now, write_json
+from tweetdora.records import (
+    RECORD_VERSION,
+    environment,
+    read_json,
+    use_cpu_threads,
+    utc_now,
+    without_folders,
+    write_json,
+)
 
 # Of each part the function and its runs, the words between colons being the function's arguments.
 PARTS = {
@@ -70,8 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     output = options.output or (QUICK_OUTPUT if options.quick else OUTPUT)
     record = read_json(output) if os.path.isfile(output) else {"record_version": RECORD_VERSION, "parts": {}}
+    facts = describe(argv, settings)  # once: the record itself, written after each part, may be a tracked file
     for part in options.only:
-        header = describe(argv, settings)
+        header = {**facts, "created": utc_now()}
         before = cpu_times()
         samples = {variant: run_worker(part, variant, argv) for variant in PARTS[part][1]}
         record["parts"][part] = {**header, "stolen_share": stolen_share(before, cpu_times()), "samples": samples}
@@ -103,12 +112,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
 
 
 def describe(argv: list[str], settings: Settings) -> dict[str, Any]:
-    """What a record says of a part beside its samples: when, how, on what and with which code."""
+    """What a record says of each part beside its samples: how, on what and with which code."""
     facts = environment()
     facts["packages"]["trl"] = importlib.metadata.version("trl")
     return {
-        "created": utc_now(),
-        "command": shlex.join(["python", "-m", "bench", *argv]),
+        "command": shlex.join(["python", "-m", "bench", *map(without_folders, argv)]),
         "settings": dataclasses.asdict(settings),
         "data": load_rows(settings.task(), "train").head(settings.train_rows).source,
         "openmp": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},

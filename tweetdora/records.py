@@ -174,10 +174,11 @@ def command_line() -> str:
             launcher += ["--mixed_precision", os.environ["ACCELERATE_MIXED_PRECISION"]]
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *map(_without_folders, sys.argv[1:])])
+    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *map(without_folders, sys.argv[1:])])
 
 
-def _without_folders(word: str) -> str:
+def without_folders(word: str) -> str:
+    """A word of a command without what only this machine has in its paths."""
     flag, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
     if os.path.isabs(path) and (os.path.exists(path) or not re.search(r"\s", path)):  # no prompt that begins with /
         inside = os.path.relpath(path)
