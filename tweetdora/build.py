@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ from tweetdora.config import PushConfig, TaskConfig
 from tweetdora.data import Rows
 from tweetdora.errors import InputError
 from tweetdora.generation import answer_rows
-from tweetdora.hub import pin_revision
 from tweetdora.modeling import (
     base_identity,
     load_adapter,
@@ -106,7 +106,7 @@ def build_model(
     adapter_dir = os.path.join(run_dir, ADAPTER_DIR)
     tokenizer = load_tokenizer(adapter_dir)
     encoder = Encoder(tokenizer, PromptFormat(**run["prompt_format"]), task.max_length)
-    revision = pin_revision(name, run["base"]["revision"])
+    revision = run["base"]["revision"]
     base = load_base(name, revision, torch.float32, device)
     if (identity := base_identity(base, name, revision)) != run["base"]:
         raise InputError(f"{name} is not the base model of this run: found {identity}, expected {run['base']}.")
@@ -169,6 +169,14 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, rows: Ro
                 )
 
 
+def differences(
+    expected: tuple[list[torch.Tensor], list[str]], found: tuple[list[torch.Tensor], list[str]]
+) -> tuple[float, int]:
+    """The largest difference of a logit, and how many answers are equal, of what `observe` saw of two models."""
+    logits = max((a - b).abs().max().item() for a, b in zip(expected[0], found[0], strict=True))
+    return logits, sum(a == b for a, b in zip(expected[1], found[1], strict=True))
+
+
 def compare(
     expected: tuple[list[torch.Tensor], list[str]], found: tuple[list[torch.Tensor], list[str]], dtype: str
 ) -> dict[str, Any]:
@@ -177,8 +185,7 @@ def compare(
     Raises:
         InputError: more than rounding lies between the two.
     """
-    difference = max((a - b).abs().max().item() for a, b in zip(expected[0], found[0], strict=True))
-    equal = sum(a == b for a, b in zip(expected[1], found[1], strict=True))
+    difference, equal = differences(expected, found)
     rows = len(expected[1])
     exact = dtype == "float32"
     too_far = difference > MAX_LOGIT_DIFFERENCE or equal < rows if exact else equal < MIN_EQUAL_ANSWERS * rows
@@ -215,11 +222,10 @@ def replace_folder(folder: str, build: Callable[[str], Any]) -> Any:
     beside, old = f"{folder}.{os.getpid()}.part", f"{folder}.{os.getpid()}.old"
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(beside)
-    try:
+    with ExitStack() as on_failure:  # an interrupt included
+        on_failure.callback(shutil.rmtree, beside, ignore_errors=True)
         result = build(beside)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        on_failure.pop_all()
     if os.path.isdir(folder):
         os.rename(folder, old)
     os.rename(beside, folder)

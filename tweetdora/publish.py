@@ -5,7 +5,6 @@ publish         one commit on top of what was found; after a lost answer look, t
 read_back       every file by its hash, and the model itself from an empty cache
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -15,19 +14,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tweetdora.build import MAX_LOGIT_DIFFERENCE, Reference, observe
+from tweetdora.build import MAX_LOGIT_DIFFERENCE, Reference, differences, observe
 from tweetdora.config import PushConfig
 from tweetdora.errors import InputError
-from tweetdora.records import file_sha256
 
 # What the Hub's client raises when a server refuses or is not reached; hf_xet raises the built-in ConnectionError.
 HUB_ERRORS = (HTTPError, OSError)
-ATTEMPTS, FIRST_WAIT = 4, 1.0  # of the commit; seconds before the second one, doubled each time
+WAITS = (1.0, 2.0, 4.0, 0.0)  # seconds after each failed attempt to commit
 # Statuses after which the same request can only fail again.
 _FINAL = (400, 401, 403, 404, 413, 422)
 # What a publish of ours may have left in a repository. Above all a root adapter_config.json: transformers would load
@@ -44,7 +42,6 @@ class Target:
     """A repository as it was found before the work began."""
 
     repo_id: str
-    user: str
     exists: bool
     head: str | None = None  # the commit that the new one goes on top of
     files: tuple[str, ...] = ()
@@ -91,7 +88,7 @@ def find_target(repo_id: str, config: PushConfig) -> Target:
         refs = api.list_repo_refs(repo_id)
     except RepositoryNotFoundError:
         _check_new(repo_id, user, config)
-        return Target(repo_id, user["name"], exists=False, revision=config.revision)
+        return Target(repo_id, exists=False, revision=config.revision)
     except HUB_ERRORS as error:
         raise InputError(f"the Hub says of {repo_id}: {_said(error)}") from error
     if config.private and not info.private:
@@ -109,7 +106,7 @@ def find_target(repo_id: str, config: PushConfig) -> Target:
             ) from error
     if config.tag in [tag.name for tag in refs.tags]:
         raise InputError(f"--tag {config.tag} is there already in {repo_id}; give another, or delete it on the Hub.")
-    target = Target(repo_id, user["name"], True, revision=config.revision, create_pr=config.create_pr)
+    target = Target(repo_id, exists=True, revision=config.revision, create_pr=config.create_pr)
     if config.revision is not None and config.revision not in [branch.name for branch in refs.branches]:
         return target  # _make_repository makes the branch
     return _with_head(api, target)
@@ -229,11 +226,8 @@ def _commit(
     api: HfApi, folder: str, target: Target, additions: list[CommitOperationAdd], removed: list[str], message: str
 ) -> dict[str, Any]:
     """Commit on top of the head that was found; after a failure look at the head before anything else is done."""
-    wait = FIRST_WAIT
-    for attempt in range(ATTEMPTS):
-        if attempt:  # an operation serves one commit only; the large files are on the Hub by now
-            additions = [CommitOperationAdd(item.path_in_repo, item.path_or_fileobj) for item in additions]
-        operations = [*additions, *(CommitOperationDelete(name, is_folder=False) for name in removed)]
+    operations = [*additions, *(CommitOperationDelete(name, is_folder=False) for name in removed)]
+    for wait in WAITS:
         try:
             done = api.create_commit(
                 target.repo_id,
@@ -247,17 +241,16 @@ def _commit(
         except ValueError as error:  # above all the Hub's own check of the card
             raise InputError(_nothing_published(target, folder, f"the Hub refuses it: {_said(error)}")) from error
         except HUB_ERRORS as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in _FINAL:
-                raise InputError(_nothing_published(target, folder, _said(error))) from error
-            if landed := _after_failure(api, folder, target, error):
-                return landed
-            if status == 412 or attempt == ATTEMPTS - 1:
-                said = f"{_said(error)}, {attempt + 1} times" if attempt else _said(error)
-                raise InputError(_nothing_published(target, folder, said)) from error
+            failure = error
+        status = getattr(getattr(failure, "response", None), "status_code", None)
+        if status in _FINAL:
+            break
+        if landed := _after_failure(api, folder, target, failure):
+            return landed
+        if status == 412:
+            break
         time.sleep(wait)
-        wait *= 2
-    raise AssertionError("the last attempt returns or raises")
+    raise InputError(_nothing_published(target, folder, _said(failure))) from failure
 
 
 def _after_failure(api: HfApi, folder: str, target: Target, failure: Exception) -> dict[str, Any] | None:
@@ -292,28 +285,8 @@ def _after_failure(api: HfApi, folder: str, target: Target, failure: Exception) 
 
 def differing_files(api: HfApi, folder: str, repo_id: str, revision: str) -> list[str]:
     """Files of the folder that the Hub does not hold byte for byte at that revision, by its own listing."""
-    tree = api.list_repo_tree(repo_id, revision=revision, recursive=True)
-    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    differing = []
-    for root, _, files in os.walk(folder):
-        for file in files:
-            path = os.path.join(root, file)
-            name = os.path.relpath(path, folder)
-            entry = there.get(name)
-            if entry is None:
-                differing.append(name)
-            elif entry.lfs is not None:
-                differing += [name] if entry.lfs.sha256 != file_sha256(path) else []
-            elif entry.blob_id != _git_oid(path):
-                differing.append(name)
-    return sorted(differing)
-
-
-def _git_oid(path: str) -> str:
-    """Git's name for the content of a file (sha1 of a header and the bytes)."""
-    with open(path, "rb") as stream:
-        content = stream.read()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    found = api.verify_repo_checksums(repo_id, revision=revision, local_dir=folder)
+    return sorted([*(mismatch["path"] for mismatch in found.mismatches), *found.extra_paths])
 
 
 def _nothing_published(target: Target, folder: str, why: str) -> str:
@@ -363,8 +336,7 @@ def read_back(published: Published, folder: str, reference: Reference, device: t
         ) from error
     task, rows = reference.task, reference.rows
     logits, answers = observe(model, tokenizer, reference.encoder, rows, task, reference.max_new_tokens)
-    difference = max((a - b).abs().max().item() for a, b in zip(reference.found[0], logits, strict=True))
-    equal = sum(a == b for a, b in zip(reference.found[1], answers, strict=True))
+    difference, equal = differences(reference.found, (logits, answers))
     if equal < len(answers) or not difference <= MAX_LOGIT_DIFFERENCE:
         raise InputError(
             f"{published.url} does not answer as {folder} does: {equal} of {len(answers)} answers are equal, logits "
