@@ -14,7 +14,10 @@ import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
 import os
 from typing import Any
 
+import torch
+
 from tweetdora.build import (
+    Reference,
     build_model,
     check_output_dir,
     copy_adapter,
@@ -31,7 +34,7 @@ from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.leaks import check_contents
 from tweetdora.model_card import card_base_name, check_records, render_card
 from tweetdora.precision import compute_state
-from tweetdora.publish import Published, add_tag, check_free_space, find_target, publish, read_back
+from tweetdora.publish import Published, Target, add_tag, check_free_space, find_target, publish, read_back
 from tweetdora.records import (
     RECORD_VERSION,
     command_line,
@@ -71,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # work
     def build(beside: str) -> tuple:
+        """Fill the folder; what comparing showed, and what the published model is to answer."""
         merge_check, reference = build_model(run_dir, run, rows, config, device, beside)
         copy_adapter(run_dir, beside, card_base_name(run))
         copy_figures(run_dir, beside, config.split)
@@ -96,15 +100,27 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     score = evaluation["after"]["macro_f1"]
     message = f"{run['name']}: macro-F1 {score:.3f} on {evaluation['data']['split']}"
+    print(push(folder, target, message, config, os.path.join(run_dir, "publish.json"), reference, device))
+    return 0
+
+
+def push(
+    folder: str,
+    target: Target,
+    message: str,
+    config: PushConfig,
+    record_path: str,
+    reference: Reference,
+    device: torch.device,
+) -> str:
+    """Publish the folder, write publish.json, read back what the Hub holds; what to say of it."""
     published = publish(folder, target, message, config.private)
-    record_path = os.path.join(run_dir, "publish.json")
     write_record(record_path, published, None)  # what is on the Hub is known, whatever reading it back says
     if config.tag:
         add_tag(published, config.tag)
     check = read_back(published, folder, reference, device)
     write_record(record_path, published, check)
-    print(describe(published, check))
-    return 0
+    return describe(published, check)
 
 
 def write_record(path: str, published: Published, check: dict[str, Any] | None) -> None:

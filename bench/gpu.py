@@ -218,6 +218,7 @@ def trl_side(job: Job, dtype: torch.dtype, rows: list[dict[str, Any]]) -> Side:
     model = trainer.accelerator.prepare(trainer.model)  # puts autocast around its forward, as Trainer.train does
 
     def backward(batch: dict[str, Any]) -> torch.Tensor:
+        """The mean loss of a supervised token; gradients in the weights."""
         return trainer.training_step(model, batch, num_items_in_batch=(batch["labels"] != IGNORE_INDEX).sum())
 
     return Side(job, model, trainer.data_collator, backward)
@@ -368,6 +369,7 @@ def replay(job: Job, side: Side, batch: dict[str, Any]) -> dict[str, Any]:
     """Seconds of forward and backward on one batch, as they are and as a CUDA graph, and the graph's errors."""
 
     def once() -> torch.Tensor:
+        """Forward and backward pass, from no gradients."""
         side.optimizer.zero_grad()  # to None: the captured pass makes its gradients in the graph's own memory
         return side.backward(batch)
 

@@ -65,6 +65,7 @@ def packed_side(model: torch.nn.Module, learning_rate: float = 3e-5) -> Side:
     """Any adapter model on packed batches."""
 
     def forward_and_backward(batch: dict[str, Any]) -> float:
+        """The mean loss of a supervised token; gradients in the weights."""
         loss = supervised_loss_sum(model, batch) / batch["labels"].numel()
         loss.backward()
         return loss.item()
@@ -106,6 +107,7 @@ def trl_side(settings: Settings, precision: str, rows: list[dict[str, Any]], fol
     model = trainer.accelerator.prepare(trainer.model)  # puts autocast around its forward, as Trainer.train does
 
     def forward_and_backward(batch: dict[str, Any]) -> float:
+        """The mean loss of a supervised token; gradients in the weights."""
         supervised = (batch["labels"] != IGNORE_INDEX).sum()
         return trainer.training_step(model, batch, num_items_in_batch=supervised).item()
 

@@ -52,7 +52,6 @@ class Repository:
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     pull_requests: dict[int, str] = field(default_factory=dict)  # number and title
-    created: str = field(default_factory=lambda: now())
 
     def commit_of(self, revision: str) -> Commit:
         """The commit of a branch, a tag, a pull request (refs/pr/1) or an object id."""

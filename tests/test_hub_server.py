@@ -237,6 +237,33 @@ told["tree"] = [entry.path for entry in api.list_repo_tree("acme/same", repo_typ
     assert told["tree"] == [".gitattributes", "data"]
 
 
+def test_branches_settings_squash_and_deletion_do_what_they_say(hub, client):
+    hub.store.upload("models", "acme/public", {"config.json": b"{}"})
+    told = client(
+        """
+api.create_branch("acme/public", branch="try")
+told["twice"] = refused(api.create_branch, "acme/public", branch="try")
+told["branches"] = [branch.name for branch in api.list_repo_refs("acme/public").branches]
+api.delete_branch("acme/public", branch="try")
+told["main"] = refused(api.delete_branch, "acme/public", branch="main")
+api.create_tag("acme/public", tag="v1")
+api.delete_tag("acme/public", tag="v1")
+told["tag"] = refused(api.delete_tag, "acme/public", tag="v1")
+api.update_repo_settings("acme/public", private=True)
+told["private"] = api.model_info("acme/public").private
+api.super_squash_history("acme/public", commit_message="one")
+told["history"] = [commit.title for commit in api.list_repo_commits("acme/public")]
+told["files"] = api.list_repo_files("acme/public")
+api.delete_repo("acme/public")
+told["gone"] = refused(api.model_info, "acme/public")
+"""
+    )
+    assert told["twice"] == "HfHubHTTPError 409" and told["branches"] == ["main", "try"]
+    assert told["main"] == "HfHubHTTPError 403" and told["tag"] == "RevisionNotFoundError 404"
+    assert told["private"] and told["history"] == ["one"] and told["files"] == [".gitattributes", "config.json"]
+    assert told["gone"] == "RepositoryNotFoundError 404"
+
+
 def test_chunks_of_a_xorb_lie_one_behind_the_other():
     """Two chunks by hand: 3 packed bytes after a header of 8, then 2, then a footer that is no chunk."""
     chunk = bytes([0, 3, 0, 0, 0, 3, 0, 0]) + b"abc"

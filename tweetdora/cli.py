@@ -142,6 +142,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML that says so where a key stands twice; the last one would win without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """SafeLoader's, once the keys are known to differ."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
             raise yaml.YAMLError(f"the key {twice!r} stands in it more than once")
@@ -193,6 +194,7 @@ class _Parser(HfArgumentParser):
     """An argument parser whose complaints are InputErrors."""
 
     def error(self, message: str) -> None:
+        """Called by argparse, which would end the process here."""
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def parse_strictly(self, argv: Sequence[str] | None) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from functools import cache
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -50,6 +51,12 @@ def pin_revision(name: str, revision: str | None, repo_type: str = "model") -> s
     if name.count("/") != 1:
         return revision
     try:
-        return HfApi().resolve_revision(name, revision=revision, repo_type=repo_type).resolved
+        return _commit_of(name, revision, repo_type)
     except (RevisionResolutionError, HTTPError, OSError, ValueError):  # the last: a name that cannot be one
         return revision
+
+
+@cache
+def _commit_of(name: str, revision: str | None, repo_type: str) -> str:
+    """Asked once in a process: train and validation split must be of one commit, too."""
+    return HfApi().resolve_revision(name, revision=revision, repo_type=repo_type).resolved

@@ -146,7 +146,7 @@ def _check_new(repo_id: str, user: dict[str, Any], config: PushConfig) -> None:
 
 
 def check_free_space(folder: str, needed_bytes: int) -> None:
-    """Refuse to begin where the model and the copy that is read back would not fit.
+    """Refuse to begin where the model, or the copy of it that is read back, would not fit.
 
     Raises:
         InputError: names the folder, what is free and what is needed.
