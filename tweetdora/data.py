@@ -57,7 +57,7 @@ def load_rows(task: TaskConfig, split: str) -> Rows:
                 f"{task.dataset_name} has no column {column!r}; its columns are {', '.join(table.column_names)}. "
                 f"Name one with {flag}."
             )
-    texts = [_as_text(value, number, task) for number, value in enumerate(table[task.text_column])]
+    texts = [_as_text(value, number, task) for number, value in enumerate(table[task.text_column][:])]
     classes = _as_classes(table, task)
     if not texts:
         raise InputError(f"split {split_name!r} of {task.dataset_name} has no rows.")
@@ -67,8 +67,8 @@ def load_rows(task: TaskConfig, split: str) -> Rows:
         "revision": revision,
         "split": split_name,
     }
-    rows = make_rows(texts, classes, source)
-    return rows.head(task.max_train_samples) if split == "train" else rows
+    count = task.max_train_samples if split == "train" else None
+    return make_rows(texts[:count], classes[:count], source)
 
 
 def _load_table(task: TaskConfig, split_name: str, revision: str | None) -> datasets.Dataset:
@@ -118,7 +118,8 @@ def _as_text(value: Any, number: int, task: TaskConfig) -> str:
 
 def _as_classes(table: datasets.Dataset, task: TaskConfig) -> list[int]:
     """Class numbers of the label column, which may hold class numbers, the label words, or --label_values."""
-    column, feature = table[task.label_column], table.features[task.label_column]
+    # [:] takes the column whole: row by row, datasets needs 1 s for 45,000.
+    column, feature = table[task.label_column][:], table.features[task.label_column]
     words = task.label_words
     if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
         raise InputError(
@@ -135,12 +136,12 @@ def _as_classes(table: datasets.Dataset, task: TaskConfig) -> list[int]:
         keys = [str(value) for value in column]
     elif feature.dtype in ("string", "large_string"):
         known = {word: number for number, word in enumerate(words)}
-        keys = list(column)
+        keys = column
     else:
         if isinstance(feature, datasets.ClassLabel):
             _check_order(feature.names, task)
         known = {number: number for number in range(len(words))}
-        keys = list(column)
+        keys = column
     for number, key in enumerate(keys):
         if key not in known:
             raise InputError(
