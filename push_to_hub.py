@@ -3,6 +3,7 @@
     python push_to_hub.py                                     # the published run, to its repository
     python push_to_hub.py runs/quickstart --dry_run true      # build and verify the folder, push nothing
     python push_to_hub.py runs/quickstart --hub_model_id owner/name --private true
+    python push_to_hub.py --adapter_only true --hub_model_id owner/name-adapter   # for PEFT, not merged
 
 Reads <run folder>/run.json, adapter and evaluation/<split>.json; leaves <run folder>/publish, which is what is pushed,
 and publish.json, which says what the Hub holds then and what reading it back has shown.
@@ -20,21 +21,29 @@ from tweetdora.build import (
     Reference,
     build_model,
     check_output_dir,
-    copy_adapter,
     copy_figures,
     read_evaluation,
     replace_folder,
 )
+from tweetdora.card_facts import Publication, Records
 from tweetdora.cli import parse_with_target, run_script
-from tweetdora.config import PushConfig, TaskConfig
-from tweetdora.data import load_rows
+from tweetdora.config import PushConfig
 from tweetdora.errors import InputError
 from tweetdora.evaluation import format_results
 from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.leaks import check_contents
-from tweetdora.model_card import card_base_name, check_records, render_card
+from tweetdora.model_card import check_license, check_records, front_matter, render_card
 from tweetdora.precision import compute_state
-from tweetdora.publish import Published, Target, add_tag, check_free_space, find_target, publish, read_back
+from tweetdora.publish import (
+    Published,
+    Target,
+    add_tag,
+    check_free_space,
+    check_metadata,
+    find_target,
+    publish,
+    read_back,
+)
 from tweetdora.records import (
     RECORD_VERSION,
     command_line,
@@ -52,44 +61,43 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_with_target(argv, PushConfig, __doc__.partition("\n")[0], "Run folder of train.py.")
     run_dir = config.target
     run = read_run(run_dir)
-    hub_model_id = config.hub_model_id or run["hub_model_id"]
     folder = os.path.normpath(config.output_dir or os.path.join(run_dir, "publish"))
     check_output_dir(folder, run_dir)
-    if hub_model_id is None and not config.dry_run:
-        raise InputError("the run names no repository; give --hub_model_id owner/name, or --dry_run true.")
-    use_cache_if_unreachable(run["task"]["dataset_name"], run["base"]["name_or_path"])
-    target = None if config.dry_run else find_target(hub_model_id, config)
+
+    # load
+    records = Records(run, *read_evaluation(run_dir, config.split))
+    check_records(records)
+    publication = plan_publication(records, config, folder)
+    use_cache_if_unreachable(run["base"]["name_or_path"])
+    target = None if config.dry_run else find_target(publication.hub_model_id, config)
+    if target is not None:
+        check_metadata(front_matter(records, publication))
     # The merged model, and the copy that is read back, or the base in the cache.
     check_free_space(folder, 2 * 4 * run["base"]["parameters"])
     device = compute_state().device
     use_cpu_threads(device, 1)
 
-    # load
-    evaluation, predictions = read_evaluation(run_dir, config.split)
-    check_records(run, evaluation, predictions)
-    rows = load_rows(TaskConfig(**run["task"]), config.split).head(config.check_samples)
-    license = config.license or run["base_card"].get("license")
-    if license is None:
+    # work
+    if publication.license is None:
         print("note: the base model's card names no licence, so the card has none; --license sets one")
 
-    # work
     def build(beside: str) -> tuple:
         """Fill the folder; what comparing showed, and what the published model is to answer."""
-        merge_check, reference = build_model(run_dir, run, rows, config, device, beside)
-        copy_adapter(run_dir, beside, card_base_name(run))
+        rows = records.rows().head(config.check_samples)
+        check, reference = build_model(run_dir, run, rows, config, device, beside)
         copy_figures(run_dir, beside, config.split)
-        commands = [run["command"], evaluation["command"], command_line()]
-        card = render_card(run, evaluation, predictions, merge_check, hub_model_id, folder, license, commands)
         with open(os.path.join(beside, "README.md"), "w", encoding="utf-8") as stream:
-            stream.write(card)
-        check_contents(beside, hub_model_id)
-        return merge_check, reference
+            stream.write(render_card(records, publication, check, answers=reference.found[1]))
+        check_contents(beside, publication.hub_model_id)
+        return check, reference
 
-    merge_check, reference = replace_folder(folder, build)
+    check, reference = replace_folder(folder, build)
+    what = "Saved the adapter" if config.adapter_only else f"Merged, saved as {check['dtype']}"
     print(
-        f"Merged, saved as {merge_check['dtype']} and loaded again: {merge_check['equal_answers']} of "
-        f"{merge_check['rows']} answers equal, largest logit difference {merge_check['max_logit_difference']:.1e}."
+        f"{what} and loaded again: {check['equal_answers']} of {check['rows']} answers equal, largest logit "
+        f"difference {check['max_logit_difference']:.1e}."
     )
+    evaluation = records.evaluation
     rows_text = f"{evaluation['data']['rows']:,} rows of {evaluation['data']['split']}"
     print(f"\n{run['name']}, {rows_text}\n{format_results(evaluation)}\n")
     print(f"Model: {folder}\nCard:  {os.path.join(folder, 'README.md')}")
@@ -102,6 +110,27 @@ def main(argv: list[str] | None = None) -> int:
     message = f"{run['name']}: macro-F1 {score:.3f} on {evaluation['data']['split']}"
     print(push(folder, target, message, config, os.path.join(run_dir, "publish.json"), reference, device))
     return 0
+
+
+def plan_publication(records: Records, config: PushConfig, folder: str) -> Publication:
+    """What is to be made of the run.
+
+    Raises:
+        InputError: a flag is missing or does not go with the run.
+    """
+    run = records.run
+    hub_model_id = config.hub_model_id or run["hub_model_id"]
+    if hub_model_id is None and not config.dry_run:
+        raise InputError("the run names no repository; give --hub_model_id owner/name, or --dry_run true.")
+    license = config.license or run["base_card"].get("license")
+    check_license(license, run["base_card"])
+    if config.adapter_only and run["base"]["weights_sha256"]:
+        raise InputError(
+            f"--adapter_only true: the base model of this run is the folder {run['base']['name_or_path']}, which "
+            "nobody else has to put an adapter on. Leave the flag out; the merged model is whole."
+        )
+    commands = [run["command"], records.evaluation["command"], command_line()]
+    return Publication(hub_model_id, folder, license, commands, config.adapter_only)
 
 
 def push(

@@ -1,6 +1,8 @@
 """Flags and recipes: the defaults are the published run, and what cannot be is refused in the user's own words."""
 
 import dataclasses
+import errno
+import os
 import re
 import warnings
 from pathlib import Path
@@ -707,6 +709,23 @@ def test_ctrl_c_is_a_message_and_the_shells_status_for_it(capsys, silenced):
     code, said = end_of(main, capsys)
     assert code == 130
     assert said == "train.py: stopped by Ctrl-C; nothing that was finished before is lost.\n"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_no_more_is_a_message_that_names_the_file(code, capsys, silenced):
+    def main() -> int:
+        raise OSError(code, os.strerror(code), "runs/demo/run.json")
+
+    said, _ = end_of(main, capsys)
+    assert said.startswith(f"train.py: [Errno {code}] ") and "'runs/demo/run.json'. Make room, or name" in said
+
+
+def test_another_failure_of_the_system_keeps_its_traceback(silenced):
+    def main() -> int:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    with warnings.catch_warnings(), pytest.raises(OSError, match="broken"):
+        run_script(main, "train.py")
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(silenced):

@@ -12,7 +12,7 @@ import pytest
 
 from tweetdora import data
 from tweetdora.config import TaskConfig
-from tweetdora.data import Rows, check_trainable, class_counts, load_rows, make_rows
+from tweetdora.data import Rows, check_trainable, class_counts, first_of_each_class, load_rows, make_rows
 from tweetdora.errors import InputError
 
 # The same four rows, in every format below.
@@ -329,6 +329,11 @@ def test_a_connection_that_fails_is_told_apart_from_a_name_that_is_wrong(monkeyp
 def test_rows_are_counted_by_label_word_and_a_missing_class_counts_zero(task):
     assert class_counts(load_rows(task, "train"), task) == {"negative": 16, "neutral": 16, "positive": 16}
     assert class_counts(make_rows(["a", "b"], [2, 2], {}), task) == {"negative": 0, "neutral": 0, "positive": 2}
+
+
+def test_the_first_text_of_each_class_is_given_and_none_of_a_missing_class(task):
+    rows = make_rows(["a", "b", "c", "d"], [2, 0, 2, 0], {})
+    assert first_of_each_class(rows, task) == {"negative": "b", "positive": "a"}
 
 
 def test_rows_of_one_class_cannot_be_trained_on(task):

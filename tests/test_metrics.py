@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.stats
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from tweetdora import metrics
@@ -13,11 +14,13 @@ from tweetdora.generation import UNPARSED, Answer
 from tweetdora.metrics import (
     INTERVAL_METRICS,
     AnswerScores,
+    accuracy_by_length,
     bootstrap_intervals,
     confusion_matrix,
     mcnemar_p_value,
     measure,
     paired_difference,
+    proportion_interval,
     reference_lines,
     scores,
 )
@@ -200,6 +203,39 @@ def test_intervals_agree_with_drawing_row_by_row():
         assert found[name][1] - found[name][0] > 3 * tolerance, "the tolerance must not swallow the interval"
 
 
+def test_intervals_of_each_class_agree_with_drawing_row_by_row():
+    references, predictions = random_answers(0, 80)
+    found = bootstrap_intervals(references, predictions, 3, samples=20_000, seed=1)["per_class_f1"]
+    picked = np.random.default_rng(2).integers(0, 80, (1500, 80))
+    every = {"labels": [0, 1, 2], "average": None}
+    drawn = np.array([f1_score(references[rows], predictions[rows], **every) for rows in picked])
+    for label in range(3):
+        expected, tolerance = np.quantile(drawn[:, label], [0.025, 0.975]), quantile_error(drawn[:, label])
+        assert found[label] == pytest.approx(expected, abs=tolerance)
+        assert found[label][1] - found[label][0] > 3 * tolerance
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    for hits, count in ((0, 10), (1, 7), (37, 40), (800, 800)):
+        expected = scipy.stats.binomtest(hits, count).proportion_ci(method="wilson")
+        assert proportion_interval(hits, count) == pytest.approx([expected.low, expected.high], abs=1e-12)
+
+
+def test_accuracy_by_length_takes_the_rows_in_quarters_from_short_to_long():
+    texts = ["x" * length for length in (9, 1, 4, 4, 2, 30, 7, 5, 3)]  # sorted: 1 2 3 | 4 4 | 5 7 | 9 30
+    wrong = {9: False, 1: True, 30: True}
+    predictions = [1 if wrong.get(len(text)) else 0 for text in texts]
+    parts = accuracy_by_length(texts, [0] * 9, predictions)
+    assert [(part["characters"], part["n"]) for part in parts] == [([1, 3], 3), ([4, 4], 2), ([5, 7], 2), ([9, 30], 2)]
+    assert [part["accuracy"] for part in parts] == [pytest.approx(2 / 3), 1.0, 1.0, 0.5]
+    assert parts[3]["interval"] == proportion_interval(1, 2)
+    assert json.loads(json.dumps(parts)) == parts
+
+
+def test_accuracy_by_length_of_fewer_than_four_rows_has_no_empty_part():
+    assert [part["n"] for part in accuracy_by_length(["a", "bb"], [0, 0], [0, -1])] == [1, 1]
+
+
 def test_an_interval_of_the_accuracy_is_that_of_a_share():
     """By the normal approximation: 0.7 of 4,000 rows has a standard error of sqrt(0.7 · 0.3 / 4000) = 0.00725."""
     references = [0] * 2000 + [1] * 2000
@@ -218,7 +254,7 @@ def test_intervals_are_the_seeds():
 
 def test_perfect_answers_have_no_spread():
     found = bootstrap_intervals([0, 1, 2] * 20, [0, 1, 2] * 20, 3, samples=500, seed=0)
-    assert found == {name: [1.0, 1.0] for name in INTERVAL_METRICS}
+    assert found == {name: [1.0, 1.0] for name in INTERVAL_METRICS} | {"per_class_f1": [[1.0, 1.0]] * 3}
 
 
 def test_nineteen_of_twenty_intervals_hold_the_true_value():
@@ -231,7 +267,8 @@ def test_nineteen_of_twenty_intervals_hold_the_true_value():
         rows = [cells[cell] for cell in draw.choice(12, size=400, p=true_matrix.ravel())]
         references, predictions = zip(*rows, strict=True)
         intervals = bootstrap_intervals(references, predictions, 3, samples=300, seed=seed)
-        for name, (low, high) in intervals.items():
+        for name in INTERVAL_METRICS:
+            low, high = intervals[name]
             inside[name] += low <= truth[name] <= high
     for name, count in inside.items():
         assert 0.90 < count / 300 < 0.99, name

@@ -6,25 +6,43 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
+from tweetdora.card_facts import Publication, Records, card_base_name, choose_samples, recipe
 from tweetdora.errors import InputError
-from tweetdora.model_card import card_base_name, choose_samples, inline_code, render_card, table_cell
+from tweetdora.model_card import (
+    LICENSES,
+    TEMPLATE,
+    check_license,
+    check_records,
+    fence,
+    inline_code,
+    render_card,
+    table_cell,
+)
 
 WORDS = ["bad", "good"]
 
 
 def figures(macro_f1, matrix, parse_rate=1.0):
     per_class = {
-        word: {"precision": 0.5, "recall": 0.25 * (1 + n), "f1": 0.4, "support": 3} for n, word in enumerate(WORDS)
+        word: {"precision": 0.5, "recall": 0.25 * (1 + n), "f1": 0.4, "support": 2 + n} for n, word in enumerate(WORDS)
     }
     return {
-        "n": 6,
+        "n": 5,
         "macro_f1": macro_f1,
         "macro_recall": 0.375,
         "accuracy": 0.3331,
         "parse_rate": parse_rate,
         "exact_rate": 0.5,
         "stop_rate": 0.75,
-        "intervals": {"macro_f1": [0.1111, 0.8888]},
+        "intervals": {
+            "macro_f1": [0.1111, 0.8888],
+            "macro_recall": [0.2222, 0.7777],
+            "per_class_f1": [[0.1234, 0.5678], [0.2345, 0.6789]],
+        },
+        "by_length": [
+            {"characters": [4, 5], "n": 3, "accuracy": 2 / 3, "interval": [0.2077, 0.9385]},
+            {"characters": [5, 1500], "n": 2, "accuracy": 0.0, "interval": [0.0, 0.6576]},
+        ],
         "per_class": per_class,
         "confusion_matrix": matrix,
     }
@@ -49,10 +67,21 @@ def records():
     }
     data = {"name": "cardiffnlp/tweet_eval", "config": "sentiment", "revision": "b" * 40, "sha256": "c"}
     run = {
+        "record_version": 2,
         "name": "small",
         "command": "accelerate launch train.py --max_steps 3",
-        "task": {"label_words": WORDS, "system_prompt": 'Say "bad" or "good".', "max_length": 512},
+        "task": {
+            "dataset_name": "cardiffnlp/tweet_eval",
+            "dataset_config": "sentiment",
+            "dataset_revision": None,
+            "test_split": "test",
+            "label_words": WORDS,
+            "system_prompt": 'Say "bad" or "good".',
+            "max_length": 512,
+        },
         "model": {
+            "model_name_or_path": "OuteAI/Lite-Oute-1-300M-Instruct",
+            "model_revision": None,
             "method": "dora",
             "r": 8,
             "lora_alpha": 16,
@@ -83,7 +112,9 @@ def records():
             "class_counts": {"bad": 4_000, "good": 6_000},
             "tokens": 830_000,
             "supervised_tokens": 20_000,
+            "row_tokens": {"shortest": 51, "median": 81, "95_percent": 96, "longest": 1024},
             "cut_texts": 7,
+            "examples": {"bad": "so *sad*", "good": "joy"},
         },
         "validation_data": {**data, "split": "validation", "rows": 200, "class_counts": {"bad": 90, "good": 110}},
         "result": {
@@ -99,17 +130,18 @@ def records():
         },
     }
     evaluation = {
+        "record_version": 2,
         "command": "python evaluate.py runs/small",
         "adapter_sha256": "d",
         "base": base,
         "label_words": WORDS,
         "prompt_format": prompt_format,
-        "data": {**data, "split": "test", "rows": 4, "class_counts": {"bad": 3, "good": 3}},
+        "data": {**data, "split": "test", "rows": 5, "class_counts": {"bad": 2, "good": 3}},
         "precision": "bf16",
         "max_new_tokens": 16,
         "bootstrap": {"samples": 10_000, "seed": 0},
-        "before": figures(0.0606, [[0, 0, 3], [1, 0, 2]], parse_rate=1 / 6),
-        "after": figures(0.4646, [[1, 1, 1], [0, 2, 1]], parse_rate=4 / 6),
+        "before": figures(0.0606, [[0, 0, 2], [0, 0, 3]], parse_rate=1 / 6),
+        "after": figures(0.4646, [[1, 1, 0], [1, 1, 1]], parse_rate=4 / 5),
         "difference": {
             "macro_f1": {"difference": 0.404, "interval": [0.2, 0.6]},
             "mcnemar": {"fixed": 3, "broken": 1, "p_value": 0.625},
@@ -126,10 +158,11 @@ def records():
             ("fine", "good", "good", "good"),
             ("awful", "bad", "", "bad"),
             ("so-so", "good", "hm", "bad\n\nralitive"),
+            ("nice", "good", "", "The `tweet`"),
         )
     ]
-    merge_check = {"dtype": "float32", "rows": 32, "equal_answers": 32, "max_logit_difference": 4.6e-05}
-    return {"run": run, "evaluation": evaluation, "predictions": predictions, "merge_check": merge_check}
+    evaluation["data"]["sha256"] = Records(run, evaluation, predictions).rows().source["sha256"]
+    return {"run": run, "evaluation": evaluation, "predictions": predictions}
 
 
 def prediction(text, label, before, after):
@@ -141,9 +174,15 @@ def prediction(text, label, before, after):
     return {"text": text, "label": label, **answers}
 
 
-def render(records, hub_model_id="owner/small-dora", license="apache-2.0", folder="runs/small/publish"):
+CHECK = {"dtype": "float32", "rows": 32, "equal_answers": 31, "max_logit_difference": 4.6e-05}
+
+
+def render(records, hub_model_id="owner/small-dora", license="apache-2.0", folder="runs/small/publish", **more):
     commands = [records["run"]["command"], records["evaluation"]["command"], "python push_to_hub.py runs/small"]
-    return render_card(**records, hub_model_id=hub_model_id, folder=folder, license=license, commands=commands)
+    answers = [row["after"]["answer"] for row in records["predictions"]]
+    return render_card(
+        Records(**records), Publication(hub_model_id, folder, license, commands, **more), CHECK, answers
+    )
 
 
 def test_metadata_parses_back_to_the_records(records):
@@ -166,13 +205,15 @@ def test_metadata_parses_back_to_the_records(records):
 @pytest.mark.parametrize(
     "line",
     [
-        "On 6 rows of cardiffnlp/tweet_eval (sentiment), test, answered by greedy generation, macro-F1 went from "
+        "On 5 rows of cardiffnlp/tweet_eval (sentiment), test, answered by greedy generation, macro-F1 went from "
         "**0.061** (95 % interval [0.111, 0.889]) to **0.465** ([0.111, 0.889]).",
-        "| before (OuteAI/Lite-Oute-1-300M-Instruct) | 0.061 | [0.111, 0.889] | 0.375 | 0.333 | 16.7% | 50.0% | "
-        "75.0% |",
-        "| **after** (this model) | **0.465** | [0.111, 0.889] | 0.375 | 0.333 | 66.7% | 50.0% | 75.0% |",
-        "| uniform guessing | 0.501 | | 0.500 | 0.500 | | | |",
-        '| always "good" | 0.334 | | 0.500 | 0.500 | | | |',
+        "| before (OuteAI/Lite-Oute-1-300M-Instruct) | 0.061 | [0.111, 0.889] | 0.375 | [0.222, 0.778] | 0.333 |",
+        "| **after** (this model) | **0.465** | [0.111, 0.889] | 0.375 | [0.222, 0.778] | 0.333 |",
+        "| uniform guessing | 0.501 | | 0.500 | | 0.500 |",
+        '| always "good" | 0.334 | | 0.500 | | 0.500 |',
+        "| before | 16.7% | 50.0% | 75.0% |",
+        "| after | 80.0% | 50.0% | 75.0% |",
+        "| good | 3 | 0.500 | 0.500 | 0.400 | [0.234, 0.679] | 0.400 |",
         "The difference in macro-F1 is +0.404 (95 % interval [+0.200, +0.600], paired). 3 rows became right and 1 "
         "became wrong (McNemar's exact test, p = 0.62).",
         "| trainable parameters | 448,000 of 1,000,000 (44.800%) |",
@@ -183,9 +224,14 @@ def test_metadata_parses_back_to_the_records(records):
         "| peak memory | 2.7 GB of one process's memory |",
         "| `train` | 10,000 | 4,000 | 6,000 |",
         "7 texts were cut to fit 512 tokens.",
-        "32 of 32 answers equal token for token, largest difference of a logit 4.6e-05.",
+        "31 of 32 answers equal token for token, largest difference of a logit 4.6e-05.",
         "- The weakest class is bad: 25% of its rows are found (recall 0.250).",
-        "- 2 of 6 answers name no label word.",
+        "- 1 of 2 rows labelled bad are answered good (50.0%).\n- 1 of 3 rows labelled good are answered bad (33.3%).",
+        "- 1 of 5 answers name no label word, such as `` The `tweet` ``.",
+        "| 5 to 1,500 | 2 | 0.000 | [0.000, 0.658] |",
+        "a training row has 51 to 1,024 tokens, in the median 81; 95 % have at most 96.",
+        "| bad | so \\*sad\\* |\n| good | joy |",
+        f"configuration `sentiment`, revision `{'b' * 40}`. The base model is revision `{'a' * 40}`.",
         "TweetEval's official score for sentiment",
         "stops at `<|im_end|>`",
         "drops DoRA's magnitude vectors",
@@ -346,13 +392,17 @@ def test_the_trainer_reads_warm_up_so_too(tmp_path):
         (lambda r: r["evaluation"].update(label_words=["a", "b"]), "its label words is"),
         (lambda r: r["evaluation"].update(prompt_format={}), "its prompt is"),
         (lambda r: r["evaluation"].update(base={}), "its base model is"),
-        (lambda r: r["predictions"].pop(), "its number of predictions is 3, the run's 4"),
+        (lambda r: r["predictions"].pop(), "its number of predictions is 4, the run's 5"),
+        (lambda r: r["predictions"][1].update(label="bad"), "its hash of the predictions' texts and labels is"),
+        (lambda r: r["predictions"][1].update(label="fair"), "its hash of the predictions' texts and labels is"),
+        (lambda r: r["evaluation"].update(record_version=1), "record version 1, the run's is 2. Run evaluate.py"),
     ],
 )
 def test_contradicting_records_stop_the_card(records, change, message):
+    check_records(Records(**records))
     change(records)
     with pytest.raises(InputError, match=re.escape(message)):
-        render(records)
+        check_records(Records(**records))
 
 
 def test_every_number_of_the_results_follows_the_record(records):
@@ -362,7 +412,148 @@ def test_every_number_of_the_results_follows_the_record(records):
     assert "**0.778**" in render(other) and "**0.465**" not in render(other)
 
 
+def test_the_example_is_one_that_the_saved_model_answers_so(records):
+    """Measured in bf16, a row may be answered otherwise than by the float32 weights that the snippet loads."""
+    publication = Publication("owner/small", "out", None, [])
+    for answers, text, printed in (
+        (["good", "bad", "bad"], "awful", "`bad`"),  # its answer to "fine" in the record is right
+        (["good", "bad"], "first\\nbad | row", "`good`"),
+    ):
+        card = render_card(Records(**records), publication, CHECK, answers)
+        assert f'"content": "{text}"' in card and f"It prints {printed}. Generation" in card
+
+
 def test_the_usage_snippet_is_python(records):
     snippet = re.search(r"```python\n(.*?)```", render(records), re.DOTALL)[1]
     compile(snippet, "snippet", "exec")
     assert '"Say \\"bad\\" or \\"good\\"."' in snippet and 'model_id = "owner/small-dora"' in snippet
+
+
+# Metadata
+
+
+@pytest.mark.parametrize(
+    ("license", "base_card", "message"),
+    [
+        ("apache2", {}, "the Hub knows no licence 'apache2'; expected one of its identifiers, such as apache-2.0"),
+        ("", {}, "the Hub knows no licence ''; expected one of its identifiers (huggingface"),
+        ("other", {"license_name": "mine"}, "the licence is `other`, which on the Hub needs license_name and"),
+    ],
+)
+def test_a_licence_that_the_hub_would_not_take_is_refused(license, base_card, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_license(license, base_card)
+
+
+def test_the_base_models_own_licence_goes_on_the_card(records):
+    base_card = {"license": "other", "license_name": "mine", "license_link": "LICENSE"}
+    for license, card in ((None, {}), ("apache-2.0", {}), ("other", base_card), (LICENSES[-1], base_card)):
+        check_license(license, card)
+    records["run"]["base_card"] = base_card
+    data = ModelCard(render(records, license="other")).data.to_dict()
+    assert {name: data[name] for name in base_card} == base_card
+    assert "license_name" not in ModelCard(render(records, license="mit")).data.to_dict()
+
+
+def test_the_widget_shows_right_answers_with_the_prompt(records):
+    widget = ModelCard(render(records)).data.to_dict()["widget"]
+    assert [(example["example_title"], example["output"]) for example in widget] == [
+        ("bad", {"text": "bad"}),
+        ("good", {"text": "good"}),
+    ]
+    assert widget[1]["messages"] == [
+        {"role": "system", "content": 'Say "bad" or "good".'},
+        {"role": "user", "content": "fine"},
+    ]
+    for row in records["predictions"]:
+        row["after"]["answer"] += "!"
+    assert "widget" not in ModelCard(render(records)).data.to_dict()
+
+
+# What is there only sometimes
+
+
+def test_the_figures_of_others_stand_on_the_whole_test_split_only(records):
+    assert "BERTweet" not in render(records)
+    records["evaluation"]["data"]["rows"] = 12_284
+    card = render(records)
+    row = "| BERTweet, by [TweetEval's leaderboard](https://github.com/cardiffnlp/tweeteval) |  | | 0.734 | | |"
+    assert row in card and "| LoRA model of the same owner, by its card | 0.51 | |  | | |" in card
+    for change in ({"split": "validation"}, {"config": "irony"}, {"name": "someone/tweet_eval"}):
+        records["evaluation"]["data"] |= {
+            "split": "test",
+            "config": "sentiment",
+            "name": "cardiffnlp/tweet_eval",
+        } | change
+        assert "BERTweet" not in render(records)
+
+
+def test_a_run_that_is_followed_online_is_linked(records):
+    assert "Weights & Biases" not in render(records)
+    records["run"]["tracker"] = {"url": "https://wandb.ai/o/p/runs/1"}
+    assert "| curves and samples | [Weights & Biases](https://wandb.ai/o/p/runs/1) |" in render(records)
+    records["run"]["tracker"] = {"url": None}
+    assert "Weights & Biases" not in render(records)
+
+
+def test_the_card_of_an_adapter_alone(records):
+    text = render(records, adapter_only=True)
+    card = ModelCard(text).data.to_dict()
+    assert (card["base_model_relation"], card["library_name"]) == ("adapter", "peft")
+    assert "A DoRA adapter for [OuteAI/Lite-Oute-1-300M-Instruct](https://" in text
+    assert "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n" in text
+    assert "> [!WARNING]\n> Load it with PEFT" in text and "drops DoRA's trained magnitude vectors" in text
+    assert "do_sample=False, eos_token_id=stop" in text and "merged" not in text and "\n\n\n" not in text
+    compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], "snippet", "exec")
+    records["run"]["model"]["method"] = "lora"
+    assert "WARNING" not in render(records, adapter_only=True)
+
+
+# The recipe
+
+
+def test_the_recipe_holds_all_settings_and_the_commits(records):
+    found = recipe(records["run"])
+    assert (found["model_revision"], found["dataset_revision"]) == ("a" * 40, "b" * 40)
+    assert found["learning_rate"] == 3e-5 and "world_size" not in found and None not in found.values()
+    records["run"]["task"]["dataset_name"] = "/srv/someone/data"
+    assert recipe(records["run"])["dataset_name"] == "data"
+
+
+@pytest.mark.parametrize(("text", "marks"), [("a: b", "```"), ("a: ```` b", "`````")])
+def test_a_block_of_code_holds_anything(text, marks):
+    assert fence(text + "\n", "yaml") == f"{marks}yaml\n{text}\n{marks}"
+
+
+# Its numbers
+
+
+def numbers(text):
+    """The numbers of a text, as they are written."""
+    return set(re.findall(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?%?", text))
+
+
+def written(value):
+    """The ways in which the card may write a number of a record, or the numbers of a text."""
+    if isinstance(value, dict):
+        return set().union(*(written(item) for pair in value.items() for item in pair), set())
+    if isinstance(value, list | tuple):
+        return set().union(*map(written, value), set())
+    if isinstance(value, str):
+        return numbers(value)
+    if isinstance(value, bool) or value is None:
+        return set()
+    forms = ["", ",", "g", ".2g", ".3f", "+.3f", ".1%", ".0%", ".1e"]
+    return {format(value, form) for form in forms if not (form == "," and isinstance(value, float))} | {str(value)}
+
+
+def test_every_number_on_the_card_stands_in_the_records(records):
+    """What is not in a record is a text of the template's own, or follows by one division from two that are."""
+    with open(TEMPLATE, encoding="utf-8") as stream:
+        own = numbers(re.sub(r"\{\{.*?\}\}|\{%.*?%\}", " ", stream.read()))
+    divided = {"44.800%", "12.6", "2.7", "50.0%", "33.3%"}  # parameters, minutes, gigabytes, shares of mistakes
+    text = render(records).split("\n---\n", 1)[1]
+    recorded = written([*records.values(), CHECK, {"r": len(WORDS)}])
+    strange = numbers(text) - recorded - own - divided
+    assert strange == set()
+    assert len(numbers(text) - own) > 50

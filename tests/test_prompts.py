@@ -555,6 +555,13 @@ def test_tokens_are_counted_over_all_rows():
     assert (encoded.tokens, encoded.supervised_tokens) == (8, 5)
 
 
+def test_lengths_of_rows_are_those_of_the_sorted_rows():
+    """21 rows of 1 to 21 tokens: the place of 95 % is the 20th."""
+    lengths = [*range(21, 11, -1), *range(1, 12)]
+    encoded = EncodedRows([{"input_ids": [0] * length} for length in lengths], cut_texts=0)
+    assert encoded.row_tokens == {"shortest": 1, "median": 11, "95_percent": 20, "longest": 21}
+
+
 @pytest.mark.parametrize(
     ("configured", "tokenizers_eos", "expected"),
     [

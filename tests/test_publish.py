@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, User
+from hub_server import Fault, Hub, User
+from huggingface_hub import constants
+
+from tweetdora.errors import InputError
+from tweetdora.model_card import inline_code
 
 ROOT = Path(__file__).resolve().parent.parent
+PUSH = ROOT / "push_to_hub.py"
 BASE, DATA, REPO = "OuteAI/Lite-Oute-1-300M-Instruct", "cardiffnlp/tweet_eval", "liuhailin0123/llm-course-hw3-dora"
 TOKEN = "hf_" + "a" * 34
 # As anyone would load it: no file of ours takes part.
@@ -68,6 +76,24 @@ class Desk:
         assert (done.returncode == 0) == ok, done.stdout[-4000:]
         return done.stdout
 
+    def check_snippet(self, repo_id: str, loader: str) -> None:
+        """Run the Python of a repository's card in an empty cache: it prints what the card says."""
+        card = self.read(repo_id, "README.md")
+        code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+        assert f'model_id = "{repo_id}"' in code and f"= {loader}.from_pretrained(model_id)" in code
+        quiet = "import os\nos.dup2(os.open(os.devnull, os.O_WRONLY), 2)\n"  # transformers' progress bars
+        answer = self.run("-c", quiet + code, home="empty").removesuffix("\n")
+        assert f"\nIt prints {inline_code(answer)}. Generation is greedy" in card
+
+    def read(self, repo_id: str, path: str) -> str:
+        """A file as the Hub holds it on main."""
+        file = self.hub.store.repositories["models", repo_id].commit_of("main").files[path]
+        return self.hub.store.blob(file.sha256).read_text(encoding="utf-8")
+
+    def history(self, repo_id: str = REPO) -> list[str]:
+        """The titles of a repository's commits, newest first."""
+        return [commit.title for commit in self.hub.store.repositories["models", repo_id].history("main")]
+
 
 @pytest.fixture(scope="module")
 def trained(make_model: Callable, tokenizer, data_dir: str, tmp_path_factory) -> Iterator[Desk]:
@@ -89,7 +115,7 @@ def desk(request, trained: Desk) -> Desk:
     trained.hub.store.repositories.pop(("models", REPO), None)
     trained.hub.requests.clear()
     desk = Desk(trained.hub, trained.folder, request.param, [])
-    desk.printed.append(desk.run(str(ROOT / "push_to_hub.py")))
+    desk.printed.append(desk.run(str(PUSH)))
     return desk
 
 
@@ -148,13 +174,196 @@ def test_it_is_one_commit_over_the_transport_that_was_asked_for(desk: Desk):
     assert any("/cas/v1/xorbs/" in line for line in desk.hub.requests) == (desk.transport == "xet")
 
 
+def test_the_code_on_the_card_prints_what_the_card_says(desk: Desk):
+    desk.check_snippet(REPO, "AutoModelForCausalLM")
+
+
 def test_a_repository_in_which_another_file_lies_than_was_sent_is_not_called_published(trained: Desk):
     trained.hub.tampered["config.json"] = b"{}"
     try:
-        said = trained.run(str(ROOT / "push_to_hub.py"), "--hub_model_id", f"{REPO}-2", ok=False)
+        said = trained.run(str(PUSH), "--hub_model_id", f"{REPO}-2", ok=False)
     finally:
         trained.hub.tampered.clear()
     assert "does not hold what runs/llm-course-hw3-dora/publish does: config.json. Do not use it" in said
     assert "Published" not in said
     record = json.loads((trained.folder / "runs/llm-course-hw3-dora/publish.json").read_text())
     assert record["read_back"] is None and record["published"]["repo_id"] == f"{REPO}-2"
+
+
+def test_the_adapter_alone_is_published_and_its_card_is_true(trained: Desk):
+    repo_id = f"{REPO}-adapter"
+    said = trained.run(str(PUSH), "--adapter_only", "true", "--hub_model_id", repo_id)
+    assert "Saved the adapter and loaded again: 24 of 24 answers equal" in said
+    assert "24 of 24 answers equal, largest logit difference 0.0e+00." in said.split("Read back")[1]
+    files = trained.hub.store.repositories["models", repo_id].commit_of("main").files
+    assert {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"} < set(files)
+    assert "config.json" not in files and "model.safetensors" not in files
+    settings = json.loads(trained.read(repo_id, "adapter_config.json"))
+    assert settings["base_model_name_or_path"] == BASE
+    assert settings["revision"] == trained.hub.store.repositories["models", BASE].commit_of("main").oid
+    trained.check_snippet(repo_id, "AutoPeftModelForCausalLM")
+
+
+def test_another_machine_publishes_from_the_run_folder_alone(trained: Desk, tmp_path: Path):
+    """Days later: another folder, an empty cache, and the data set is gone."""
+    shutil.copytree(trained.folder / "runs/llm-course-hw3-dora", tmp_path / "copy/of/the run")
+    trained.hub.faults = [Fault(f"/(api/)?datasets/{DATA}", 404, times=999)]
+    there = Desk(trained.hub, tmp_path, "lfs", [])
+    try:
+        said = there.run(str(PUSH), "copy/of/the run", "--hub_model_id", f"{REPO}-moved", home="nothing")
+    finally:
+        trained.hub.faults = []
+    assert "24 of 24 answers equal, largest logit difference 0.0e+00." in said.split("Read back")[1]
+
+
+WITH_SMALL_FILES = """
+import os, resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_disk_that_is_full_in_the_middle_leaves_the_older_build(trained: Desk, tmp_path: Path):
+    """No file may grow beyond 30 kB, which the adapter does not and the merged weights do."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained.folder / "runs/llm-course-hw3-dora", run_dir)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    said = trained.run("-c", WITH_SMALL_FILES, str(PUSH), str(run_dir), "--hub_model_id", f"{REPO}-full", ok=False)
+    assert "push_to_hub.py: the merged model could not be written to" in said and "Make room" in said
+    assert "Traceback" not in said
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    assert ("models", f"{REPO}-full") not in trained.hub.store.repositories
+
+
+# In this process, over LFS: one fault each
+
+
+@pytest.fixture
+def push(trained: Desk, monkeypatch, tmp_path: Path, capsys) -> Callable[..., str]:
+    """push_to_hub.py for a repository of its own; what it printed."""
+    hub = trained.hub
+    hub.requests.clear()
+    for name, value in {
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(trained.folder / "home/hub"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HOME", str(trained.folder))
+    monkeypatch.setattr("tweetdora.publish.WAITS", (0.0,) * 4)
+    monkeypatch.chdir(trained.folder)
+
+    def run(repo_id: str, *flags: str) -> str:
+        main = runpy.run_path(str(PUSH))["main"]
+        output = str(tmp_path / "publish")
+        main(["--hub_model_id", repo_id, "--output_dir", output, "--check_samples", "4", *flags])
+        return capsys.readouterr().out
+
+    yield run
+    hub.faults, hub.card_errors[:] = [], []
+    hub.tokens[TOKEN] = User(REPO.split("/")[0])
+
+
+def refused(push: Callable, *words: str) -> str:
+    with pytest.raises(InputError) as caught:
+        push(*words)
+    return str(caught.value)
+
+
+def test_the_same_command_again_publishes_nothing_new(push, trained: Desk):
+    assert "Published: " in push(f"{REPO}-twice")
+    again = push(f"{REPO}-twice")
+    assert "Nothing to publish, it is there already: " in again and "Read back from an empty cache: " in again
+    assert len(trained.history(f"{REPO}-twice")) == 2
+
+
+def test_a_private_repository_is_read_back_with_the_token(push, trained: Desk):
+    assert "4 of 4 answers equal" in push(f"{REPO}-private", "--private", "true").split("Read back")[1]
+    assert trained.hub.store.repositories["models", f"{REPO}-private"].private
+    assert "is public already" in refused(push, f"{REPO}-twice", "--private", "true")
+
+
+def test_tag_and_branch_are_those_that_were_asked_for(push, trained: Desk):
+    push(f"{REPO}-tag", "--tag", "v1", "--revision", "next")
+    repository = trained.hub.store.repositories["models", f"{REPO}-tag"]
+    assert repository.refs["refs/tags/v1"] == repository.refs["refs/heads/next"]
+    assert "README.md" not in repository.commit_of("main").files
+
+
+def test_a_pull_request_to_someone_else_is_read_back_by_its_own_name(push, trained: Desk):
+    trained.hub.store.upload("models", "other/model", {"config.json": b"{}"})
+    said = push("other/model", "--create_pr", "true")
+    assert "Pull request: revision refs/pr/1" in said and "4 of 4 answers equal" in said.split("Read back")[1]
+    assert set(trained.hub.store.repositories["models", "other/model"].commit_of("main").files) == {
+        ".gitattributes",
+        "config.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("POST .*/commit/", drop=True),
+        Fault("POST .*/commit/", 503, times=2),
+        Fault("POST .*/commit/", 429, headers={"Retry-After": "0"}),
+    ],
+    ids=["lost-answer", "503", "429"],
+)
+def test_what_passes_ends_in_one_commit(push, trained: Desk, fault: Fault, request):
+    repo_id = f"{REPO}-{request.node.callspec.id}"
+    trained.hub.faults = [fault]
+    said = push(repo_id)
+    assert fault.times == 0
+    assert "Published: " in said and "4 of 4 answers equal" in said.split("Read back")[1]
+    assert len(trained.history(repo_id)) == 2
+
+
+# The client hands bytes to httpx2 in a way that httpx2 wants no more.
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_an_upload_that_broke_is_gone_on_with_by_the_same_command(push, trained: Desk, tmp_path: Path):
+    trained.hub.faults = [Fault("PUT /cdn/upload", 400, times=99)]
+    weights = ("--dtype", "float16")  # the Hub has those in float32 already
+    said = refused(push, f"{REPO}-again", *weights)
+    assert "uploading the large files failed" in said and "Nothing was published. The folder" in said
+    assert (tmp_path / "publish/model.safetensors").is_file()
+    assert trained.history(f"{REPO}-again") == ["initial commit"]
+    trained.hub.faults = []
+    assert "Published: " in push(f"{REPO}-again", *weights)
+    assert len(trained.history(f"{REPO}-again")) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        (lambda hub: hub.card_errors.append('"license" must be one of'), (), "the Hub refuses the card's metadata: "),
+        (lambda hub: hub.faults.append(Fault("POST /api/validate-yaml", 503, times=99)), (), "could not be asked"),
+        (lambda hub: hub.tokens.update({TOKEN: User(REPO.split("/")[0], "read")}), (), "may only read"),
+        (lambda hub: hub.tokens.clear(), (), "does not take the token"),
+        (lambda hub: hub.faults.append(Fault("GET .*/whoami-v2", 429, times=9)), (), "hit the rate limit for the"),
+        (lambda hub: hub.tokens.update({TOKEN: User("bob")}), (), "bob cannot make it"),
+        (lambda hub: hub.faults.append(Fault("GET /api/models/", 403, times=99)), (), "the Hub says of "),
+        (lambda hub: None, ("--license", "apache"), "the Hub knows no licence 'apache'"),
+        (lambda hub: None, ("--hub_model_id", "model"), "--hub_model_id is 'model'; expected owner/name."),
+        (lambda hub: None, ("--adapter_only", "true", "--dtype", "bfloat16"), "leave --dtype bfloat16 out"),
+    ],
+)
+def test_what_cannot_end_well_is_said_before_the_merge(push, trained: Desk, tmp_path: Path, change, flags, message):
+    trained.hub.faults, tokens = [], dict(trained.hub.tokens)
+    change(trained.hub)
+    said = refused(push, f"{REPO}-never", *flags)
+    trained.hub.tokens.update(tokens)
+    assert message in said
+    assert not (tmp_path / "publish").exists()
+    assert ("models", f"{REPO}-never") not in trained.hub.store.repositories
+
+
+def test_too_little_room_is_said_before_the_merge(push, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 1000))
+    assert "are needed for the model. Make room" in refused(push, f"{REPO}-never")
+    assert not (tmp_path / "publish").exists()

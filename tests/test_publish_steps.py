@@ -1,5 +1,6 @@
 """publish.py against the test Hub, step by step and fault by fault; test_publish.py has the scripts as a whole."""
 
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,6 +171,25 @@ def test_a_new_repository_gets_the_files_in_one_commit(hub, folder):
     assert hub.store.repositories["models", REPO].private
     assert published.changed and published.url == f"{hub.endpoint}/{REPO}/commit/{published.commit}"
     assert differing_files(module.HfApi(), folder, REPO, published.commit) == []
+
+
+def test_weights_of_several_parts_arrive_whole(hub, folder):
+    """The Hub takes 6 MB at a time: 14 MB are three parts, and a file of its own."""
+    weights = random.Random(0).randbytes(14_000_000)
+    (Path(folder) / "model.safetensors").write_bytes(weights)
+    published = publish(folder, find_target(REPO, config()), "better", False)
+    assert sum(line.startswith("PUT /cdn/upload") for line in hub.requests) >= 3
+    assert differing_files(module.HfApi(), folder, REPO, published.commit) == []
+    stored = hub.store.repositories["models", REPO].commit_of("main").files["model.safetensors"]
+    assert hub.store.blob(stored.sha256).read_bytes() == weights
+
+
+def test_a_repository_that_came_into_being_meanwhile_is_gone_on_with(hub, folder):
+    target = find_target(REPO, config())
+    hub.store.upload("models", REPO, {"LICENSE": b"x"})
+    published = publish(folder, target, "better", False)
+    assert any(line.startswith("POST /api/repos/create") for line in hub.requests)  # answered 409
+    assert history(hub) == ["better", "Upload", "initial commit"] and published.left_alone == ["LICENSE"]
 
 
 def test_the_same_folder_again_makes_no_commit(hub, folder):

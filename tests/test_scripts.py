@@ -1,5 +1,6 @@
 """The scripts as a user starts them: processes, files in, files out. A tiny model, and once the real small one."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 from accelerate import PartialState
 from sklearn.metrics import f1_score
 
+from tweetdora.cli import parse_train
 from tweetdora.errors import InputError
 from tweetdora.precision import compute_state
 
@@ -156,6 +158,24 @@ def test_the_recorded_score_is_that_of_the_recorded_answers(finished):
         predicted = [row[when]["predicted"] or "none" for row in rows]
         score = f1_score([row["label"] for row in rows], predicted, labels=WORDS, average="macro", zero_division=0)
         assert read(folder / "evaluation/test.json")[when]["macro_f1"] == pytest.approx(score, abs=1e-12)
+
+
+def test_the_recipe_on_the_card_makes_the_same_run(finished, tmp_path):
+    """Read as --config reads it, it gives every setting that the record holds; folders are named, not located."""
+    folder, _ = finished
+    card, record = (folder / "publish/README.md").read_text(encoding="utf-8"), read(folder / "run.json")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)\n```", card, re.DOTALL)[1], encoding="utf-8")
+    task, model, training = parse_train(["--config", str(path), "--output_dir", str(tmp_path / "new")], "")
+    places = {"dataset_name", "model_name_or_path"}
+    for found, expected in ((task, record["task"]), (model, record["model"])):
+        assert {k: v for k, v in dataclasses.asdict(found).items() if k not in places} == {
+            k: v for k, v in expected.items() if k not in places
+        }
+    del record["training"]["world_size"]
+    for name, value in record["training"].items():
+        found = getattr(training, name)
+        assert getattr(found, "value", found) == value, name
 
 
 def test_the_cards_snippet_prints_what_the_card_says(finished, tmp_path):

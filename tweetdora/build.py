@@ -1,4 +1,7 @@
-"""The publishable folder: merge, save, load again, compare; publish.py takes it to the Hub."""
+"""The publishable folder: merged model or adapter alone, saved, loaded again and compared.
+
+publish.py takes it to the Hub.
+"""
 
 import json
 import os
@@ -9,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tweetdora.card_facts import card_base_name
 from tweetdora.config import PushConfig, TaskConfig
 from tweetdora.data import Rows
 from tweetdora.errors import InputError
@@ -25,14 +29,15 @@ from tweetdora.modeling import (
     save_merged,
 )
 from tweetdora.prompts import Encoder, PromptFormat, stop_token_ids
-from tweetdora.records import ADAPTER_DIR, read_json
+from tweetdora.records import ADAPTER_DIR, ADAPTER_WEIGHTS, read_json
 
 # The merge is a sum in float32 either way; what differs is the order of the sums.
 MAX_LOGIT_DIFFERENCE = 1e-2
 _ROWS_AT_ONCE = 32
 MIN_EQUAL_ANSWERS = 0.9  # for weights published in half precision, whose answers may differ here and there
-# A folder that holds these was built here.
-_BUILT_FILES = ("README.md", "config.json", "adapter/adapter_config.json", "figures/training.png")
+# A folder that holds these, and an adapter in one of the two places, was built here.
+_BUILT_FILES = ("README.md", "figures/training.png")
+_ADAPTER_FILES = ("adapter/adapter_config.json", "adapter_config.json")
 
 
 def check_output_dir(folder: str, run_dir: str) -> None:
@@ -48,8 +53,12 @@ def check_output_dir(folder: str, run_dir: str) -> None:
     if os.path.isfile(path):
         raise InputError(f"--output_dir {folder} is a file; give a folder.")
     found = os.listdir(path) if os.path.isdir(path) else []
-    missing = [name for name in _BUILT_FILES if not os.path.isfile(os.path.join(path, name))]
-    if found and (missing or ".git" in found):
+
+    def has(name: str) -> bool:
+        return os.path.isfile(os.path.join(path, name))
+
+    built_here = all(map(has, _BUILT_FILES)) and any(map(has, _ADAPTER_FILES))
+    if found and (not built_here or ".git" in found):
         raise InputError(
             f"{folder} would be replaced, but is no earlier build of push_to_hub.py: it holds "
             f"{', '.join(sorted(found)[:5])}. Give another --output_dir, or empty the folder yourself."
@@ -91,16 +100,17 @@ class Reference:
     task: TaskConfig
     encoder: Encoder
     max_new_tokens: int
+    adapter_only: bool
     found: tuple[list[torch.Tensor], list[str]]
 
 
 def build_model(
     run_dir: str, run: dict[str, Any], rows: Rows, config: PushConfig, device: torch.device, folder: str
 ) -> tuple[dict[str, Any], Reference]:
-    """Merge the run's adapter into its base, save it to `folder`, load that again and compare; what the check saw.
+    """Save the merged model, or the adapter alone, to `folder`, load that again and compare; what the check saw.
 
     Raises:
-        InputError: the base is another one, or the saved model does not answer as base and adapter do.
+        InputError: the base is another one, or what was saved does not answer as base and adapter do.
     """
     task, name = TaskConfig(**run["task"]), run["base"]["name_or_path"]
     adapter_dir = os.path.join(run_dir, ADAPTER_DIR)
@@ -112,17 +122,36 @@ def build_model(
         raise InputError(f"{name} is not the base model of this run: found {identity}, expected {run['base']}.")
     with_adapter = load_adapter(base, adapter_dir)
     expected = observe(with_adapter, tokenizer, encoder, rows, task, run["max_new_tokens"])
-    stop_ids = stop_token_ids(base, tokenizer, encoder.stop_token_id)
-    save_merged(merge(with_adapter), tokenizer, stop_ids, getattr(torch, config.dtype), folder)
+    if config.adapter_only:
+        copy_adapter(adapter_dir, folder, card_base_name(run), revision)
+        tokenizer.save_pretrained(folder)
+    else:
+        copy_adapter(adapter_dir, os.path.join(folder, ADAPTER_DIR), card_base_name(run), revision)
+        stop_ids = stop_token_ids(base, tokenizer, encoder.stop_token_id)
+        save_merged(merge(with_adapter), tokenizer, stop_ids, getattr(torch, config.dtype), folder)
     del base, with_adapter
 
-    # As any user loads it: nothing of ours takes part in making the model or the prompt.
-    saved_tokenizer = AutoTokenizer.from_pretrained(folder)
+    saved_tokenizer, saved = load_as_anyone(folder, config.adapter_only, device)
     check_prompts(saved_tokenizer, encoder, rows, task)
-    saved = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     found = observe(saved, saved_tokenizer, encoder, rows, task, run["max_new_tokens"])
     check = compare(expected, found, config.dtype)
-    return check, Reference(rows, task, encoder, run["max_new_tokens"], found)
+    return check, Reference(rows, task, encoder, run["max_new_tokens"], config.adapter_only, found)
+
+
+def load_as_anyone(
+    name_or_path: str, adapter_only: bool, device: torch.device, **where: str
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel | PeftModel]:
+    """Tokenizer and model as any user loads them: nothing of ours takes part in making the model or the prompt.
+
+    `where` goes to from_pretrained: revision, cache_dir.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
+    if adapter_only:
+        # In float32, as the adapter was measured, whatever format the base is stored in.
+        model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32, **where)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **where)
+    return tokenizer, model.to(device).eval()
 
 
 def observe(
@@ -197,14 +226,13 @@ def compare(
     return {"dtype": dtype, "rows": rows, "equal_answers": equal, "max_logit_difference": difference}
 
 
-def copy_adapter(run_dir: str, folder: str, base_name: str) -> None:
+def copy_adapter(adapter_dir: str, folder: str, base_name: str, base_revision: str | None) -> None:
     """Copy the adapter's two files; its settings name the base as the card does, not by a path of this machine."""
-    source, target = os.path.join(run_dir, ADAPTER_DIR), os.path.join(folder, ADAPTER_DIR)
-    os.makedirs(target)
-    shutil.copy2(os.path.join(source, "adapter_model.safetensors"), target)
-    settings = read_json(os.path.join(source, "adapter_config.json"))
-    settings["base_model_name_or_path"] = base_name
-    with open(os.path.join(target, "adapter_config.json"), "w", encoding="utf-8") as stream:
+    os.makedirs(folder, exist_ok=True)
+    shutil.copy2(os.path.join(adapter_dir, ADAPTER_WEIGHTS), folder)
+    settings = read_json(os.path.join(adapter_dir, "adapter_config.json"))
+    settings |= {"base_model_name_or_path": base_name, "revision": base_revision}
+    with open(os.path.join(folder, "adapter_config.json"), "w", encoding="utf-8") as stream:
         json.dump(settings, stream, indent=2, sort_keys=True)
 
 

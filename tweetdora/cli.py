@@ -8,6 +8,7 @@ A recipe is a flat YAML file of the same keys as the flags. Flags win over the r
 import argparse
 import dataclasses
 import difflib
+import errno
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ _SHOWN_TRAINER_FLAGS = {
     "seed",
 } - {"logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters", "per_device_train_batch_size"}
 
+# A full disk, a user's quota or largest file, a folder that may only be read.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 # Flags that take a truth value or a word: YAML's true is meant as it stands.
 _TRUE_OR_WORD = {"resume_from_checkpoint"}
 
@@ -159,6 +162,10 @@ def run_script(main: Callable[[], int], name: str) -> NoReturn:
         sys.exit(main())
     except InputError as error:
         sys.exit(f"{name}: {error}")
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        sys.exit(f"{name}: {error}. Make room, or name another folder; what was finished before is not lost.")
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C; nothing that was finished before is lost.", file=sys.stderr)
         sys.exit(130)

@@ -402,6 +402,9 @@ class PushConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Number format of the published weights; merging is always in float32."}
     )
+    adapter_only: bool = field(
+        default=False, metadata={"help": "Publish the adapter alone, for PEFT, in place of the merged model."}
+    )
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     revision: str | None = field(
         default=None, metadata={"help": "Branch to commit to, made if it is not there; none: the default one."}
@@ -429,6 +432,8 @@ class PushConfig:
             raise InputError(f"--check_samples is {self.check_samples}; expected 1 or more.")
         if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
             raise InputError(f"--hub_model_id is {self.hub_model_id!r}; expected owner/name.")
+        if self.adapter_only and self.dtype != "float32":
+            raise InputError(f"--adapter_only true: an adapter is float32; leave --dtype {self.dtype} out.")
         if self.create_pr and (self.tag or self.revision or self.private):
             raise InputError(
                 "--create_pr true goes with none of --tag, --revision and --private: a pull request has its own."

@@ -168,6 +168,15 @@ def class_counts(rows: Rows, task: TaskConfig) -> dict[str, int]:
     return {word: rows.classes.count(number) for number, word in enumerate(task.label_words)}
 
 
+def first_of_each_class(rows: Rows, task: TaskConfig) -> dict[str, str]:
+    """The first text of each class that there is one of, by label word."""
+    return {
+        word: rows.texts[rows.classes.index(number)]
+        for number, word in enumerate(task.label_words)
+        if number in rows.classes
+    }
+
+
 def check_trainable(rows: Rows, task: TaskConfig) -> None:
     """Refuse training rows that cannot teach a distinction."""
     present = [word for word, count in class_counts(rows, task).items() if count]

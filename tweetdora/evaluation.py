@@ -16,7 +16,13 @@ from tweetdora.data import Rows
 from tweetdora.errors import InputError
 from tweetdora.generation import UNPARSED, Answer, answer_rows
 from tweetdora.hub import pin_revision
-from tweetdora.metrics import INTERVAL_METRICS, bootstrap_intervals, measure, paired_difference
+from tweetdora.metrics import (
+    INTERVAL_METRICS,
+    accuracy_by_length,
+    bootstrap_intervals,
+    measure,
+    paired_difference,
+)
 from tweetdora.modeling import (
     DTYPES,
     adapter_folder,
@@ -161,7 +167,9 @@ def measure_answers(
     figures = dict(facts)
     for name, given in answers.items():
         intervals = bootstrap_intervals(rows.classes, predictions[name], len(label_words), samples, seed)
-        figures[name] = {**measure(rows.classes, given, label_words), "intervals": intervals, **facts[name]}
+        by_length = accuracy_by_length(rows.texts, rows.classes, predictions[name])
+        scores = measure(rows.classes, given, label_words)
+        figures[name] = {**scores, "intervals": intervals, "by_length": by_length, **facts[name]}
     if "before" in answers:
         figures["difference"] = paired_difference(
             rows.classes, predictions["before"], predictions["after"], len(label_words), samples, seed

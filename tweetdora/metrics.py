@@ -103,8 +103,8 @@ def measure(references: Sequence[int], answers: Sequence[Answer], label_words: S
 
 def bootstrap_intervals(
     references: Sequence[int], predictions: Sequence[int], classes: int, samples: int, seed: int
-) -> dict[str, list[float]]:
-    """95 % percentile intervals of INTERVAL_METRICS when the rows are drawn anew with replacement.
+) -> dict[str, Any]:
+    """95 % percentile intervals of INTERVAL_METRICS, and of each class's F1, when rows are drawn with replacement.
 
     Drawing n rows with replacement and counting them by (class, answer) is one multinomial draw of the confusion
     matrix's cells, so no row is ever copied (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 6).
@@ -112,7 +112,42 @@ def bootstrap_intervals(
     matrix = confusion_matrix(references, predictions, classes)
     drawn = _draw(matrix, samples, seed)
     values = scores(drawn)
-    return {name: _interval(values[name]) for name in INTERVAL_METRICS}
+    per_class = [_interval(values["f1"][:, number]) for number in range(classes)]
+    return {name: _interval(values[name]) for name in INTERVAL_METRICS} | {"per_class_f1": per_class}
+
+
+def accuracy_by_length(
+    texts: Sequence[str], references: Sequence[int], predictions: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Accuracy in quarters of the rows, from the shortest texts to the longest, with Wilson's interval.
+
+    >>> accuracy_by_length(["aaa", "b", "cc", "dddd"], [0, 1, 0, 1], [0, 1, 0, 0])[-1]["characters"]
+    [4, 4]
+    """
+    lengths = np.array([len(text) for text in texts])
+    right = np.asarray(references) == np.asarray(predictions)
+    quarters = [part for part in np.array_split(np.argsort(lengths, kind="stable"), 4) if len(part)]
+    return [
+        {
+            "characters": [int(lengths[part].min()), int(lengths[part].max())],
+            "n": len(part),
+            "accuracy": float(right[part].mean()),
+            "interval": proportion_interval(int(right[part].sum()), len(part)),
+        }
+        for part in quarters
+    ]
+
+
+def proportion_interval(hits: int, count: int) -> list[float]:
+    """95 % score interval of a proportion (Wilson, JASA 22, 1927); it keeps its meaning at 0 and at 1.
+
+    >>> [round(bound, 3) for bound in proportion_interval(9, 10)]
+    [0.596, 0.982]
+    """
+    z = 1.959963984540054  # the normal distribution's 97.5 % point
+    share, weight = hits / count, z * z / count
+    middle, half = share + weight / 2, z * (share * (1 - share) / count + weight / (4 * count)) ** 0.5
+    return [(middle - half) / (1 + weight), (middle + half) / (1 + weight)]
 
 
 def paired_difference(

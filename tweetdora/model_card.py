@@ -1,85 +1,117 @@
-"""The model card: facts from the records of a run, rendered by model_card_template.md."""
+"""The model card: model_card_template.md, filled with card_facts.py's texts, and metadata that the Hub reads."""
 
+import difflib
 import html
 import json
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from tweetdora.card_facts import (
+    Publication,
+    Records,
+    base_id,
+    card_facts,
+    data_name,
+    hub_id,
+    title,
+    widget_examples,
+)
 from tweetdora.errors import InputError
-from tweetdora.evaluation import format_p
-from tweetdora.prompts import PromptFormat
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "model_card_template.md")
-METHOD_NAMES = {"dora": "DoRA", "lora": "LoRA"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_SAMPLES_RULE = (
-    "For each label, the first row of the split that the model answers rightly and the first that it answers wrongly "
-    "(✗), in the split's order; a line break in an answer is shown as ⏎."
-)
+# What the Hub knows (huggingface.co/docs/hub/repositories-licenses); its validator refuses any other.
+LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+    other
+""".split()
 
 
-def render_card(
-    run: dict[str, Any],
-    evaluation: dict[str, Any],
-    predictions: list[dict[str, Any]],
-    merge_check: dict[str, Any],
-    hub_model_id: str | None,
-    folder: str,
-    license: str | None,
-    commands: list[str],
-) -> str:
+def render_card(records: Records, publication: Publication, check: dict[str, Any], answers: Sequence[str]) -> str:
     """The whole card as text, metadata in front; its code loads the Hub's model, or the folder where there is none.
 
-    Raises:
-        InputError: the records contradict one another.
+    `check` is what comparing the saved model showed, `answers` what it answered to the first rows.
     """
-    check_records(run, evaluation, predictions)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    environment.filters.update(cell=table_cell, code=inline_code, columns=keep_columns, pystr=_python_string)
+    environment.filters.update(
+        cell=table_cell, code=inline_code, columns=keep_columns, pystr=_python_string, fence=fence
+    )
     with open(TEMPLATE, encoding="utf-8") as stream:
         template = environment.from_string(stream.read())
-    facts = card_facts(run, evaluation, predictions, merge_check, hub_model_id, folder, commands)
-    metadata = card_metadata(run, evaluation, hub_model_id, license)
-    text = template.render(**facts, metadata=metadata.to_yaml(line_break="\n"))
+    facts = card_facts(records, publication, check, answers)
+    text = template.render(**facts, metadata=front_matter(records, publication))
     ModelCard(text)  # parses its own metadata back, or raises
     return text
 
 
-def _python_string(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def check_records(run: dict[str, Any], evaluation: dict[str, Any], predictions: list[dict[str, Any]]) -> None:
+def check_records(records: Records) -> None:
     """Refuse records that are not of one and the same run.
 
     Raises:
         InputError: names what differs.
     """
+    run, evaluation = records.run, records.evaluation
+    version = evaluation.get("record_version")
+    if version != run["record_version"]:
+        raise InputError(
+            f"the evaluation was written by another version of this code: record version {version}, the run's is "
+            f"{run['record_version']}. Run evaluate.py on the run folder again."
+        )
+    data, found = evaluation["data"], records.rows()
     pairs = (
         ("adapter", run["adapter"]["sha256"], evaluation["adapter_sha256"]),
         ("base model", run["base"], evaluation["base"]),
         ("label words", run["task"]["label_words"], evaluation["label_words"]),
         ("prompt", run["prompt_format"], evaluation["prompt_format"]),
-        ("number of predictions", evaluation["data"]["rows"], len(predictions)),
+        ("number of predictions", data["rows"], len(found)),
+        ("hash of the predictions' texts and labels", data["sha256"], found.source["sha256"]),
     )
-    for name, expected, found in pairs:
-        if expected != found:
+    for name, expected, other in pairs:
+        if expected != other:
             raise InputError(
-                f"the evaluation is not of this run: its {name} is {found!r}, the run's {expected!r}. "
+                f"the evaluation is not of this run: its {name} is {other!r}, the run's {expected!r}. "
                 "Run evaluate.py on the run folder again."
             )
 
 
-def card_metadata(
-    run: dict[str, Any], evaluation: dict[str, Any], hub_model_id: str | None, license: str | None
-) -> ModelCardData:
-    """The front matter. What is not known, or is a local folder and so no Hub id, is left out."""
-    data = evaluation["data"]
-    dataset = _hub_id(data["name"])
+def check_license(license: str | None, base_card: dict[str, Any]) -> None:
+    """Refuse a licence that the Hub does not know, or one of a kind that it asks a name of.
+
+    Raises:
+        InputError: names the nearest ones that are known.
+    """
+    if license is None:
+        return
+    if license not in LICENSES:
+        near = difflib.get_close_matches(license.lower(), LICENSES, n=3, cutoff=0.4)
+        raise InputError(
+            f"the Hub knows no licence {license!r}; expected one of its identifiers"
+            f"{', such as ' + ', '.join(near) if near else ''} (huggingface.co/docs/hub/repositories-licenses). Give "
+            "it with --license."
+        )
+    if license == "other" and not (base_card.get("license_name") and base_card.get("license_link")):
+        raise InputError(
+            "the licence is `other`, which on the Hub needs license_name and license_link, and the base model's card "
+            "gives none. Give an identifier with --license."
+        )
+
+
+def front_matter(records: Records, publication: Publication) -> str:
+    """The metadata as YAML. What is not known, or is a local folder and so no Hub id, is left out."""
+    run, evaluation = records.run, records.evaluation
+    data, card = evaluation["data"], run["base_card"]
+    dataset = hub_id(data["name"])
     metrics = (("f1", "macro_f1", "macro-F1"), ("recall", "macro_recall", "macro recall"))
     results = [
         EvalResult(
@@ -96,251 +128,27 @@ def card_metadata(
         )
         for kind, key, name in (*metrics, ("accuracy", "accuracy", "accuracy"))
     ]
-    card = run["base_card"]
-    return ModelCardData(
-        model_name=_title(run, hub_model_id),
-        base_model=_base_id(run),
-        base_model_relation="finetune",
+    other_license = {name: card.get(name) for name in ("license_name", "license_link")}
+    metadata = ModelCardData(
+        model_name=title(run, publication.hub_model_id),
+        base_model=base_id(run),
+        base_model_relation="adapter" if publication.adapter_only else "finetune",
         datasets=[dataset] if dataset else None,
         language=card.get("language"),
-        library_name="transformers",
-        license=license,
+        library_name="peft" if publication.adapter_only else "transformers",
+        license=publication.license,
+        **(other_license if publication.license == "other" else {}),
         metrics=["f1", "recall", "accuracy"],
         pipeline_tag="text-generation",
         tags=[run["model"]["method"], "peft", "text-classification", "conversational", "tweetdora"],
+        widget=widget_examples(run, records.predictions) or None,
         eval_results=results,
     )
+    return metadata.to_yaml(line_break="\n")
 
 
-def _hub_id(name: str) -> str | None:
-    return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) and not name.startswith("assets/") else None
-
-
-def _title(run: dict[str, Any], hub_model_id: str | None) -> str:
-    return hub_model_id.rsplit("/", 1)[-1] if hub_model_id else run["name"]
-
-
-def _base_id(run: dict[str, Any]) -> str | None:
-    """The base model's Hub id; for a local folder the one that its card says it is a conversion of."""
-    if not run["base"]["weights_sha256"]:  # recorded of a local folder only
-        return run["base"]["name_or_path"]
-    name = str(run["base_card"].get("converted_from"))
-    return name if _HUB_ID.fullmatch(name) else None
-
-
-def card_base_name(run: dict[str, Any]) -> str:
-    """The base model's Hub id, or its folder's name where it has none."""
-    return _base_id(run) or os.path.basename(os.path.normpath(run["base"]["name_or_path"]))
-
-
-def data_name(data: dict[str, Any]) -> str:
-    """A data set's name for people: Hub id or folder name, and its configuration."""
-    name = data["name"] if _hub_id(data["name"]) else os.path.basename(os.path.normpath(data["name"]))
-    return f"{name} ({data['config']})" if data["config"] else name
-
-
-def card_facts(
-    run: dict[str, Any],
-    evaluation: dict[str, Any],
-    predictions: list[dict[str, Any]],
-    merge_check: dict[str, Any],
-    hub_model_id: str | None,
-    folder: str,
-    commands: list[str],
-) -> dict[str, Any]:
-    """Every value that the template shows, formatted."""
-    git = run["environment"]["git"] or {}
-    return {
-        "title": _title(run, hub_model_id),
-        "model_id": hub_model_id or folder,
-        **_task_facts(run, evaluation),
-        **_result_facts(evaluation, run["task"]["label_words"]),
-        **_training_facts(run),
-        **_data_facts(run, evaluation),
-        "example": _example(run, predictions),
-        "samples_rule": _SAMPLES_RULE,
-        "samples": choose_samples(predictions, run["task"]["label_words"]),
-        "merge": {**merge_check, "max_logit_difference": f"{merge_check['max_logit_difference']:.1e}"},
-        "commands": commands,
-        "git_commit": git.get("commit"),
-        "git_dirty": git.get("dirty"),
-        "versions": ", ".join(f"{name} {version}" for name, version in run["environment"]["packages"].items()),
-    }
-
-
-def _task_facts(run: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Base model, labels and prompt."""
-    task, base, words, data = run["task"], run["base"], run["task"]["label_words"], evaluation["data"]
-    base_id, base_name = _base_id(run), card_base_name(run)
-    return {
-        "base_name": base_name,
-        "base_link": f"[{base_name}](https://huggingface.co/{base_id})" if base_id else f"`{base_name}`",
-        "converted_file": run["base_card"].get("converted_file") if base["weights_sha256"] else None,
-        "base_parameters": f"{base['parameters']:,}",
-        "base_revision": base["revision"],
-        "method_name": METHOD_NAMES[run["model"]["method"]],
-        "is_dora": run["model"]["method"] == "dora",
-        "label_list": ", ".join(f"`{word}`" for word in words),
-        "label_words": words,
-        "label_count": len(words),
-        "system_prompt": task["system_prompt"].replace("\n", "\n> "),
-        "system_in_user_turn": run["prompt_format"]["system_in_user_turn"],
-        "is_tweeteval_sentiment": (data["name"], data["config"]) == ("cardiffnlp/tweet_eval", "sentiment"),
-        "stop_token": run["prompt_format"]["stop_token"],
-    }
-
-
-def _result_facts(evaluation: dict[str, Any], words: list[str]) -> dict[str, Any]:
-    """What evaluate.py measured."""
-    after, difference, data = evaluation["after"], evaluation["difference"], evaluation["data"]
-    weakest = min(words, key=lambda word: after["per_class"][word]["recall"])
-    return {
-        "evaluation_rows": f"{after['n']:,}",
-        "evaluation_data": f"{data_name(data)}, {data['split']}",
-        "before": _score_texts(evaluation["before"]),
-        "after": _score_texts(after),
-        "uniform": _score_texts(evaluation["reference_lines"]["uniform"]),
-        "majority": _score_texts(evaluation["reference_lines"]["majority"]),
-        "difference": {
-            "value": f"{difference['macro_f1']['difference']:+.3f}",
-            "interval": _interval(difference["macro_f1"]["interval"], "+.3f"),
-            "fixed": f"{difference['mcnemar']['fixed']:,}",
-            "broken": f"{difference['mcnemar']['broken']:,}",
-            "p_value": format_p(difference["mcnemar"]["p_value"]),
-        },
-        "bootstrap_samples": f"{evaluation['bootstrap']['samples']:,}",
-        "precision": evaluation["precision"],
-        "max_new_tokens": evaluation["max_new_tokens"],
-        "classes": _class_rows(evaluation, words),
-        "weakest": {
-            "word": weakest,
-            "recall": f"{after['per_class'][weakest]['recall']:.3f}",
-            "recall_percent": f"{after['per_class'][weakest]['recall']:.0%}",
-        },
-        "unparsed_after": sum(row[-1] for row in after["confusion_matrix"]),
-    }
-
-
-def _training_facts(run: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the adapter and of the training, and what it took."""
-    training, result, trainable = run["training"], run["result"], run["adapter"]["trainable_parameters"]
-    return {
-        "settings": run["model"],
-        "training": training,
-        "target_modules": ", ".join(run["model"]["target_modules"]),
-        "trainable_parameters": f"{trainable:,}",
-        "trainable_share": f"{trainable / run['base']['parameters']:.3%}",
-        "steps": f"{result['steps']:,}",
-        "epochs": _epochs(result["steps"] * training["global_batch_size"] / run["train_data"]["rows"]),
-        "learning_rate": f"{training['learning_rate']:g}",
-        "warmup": _warmup(training["warmup_steps"]),
-        "train_loss": f"{result['train_loss']:.3f}",
-        "duration": _duration(result["seconds"]),
-        "hardware": _hardware(run),
-        "peak_memory": _peak_memory(run),
-    }
-
-
-def _data_facts(run: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The rows that were trained on, validated and measured."""
-    train = run["train_data"]
-    validation = [run["validation_data"]] if run["validation_data"] else []
-    return {
-        "data": [_data_row(data) for data in (train, *validation, evaluation["data"])],
-        "dataset_link": _dataset_link(train["name"]),
-        "dataset_config": train["config"],
-        "dataset_revision": train["revision"],
-        "supervised_tokens": f"{train['supervised_tokens']:,}",
-        "tokens": f"{train['tokens']:,}",
-        "cut_texts": train["cut_texts"],
-        "max_length": run["task"]["max_length"],
-    }
-
-
-def _score_texts(figures: dict[str, Any]) -> dict[str, str]:
-    texts = {name: f"{figures[name]:.3f}" for name in ("macro_f1", "macro_recall", "accuracy")}
-    texts |= {name: f"{figures[name]:.1%}" for name in ("parse_rate", "exact_rate", "stop_rate") if name in figures}
-    if "intervals" in figures:
-        texts["interval"] = _interval(figures["intervals"]["macro_f1"])
-    return texts | ({"label": figures["label"]} if "label" in figures else {})
-
-
-def _interval(bounds: list[float], form: str = ".3f") -> str:
-    low, high = bounds
-    return f"[{low:{form}}, {high:{form}}]"
-
-
-def _class_rows(evaluation: dict[str, Any], words: list[str]) -> list[dict[str, str]]:
-    rows = []
-    for word in words:
-        after, before = evaluation["after"]["per_class"][word], evaluation["before"]["per_class"][word]
-        texts = {name: f"{after[name]:.3f}" for name in ("precision", "recall", "f1")}
-        rows.append({"word": word, "support": f"{after['support']:,}", **texts, "f1_before": f"{before['f1']:.3f}"})
-    return rows
-
-
-def choose_samples(predictions: list[dict[str, Any]], words: list[str]) -> list[dict[str, Any]]:
-    """The rows that _SAMPLES_RULE names."""
-    chosen = []
-    for word in words:
-        for wrong in (False, True):
-            of_kind = (p for p in predictions if p["label"] == word and (p["after"]["predicted"] != word) == wrong)
-            if (found := next(of_kind, None)) is not None:
-                before, after = found["before"]["answer"], found["after"]["answer"]
-                chosen.append({"text": found["text"], "label": word, "before": before, "after": after, "wrong": wrong})
-    return chosen
-
-
-def _example(run: dict[str, Any], predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first row with an exact, right answer; the first row of all where there is none."""
-    right = (row for row in predictions if row["after"]["answer"] == row["label"])
-    row = next(right, predictions[0])
-    messages = PromptFormat(**run["prompt_format"]).messages(run["task"]["system_prompt"], row["text"])
-    return {"messages": messages, "answer": row["after"]["answer"]}
-
-
-def _data_row(data: dict[str, Any]) -> dict[str, Any]:
-    counts = [f"{count:,}" for count in data["class_counts"].values()]
-    return {"name": f"`{data['split']}`", "rows": f"{data['rows']:,}", "counts": counts}
-
-
-def _dataset_link(name: str) -> str:
-    if hub_id := _hub_id(name):
-        return f"[{hub_id}](https://huggingface.co/datasets/{hub_id})"
-    return f"`{os.path.basename(os.path.normpath(name))}`"
-
-
-def _epochs(passes: float) -> str:
-    passes_text = "one pass" if abs(passes - 1) < 0.01 else f"{passes:.2f} passes"
-    return f"{passes_text} over the training rows"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
-
-
-def _warmup(steps: float) -> str | None:
-    """The Trainer reads a number below 1 as a share of all steps (transformers 5.23)."""
-    if not steps:
-        return None
-    return f"{steps:g} warm-up steps" if steps >= 1 else f"warm-up over the first {steps * 100:g} % of the steps"
-
-
-def _hardware(run: dict[str, Any]) -> str:
-    """What the run computed on, one GPU for each process; the machine may have more."""
-    hardware = run["environment"]["hardware"]
-    if run["device"] == "cuda":
-        return f"{run['training']['world_size']} x {hardware['gpus'][0]}"
-    return f"{hardware['cores']} cores of {hardware['cpu']}"
-
-
-def _peak_memory(run: dict[str, Any]) -> str:
-    """The peak of the process that used most."""
-    peak = run["result"]["peak_memory_bytes"]
-    if run["device"] == "cuda":
-        used = max(size for name, size in peak.items() if name != "process")
-        return f"{used / 1e9:.1f} GB of one GPU's memory"
-    return f"{peak['process'] / 1e9:.1f} GB of one process's memory"
+def _python_string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def table_cell(text: str) -> str:
@@ -360,6 +168,15 @@ def inline_code(text: str) -> str:
     if not text.strip():
         return "(empty)"
     shown = re.sub(r"\s", " ", text.replace("\n", "⏎"))
-    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
-    fence = "`" * (longest + 1)
-    return f"{fence} {shown} {fence}" if longest else f"`{shown}`"
+    marks = "`" * (_longest_ticks(shown) + 1)
+    return f"{marks} {shown} {marks}" if len(marks) > 1 else f"`{shown}`"
+
+
+def fence(text: str, language: str = "") -> str:
+    """Text as a block of code, whatever it holds."""
+    marks = "`" * max(3, _longest_ticks(text) + 1)
+    return f"{marks}{language}\n{text.rstrip()}\n{marks}"
+
+
+def _longest_ticks(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)

@@ -25,7 +25,7 @@ from tweetdora.dora import DoraLinear
 from tweetdora.errors import InputError
 from tweetdora.records import ADAPTER_WEIGHTS, file_sha256
 
-_CARD_FACTS = ("license", "language", "converted_from", "converted_file")
+_CARD_FACTS = ("license", "license_name", "license_link", "language", "converted_from", "converted_file")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -262,7 +262,11 @@ def merge(model: PeftModel) -> PreTrainedModel:
 def save_merged(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], dtype: torch.dtype, folder: str
 ) -> None:
-    """Write weights (safetensors), configuration, tokenizer, chat template and a greedy generation config."""
+    """Write weights (safetensors), configuration, tokenizer, chat template and a greedy generation config.
+
+    Raises:
+        InputError: the weights could not be written, above all for want of room.
+    """
     model = model.to(dtype)
     model.config.use_cache = True
     model.generation_config = GenerationConfig(
@@ -271,5 +275,10 @@ def save_merged(
         eos_token_id=stop_ids,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0],
     )
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # also for a full disk
+        raise InputError(
+            f"the merged model could not be written to {folder}: {error}. Make room, or choose another --output_dir."
+        ) from error
     tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ from tweetdora.config import (
     TrainConfig,
     is_published_run,
 )
-from tweetdora.data import Rows, class_counts
+from tweetdora.data import Rows, class_counts, first_of_each_class
 from tweetdora.errors import InputError
 from tweetdora.modeling import trainable_parameters
 from tweetdora.prompts import EncodedRows, Encoder
@@ -173,7 +173,9 @@ def describe_run(
             "class_counts": class_counts(train_rows, task),
             "tokens": encoded.tokens,
             "supervised_tokens": encoded.supervised_tokens,
+            "row_tokens": encoded.row_tokens,
             "cut_texts": encoded.cut_texts,
+            "examples": first_of_each_class(train_rows, task),
         },
         "validation_data": validation_rows
         and {**validation_rows.source, "class_counts": class_counts(validation_rows, task)},

@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tweetdora.build import MAX_LOGIT_DIFFERENCE, Reference, differences, observe
+from tweetdora.build import MAX_LOGIT_DIFFERENCE, Reference, differences, load_as_anyone, observe
 from tweetdora.config import PushConfig
 from tweetdora.errors import InputError
 
@@ -143,6 +142,23 @@ def _check_new(repo_id: str, user: dict[str, Any], config: PushConfig) -> None:
             f"{repo_id} does not exist, and {user['name']} cannot make it: {owner} is neither {user['name']} nor one "
             f"of their organisations{': ' + ', '.join(owners[1:]) if owners[1:] else ''}. Give another --hub_model_id."
         )
+
+
+def check_metadata(metadata: str) -> None:
+    """Let the Hub look at the card's metadata, which it would refuse the commit for otherwise.
+
+    Raises:
+        InputError: what the Hub's validator says.
+    """
+    try:
+        ModelCard(f"---\n{metadata}\n---\n").validate(repo_type="model")
+    except ValueError as error:
+        raise InputError(
+            f"the Hub refuses the card's metadata: {_said(error)}. It comes from the base model's card and the run's "
+            "record; --license sets the licence."
+        ) from error
+    except HUB_ERRORS as error:
+        raise InputError(f"the Hub could not be asked about the card's metadata: {_said(error)}.") from error
 
 
 def check_free_space(folder: str, needed_bytes: int) -> None:
@@ -327,8 +343,7 @@ def read_back(published: Published, folder: str, reference: Reference, device: t
             )
         with tempfile.TemporaryDirectory() as cache:  # empty, so that every file comes from the Hub
             where = {"revision": published.revision, "cache_dir": cache}
-            tokenizer = AutoTokenizer.from_pretrained(published.repo_id, **where)
-            model = AutoModelForCausalLM.from_pretrained(published.repo_id, **where).to(device).eval()
+            tokenizer, model = load_as_anyone(published.repo_id, reference.adapter_only, device, **where)
     except HUB_ERRORS as error:
         raise InputError(
             f"{published.url} is published, but could not be read back: {_said(error)}. The same command again "

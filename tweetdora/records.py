@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from tweetdora.config import RUNS_DIR
 from tweetdora.errors import InputError
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 RUN_FILE = "run.json"
 ADAPTER_DIR = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
