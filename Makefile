@@ -1,5 +1,6 @@
 # make demo     the main job on a real model and real tweets, offline but for the packages; ends with a table
 # make test     all tests, offline
+# make soak     kill -9 a run at random moments, 20 runs over, and compare each with one left alone
 # make quality  formatter and linter
 # make bench    measure this project side by side with TRL and PEFT, about an hour and a half on two cores
 # Each makes .venv from the pinned requirements when it is missing or older than they are. Nothing global is touched.
@@ -14,7 +15,7 @@ EVALUATE_FLAGS ?=
 # For a smoke test: make bench BENCH_FLAGS=--quick
 BENCH_FLAGS ?=
 
-.PHONY: demo test quality bench assets
+.PHONY: demo test soak quality bench assets
 
 demo: $(VENV)/.runtime assets
 	rm -rf $(DEMO_DIR)
@@ -25,6 +26,9 @@ demo: $(VENV)/.runtime assets
 
 test: $(VENV)/.dev assets
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/.dev
+	TWEETDORA_SOAK=20 $(BIN)/python -m pytest -s tests/test_survival.py -k killed
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

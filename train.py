@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
+from tweetdora.checkpoints import checkpoint_step, saved_run
 from tweetdora.cli import parse_train, run_script
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import check_trainable, load_rows
@@ -32,15 +33,7 @@ from tweetdora.modeling import (
     read_base_card,
     save_adapter,
 )
-from tweetdora.plan import (
-    check_disk,
-    check_same_run,
-    checkpoint_step,
-    describe_run,
-    find_checkpoint,
-    format_plan,
-    saved_run,
-)
+from tweetdora.plan import check_disk, check_same_run, describe_run, find_checkpoint, format_plan
 from tweetdora.plots import plot_training
 from tweetdora.prompts import Encoder, PromptFormat, encode_rows, show_row
 from tweetdora.records import (
@@ -61,20 +54,23 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; the exit status."""
     # parse
     task, model_config, training = parse_train(argv, description=__doc__.partition("\n")[0])
-    checkpoint = find_checkpoint(training)
+    checkpoint, notes = find_checkpoint(training)
     training.cpu_threads = use_cpu_threads(training.device, training.world_size, training.cpu_threads)
     state = PartialState()
 
     # load
     parts, run = load(task, model_config, training, state)
-    state.print(f"{training.run_name}\n{format_plan(run, training)}")
+    state.print("\n".join([training.run_name, format_plan(run, training), *notes]))
     if training.dry_run:
         row = show_row(parts["train_dataset"][0], parts["processing_class"])
         state.print(f"\nfirst row, supervised tokens in 【】:\n{row}")
         return 0
     if checkpoint and (saved := saved_run(checkpoint)) is not None:
-        check_same_run(saved, run)
+        changes = check_same_run(saved, run, training.allow_changes)
+        for change in changes:
+            state.print(f"note: resumed with {change}")
         run |= {name: saved[name] for name in ("created", "command", "tracker") if name in saved}
+        run["changes"] = [*saved["changes"], *changes]
     check_disk(training, run["adapter"]["trainable_parameters"])
 
     # work
@@ -97,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(str(error)) from error
 
     # save
-    if stop.signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
+    unfinished = trainer.state.global_step < trainer.state.max_steps or trainer.evaluation_is_due()
+    if stop.signal_number is not None and unfinished:
         if state.is_main_process:
             write_status(training, run, "interrupted")
             finish_wandb(exit_code=128 + stop.signal_number)

@@ -1,5 +1,6 @@
 """The plan of a run: refused before it starts if it cannot be, and described in figures worked out by hand."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tweetdora import plan, precision
+from tweetdora.checkpoints import CHECKSUMS, SAVING_DIR, publish_checkpoint, saved_run
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import Rows, load_rows
 from tweetdora.errors import InputError
@@ -21,11 +23,9 @@ from tweetdora.modeling import attach_adapter, base_identity, load_base
 from tweetdora.plan import (
     check_disk,
     check_same_run,
-    checkpoint_step,
     describe_run,
     find_checkpoint,
     format_plan,
-    saved_run,
 )
 from tweetdora.prompts import encode_rows
 
@@ -43,13 +43,13 @@ def training(tmp_path) -> Callable[..., TrainConfig]:
     return make
 
 
-def make_checkpoint(run_dir: Path, step: int, whole: bool = True) -> str:
-    """A checkpoint as far as find_checkpoint looks; the Trainer writes trainer_state.json last."""
-    folder = run_dir / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    if whole:
-        (folder / "trainer_state.json").write_text("{}")
-    return str(folder)
+def make_checkpoint(run_dir: Path, step: int) -> str:
+    """A checkpoint as far as find_checkpoint looks."""
+    beside = run_dir / SAVING_DIR / f"checkpoint-{step}"
+    beside.mkdir(parents=True)
+    for name in ("trainer_state.json", "optimizer.pt"):
+        (beside / name).write_text("{}")
+    return publish_checkpoint(str(run_dir), step, keep=None)
 
 
 def make_record(run_dir: Path, status: str) -> None:
@@ -63,14 +63,14 @@ def make_record(run_dir: Path, status: str) -> None:
 @pytest.mark.parametrize("asked", [None, "", "false", "False"])
 def test_a_new_run_starts_from_nothing(asked, training):
     settings = training(resume_from_checkpoint=asked)
-    assert find_checkpoint(settings) is None
+    assert find_checkpoint(settings) == (None, [])
     assert settings.resume_from_checkpoint is None, "the Trainer takes any text for a folder"
 
 
 def test_a_new_run_may_start_in_a_folder_that_holds_something_else(training, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("")
-    assert find_checkpoint(training()) is None
+    assert find_checkpoint(training()) == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -104,29 +104,56 @@ def test_a_resumed_run_goes_on_from_its_last_checkpoint(asked, training, tmp_pat
     make_record(tmp_path / "run", "interrupted")
     for step in (9, 100, 20):
         make_checkpoint(tmp_path / "run", step)
-    assert find_checkpoint(training(resume_from_checkpoint=asked)) == str(tmp_path / "run" / "checkpoint-100")
+    assert find_checkpoint(training(resume_from_checkpoint=asked)) == (str(tmp_path / "run" / "checkpoint-100"), [])
 
 
 def test_a_resumed_run_goes_on_from_the_checkpoint_that_is_named(training, tmp_path):
     make_record(tmp_path / "run", "interrupted")
     first = make_checkpoint(tmp_path / "run", 10)
     make_checkpoint(tmp_path / "run", 20)
-    assert find_checkpoint(training(resume_from_checkpoint=first)) == first
+    assert find_checkpoint(training(resume_from_checkpoint=first)) == (first, [])
 
 
-def test_a_resumed_run_passes_over_a_checkpoint_that_was_not_written_to_its_end(training, tmp_path):
-    """The process was killed, or the machine lost power, while it wrote."""
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / CHECKSUMS).unlink(), f"{CHECKSUMS} is missing"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt cannot be read (No such file or directory)"),
+        (lambda folder: (folder / "optimizer.pt").write_text("cut"), "optimizer.pt is not what was written"),
+    ],
+)
+def test_a_resumed_run_passes_over_a_damaged_checkpoint_and_says_so(damage, said, training, tmp_path):
+    make_record(tmp_path / "run", "started")
+    whole, other = make_checkpoint(tmp_path / "run", 10), make_checkpoint(tmp_path / "run", 20)
+    damage(Path(other))
+    found, (note,) = find_checkpoint(training(resume_from_checkpoint="true"))
+    assert found == whole
+    assert note.startswith(f"note: {other} is damaged and passed over (") and said in note
+    assert note.endswith(f"; going on from {whole}.") and "\n" not in note
+    with pytest.raises(InputError, match=re.escape(f"--resume_from_checkpoint {other}: ") + ".*" + re.escape(said)):
+        find_checkpoint(training(resume_from_checkpoint=other))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_resumed(training, tmp_path):
+    make_record(tmp_path / "run", "started")
+    checkpoint = make_checkpoint(tmp_path / "run", 10)
+    Path(checkpoint, "optimizer.pt").unlink()
+    with pytest.raises(InputError, match=rf"found no whole checkpoint in .* \({checkpoint} is damaged, optimizer.pt"):
+        find_checkpoint(training(resume_from_checkpoint="true"))
+
+
+def test_a_checkpoint_that_was_being_written_is_not_looked_at(training, tmp_path):
     make_record(tmp_path / "run", "started")
     whole = make_checkpoint(tmp_path / "run", 10)
-    make_checkpoint(tmp_path / "run", 20, whole=False)
-    assert find_checkpoint(training(resume_from_checkpoint="true")) == whole
+    shutil.copytree(whole, tmp_path / "run" / SAVING_DIR / "checkpoint-20")
+    assert find_checkpoint(training(resume_from_checkpoint="true")) == (whole, [])
 
 
 def test_a_resumed_run_takes_no_copy_for_its_last_checkpoint(training, tmp_path):
     make_record(tmp_path / "run", "interrupted")
     last = make_checkpoint(tmp_path / "run", 10)
     shutil.copytree(last, tmp_path / "run" / "checkpoint-10-copy")
-    assert find_checkpoint(training(resume_from_checkpoint="true")) == last
+    assert find_checkpoint(training(resume_from_checkpoint="true")) == (last, [])
 
 
 def test_a_finished_run_is_not_resumed(training, tmp_path):
@@ -139,34 +166,22 @@ def test_a_finished_run_is_not_resumed(training, tmp_path):
         find_checkpoint(training(resume_from_checkpoint="true"))
 
 
-def test_a_run_without_checkpoints_is_not_resumed(training, tmp_path):
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_and_says_so(training, tmp_path):
     make_record(tmp_path / "run", "started")
-    with pytest.raises(
-        InputError,
-        match=f"^--resume_from_checkpoint true: found no checkpoint in {tmp_path}/run. "
-        r"Leave the flag out to start anew \(and delete the folder if it holds an unfinished run\).$",
-    ):
-        find_checkpoint(training(resume_from_checkpoint="true"))
+    settings = training(resume_from_checkpoint="true")
+    note = f"note: the run in {tmp_path}/run was stopped before its first checkpoint; it begins again."
+    assert find_checkpoint(settings) == (None, [note])
+    assert settings.resume_from_checkpoint is None
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_another_folder_in_an_empty_one_only(training, tmp_path):
-    other = make_checkpoint(tmp_path / "other", 10)
     make_record(tmp_path / "other", "interrupted")
-    assert find_checkpoint(training(resume_from_checkpoint=other)) == other
+    other = make_checkpoint(tmp_path / "other", 10)
+    assert find_checkpoint(training(resume_from_checkpoint=other)) == (other, [])
     assert saved_run(other) == {"status": "interrupted"}, "the record that belongs to the checkpoint"
     make_record(tmp_path / "run", "interrupted")
     with pytest.raises(InputError, match="is of another run than --output_dir .*/run, which holds one already"):
         find_checkpoint(training(resume_from_checkpoint=other))
-
-
-def test_a_checkpoint_without_a_record_beside_it_has_none(tmp_path):
-    assert saved_run(make_checkpoint(tmp_path / "run", 10)) is None
-
-
-def test_a_checkpoint_knows_its_step(tmp_path):
-    checkpoint = make_checkpoint(tmp_path / "run", 7)
-    Path(checkpoint, "trainer_state.json").write_text('{"global_step": 7}')
-    assert checkpoint_step(checkpoint) == 7
 
 
 def test_a_folder_that_does_not_exist_is_not_resumed(training):
@@ -178,7 +193,7 @@ def test_a_named_folder_that_is_no_checkpoint_is_not_resumed(training, tmp_path)
     make_record(tmp_path / "run", "interrupted")
     make_checkpoint(tmp_path / "run", 10)
     named = f"{tmp_path}/run/checkpoint-11"
-    with pytest.raises(InputError, match=f"^--resume_from_checkpoint {named}: found no checkpoint in {named}. "):
+    with pytest.raises(InputError, match=f"^--resume_from_checkpoint {named}: there is no such checkpoint.$"):
         find_checkpoint(training(resume_from_checkpoint=named))
 
 
@@ -548,6 +563,32 @@ def test_changed_data_base_or_prompt_are_another_run(part, key, describe):
     changed[part][key] = "changed"
     with pytest.raises(InputError, match=rf"{part}\.{key}: was .*, now 'changed'"):
         check_same_run(describe(), changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("training.world_size", lambda run: run["training"].update(world_size=2)),
+        ("training.batching", lambda run: run["training"].update(batching="padded")),
+        ("code", lambda run: run["environment"].update(git={"commit": "b" * 40, "dirty": False})),
+        ("packages", lambda run: run["environment"]["packages"].update(torch="9.9")),
+    ],
+)
+def test_what_may_differ_is_refused_by_name_and_allowed_by_name(name, change, describe):
+    saved, now = describe(), describe()
+    saved["environment"] = copy.deepcopy(saved["environment"]) | {"git": {"commit": "a" * 40, "dirty": False}}
+    now["environment"] = copy.deepcopy(saved["environment"])
+    assert check_same_run(saved, now) == []
+    change(now)
+    with pytest.raises(InputError, match=re.escape(f"(--allow_changes {name} goes on all the same)")):
+        check_same_run(saved, now)
+    (said,) = check_same_run(saved, now, [name])
+    assert said.startswith(name) and ": was " in said and ", now " in said
+
+
+def test_what_makes_another_run_is_allowed_by_no_name(describe):
+    with pytest.raises(InputError, match="--allow_changes training.learning_rate: expected some of training.world"):
+        check_same_run(describe(), describe(learning_rate=1e-4), ["training.learning_rate"])
 
 
 def test_all_differences_are_named_at_once(describe):

@@ -25,9 +25,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from tweetdora import precision
 from tweetdora import trainer as trainer_module
+from tweetdora.checkpoints import SAVING_DIR, find_damage, publish_checkpoint
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import Rows, load_rows
 from tweetdora.errors import InputError
@@ -334,8 +336,10 @@ def test_advice_after_a_divergence_is_what_can_be_done(precision_name, also, tmp
     training = TrainConfig(output_dir=str(tmp_path), precision=precision_name, report_to=[])
     start = f"Start anew in another --output_dir with a lower --learning_rate{also}"
     assert after_divergence(training) == f"{start}."
-    (tmp_path / "checkpoint-20").mkdir()
-    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text("{}")
+    beside = tmp_path / SAVING_DIR / "checkpoint-20"
+    beside.mkdir(parents=True)
+    (beside / "trainer_state.json").write_text("{}")
+    publish_checkpoint(str(tmp_path), 20, keep=None)
     assert (
         after_divergence(training) == f"{start}; the adapter in {tmp_path}/checkpoint-20 is from before it, and good."
     )
@@ -499,6 +503,7 @@ def test_a_checkpoint_holds_the_adapter_and_no_base(laboratory):
     assert sorted(os.listdir(Path(trainer.args.output_dir) / "checkpoint-3")) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "checksums.json",
         "optimizer.pt",
         "rng_state.pth",
         "scheduler.pt",
@@ -561,10 +566,83 @@ def test_a_signal_ends_the_training_after_the_step_with_a_checkpoint(number, lab
     assert (Path(trainer.args.output_dir) / "checkpoint-2" / "trainer_state.json").is_file()
 
 
-def test_a_signal_in_the_last_step_changes_nothing(laboratory, validation_rows):
-    settings = {"validation": validation_rows, "eval_steps": 1, "max_new_tokens": 1, "max_steps": 2}
-    trainer = laboratory.train(callbacks=[StopOnSignal(), Raise(2, signal.SIGINT)], **settings)
-    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [1, 2]
+class RaiseInEvaluation:
+    """Sends this process a signal while it answers validation rows, the n-th time that it is about to."""
+
+    def __init__(self, monkeypatch, time: int) -> None:
+        self.time, self.original = time, trainer_module.answer_rows
+        monkeypatch.setattr(trainer_module, "answer_rows", self)
+
+    def __call__(self, *arguments, **more):
+        self.time -= 1
+        if self.time == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return self.original(*arguments, **more)
+
+
+VALIDATED = {"eval_steps": 2, "max_new_tokens": 2, "max_steps": 4, "adapter": {"lora_dropout": 0.3}}
+
+
+def validations(trainer) -> list[dict]:
+    lines = [line for line in trainer.state.log_history if "eval_loss" in line]
+    return [{name: line[name] for name in line if not re.search("second|runtime", name)} for line in lines]
+
+
+def goes_on_to_the_same_end(stopped, laboratory, validation_rows) -> None:
+    """The run that a signal cut off ends, when it goes on, as the run that nobody stopped."""
+    straight = laboratory.train(validation=validation_rows, **VALIDATED)
+    resumed = laboratory.trainer(validation=validation_rows, **VALIDATED)
+    checkpoint = str(Path(stopped.args.output_dir) / f"checkpoint-{stopped.state.global_step}")
+    if stopped.state.global_step == VALIDATED["max_steps"]:
+        resumed.take_over(checkpoint)
+    else:
+        resumed.train(resume_from_checkpoint=checkpoint)
+    assert validations(resumed) == validations(straight) and len(validations(straight)) == 2
+    assert losses(resumed) == losses(straight)
+    assert_close(adapter(resumed), adapter(straight), 0)
+
+
+@pytest.mark.parametrize("time", [1, 2], ids=["in the middle", "at the end"])
+def test_a_signal_during_a_validation_ends_it_with_a_checkpoint_and_it_is_made_up_for(
+    time, laboratory, validation_rows, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        RaiseInEvaluation(patch, time)
+        stop = StopOnSignal()
+        stopped = laboratory.train(validation=validation_rows, callbacks=[stop], **VALIDATED)
+    assert (stopped.state.global_step, len(validations(stopped))) == (2 * time, time - 1)
+    assert None in stopped.last_answers or not stopped.last_answers or time == 2, "no row is answered any more"
+    assert stop.signal_number == signal.SIGTERM and stopped.evaluation_is_due()
+    assert find_damage(str(Path(stopped.args.output_dir) / f"checkpoint-{2 * time}")) is None
+    goes_on_to_the_same_end(stopped, laboratory, validation_rows)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_in_a_step_that_ends_in_a_validation_skips_it_and_it_is_made_up_for(
+    step, laboratory, validation_rows
+):
+    stopped = laboratory.train(
+        validation=validation_rows, callbacks=[StopOnSignal(), Raise(step, signal.SIGINT)], **VALIDATED
+    )
+    assert (stopped.state.global_step, len(validations(stopped))) == (step, step // 2 - 1)
+    goes_on_to_the_same_end(stopped, laboratory, validation_rows)
+
+
+def test_a_signal_in_the_last_step_changes_nothing_where_nothing_is_left_to_do(laboratory):
+    trainer = laboratory.train(callbacks=[StopOnSignal(), Raise(2, signal.SIGINT)], max_steps=2)
+    assert trainer.state.global_step == 2 and not trainer.evaluation_is_due()
+
+
+def test_no_validation_is_due_before_its_time_or_where_none_was_asked_for(laboratory, validation_rows):
+    trainer = laboratory.train(validation=validation_rows, eval_steps=2, max_new_tokens=1, max_steps=3)
+    due = []
+    trainer.state.log_history = [line for line in trainer.state.log_history if "eval_loss" not in line]
+    for step in (0, 1, 2, 3):
+        trainer.state.global_step = step
+        due.append(trainer.evaluation_is_due())
+    assert due == [False, False, True, True]
+    trainer.args.eval_strategy = IntervalStrategy.NO
+    assert not trainer.evaluation_is_due()
 
 
 def test_a_stopped_training_skips_the_validation(laboratory, validation_rows):

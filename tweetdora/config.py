@@ -225,6 +225,10 @@ class TrainConfig(TrainingArguments):
         default=None,
         metadata={"help": "true: go on from the newest whole checkpoint of --output_dir; or a checkpoint folder."},
     )
+    allow_changes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What may differ in a resumed run, by the names that its refusal gives."},
+    )
     report_to: list[str] = field(
         default_factory=lambda: ["wandb"],
         metadata={"help": "Trackers; wandb runs offline when there is no login. none: no tracker."},

@@ -65,16 +65,20 @@ def answer_rows(
     batch_size: int,
     max_new_tokens: int,
     on_progress: Callable[[int], None] = lambda done: None,
-) -> tuple[list[Answer], float]:
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[list[Answer | None], float]:
     """Answer every row greedily; the answers in the rows' order, and the seconds it took.
 
     Prompts of like length are batched together, padded on the left, and only new tokens are read back. With several
-    processes each answers a share of the rows, and all of them get all answers.
+    processes each answers a share of the rows, and all of them get all answers. `stop` is asked before each batch;
+    once it says so, the rows that are left get None for an answer.
     """
     started = time.perf_counter()
     with PartialState().split_between_processes(list(range(len(rows)))) as share:
         texts = [rows.texts[index] for index in share]
-        answers = _answer_texts(model, tokenizer, encoder, texts, label_words, batch_size, max_new_tokens, on_progress)
+        answers = _answer_texts(
+            model, tokenizer, encoder, texts, label_words, batch_size, max_new_tokens, on_progress, stop
+        )
     return gather_object(answers), time.perf_counter() - started
 
 
@@ -87,7 +91,8 @@ def _answer_texts(
     batch_size: int,
     max_new_tokens: int,
     on_progress: Callable[[int], None],
-) -> list[Answer]:
+    stop: Callable[[], bool],
+) -> list[Answer | None]:
     parse = LabelParser(label_words)
     prompts, _ = encoder.prompt_ids(texts)
     stop_ids = stop_token_ids(model, tokenizer, encoder.stop_token_id)
@@ -100,6 +105,8 @@ def _answer_texts(
     model.eval()
     try:
         for start in range(0, len(longest_first), batch_size):
+            if stop():
+                break
             batch = longest_first[start : start + batch_size]
             new_ids = generate([prompts[index] for index in batch])
             for index, ids in zip(batch, new_ids, strict=True):

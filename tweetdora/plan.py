@@ -1,15 +1,16 @@
 """What a training run is: checked and described before it starts. The description is the beginning of its record."""
 
 import dataclasses
-import glob
 import math
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from tweetdora.checkpoints import all_checkpoints, find_damage, last_whole_checkpoint
 from tweetdora.config import (
     PUBLISHED_REPO,
     RECIPE_ARGUMENTS,
@@ -46,8 +47,19 @@ RESULT_ARGUMENTS = (
 )
 
 
-def find_checkpoint(training: TrainConfig) -> str | None:
-    """The checkpoint to go on from; None for a new run.
+# What a resumed run may have otherwise, where the user says so, and what that does to it.
+_ROUNDING = "sums are taken in another order, so the last digits of every figure may differ"
+_MAY_DIFFER = {
+    "training.world_size": _ROUNDING,
+    "training.gradient_accumulation_steps": _ROUNDING,
+    "training.batching": _ROUNDING,
+    "code": "another state of this repository; what changed in it is not known here",
+    "packages": "other versions of libraries; what changed in them is not known here",
+}
+
+
+def find_checkpoint(training: TrainConfig) -> tuple[str | None, list[str]]:
+    """The checkpoint to go on from, None for a new run; and a line for each damaged one that is passed over.
 
     Raises:
         InputError: the run folder is taken, or there is nothing to go on from.
@@ -55,52 +67,52 @@ def find_checkpoint(training: TrainConfig) -> str | None:
     asked = training.resume_from_checkpoint
     folder = training.output_dir
     run_file = os.path.join(folder, RUN_FILE)
-    last = last_checkpoint(folder)
+    status = read_json(run_file)["status"] if os.path.exists(run_file) else None
     if asked in (None, "", "false", "False"):
         training.resume_from_checkpoint = None
-        if os.path.exists(run_file) or last:
-            status = read_json(run_file)["status"] if os.path.exists(run_file) else "unfinished"
+        if status or all_checkpoints(folder):
             resume = {"finished": "Choose", "diverged": "Lower --learning_rate and choose"}.get(
-                status, "Go on with it by --resume_from_checkpoint true, or choose"
+                status or "", "Go on with it by --resume_from_checkpoint true, or choose"
             )
             raise InputError(
-                f"--output_dir {folder} already holds a run ({status}). {resume} another --output_dir, or delete the "
-                "folder."
+                f"--output_dir {folder} already holds a run ({status or 'unfinished'}). {resume} another "
+                "--output_dir, or delete the folder."
             )
-        return None
-    if os.path.exists(run_file) and read_json(run_file)["status"] == "finished":
+        return None, []
+    if status == "finished":
         raise InputError(f"the run in {folder} is finished; there is nothing to resume. Choose another --output_dir.")
-    checkpoint = last if asked in ("true", "True") else asked
-    if checkpoint is None or not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
-        raise InputError(
-            f"--resume_from_checkpoint {asked}: found no checkpoint in {checkpoint or folder}. "
-            "Leave the flag out to start anew (and delete the folder if it holds an unfinished run)."
-        )
-    elsewhere = os.path.dirname(os.path.abspath(checkpoint)) != os.path.abspath(folder)
-    if elsewhere and (os.path.exists(run_file) or last):
+    if asked in ("true", "True"):
+        if status and not all_checkpoints(folder):
+            training.resume_from_checkpoint = None
+            return None, [f"note: the run in {folder} was stopped before its first checkpoint; it begins again."]
+        return _newest_checkpoint(folder)
+    if not os.path.isdir(asked):
+        raise InputError(f"--resume_from_checkpoint {asked}: there is no such checkpoint.")
+    if (damage := find_damage(asked)) is not None:
+        raise InputError(f"--resume_from_checkpoint {asked}: {damage}. Name another, or give `true` for the newest.")
+    elsewhere = os.path.dirname(os.path.abspath(asked)) != os.path.abspath(folder)
+    if elsewhere and (status or all_checkpoints(folder)):
         raise InputError(
             f"--resume_from_checkpoint {asked} is of another run than --output_dir {folder}, which holds one already. "
             "Choose an empty --output_dir."
         )
-    return checkpoint
+    return asked, []
 
 
-def saved_run(checkpoint: str) -> dict[str, Any] | None:
-    """The record of the run that a checkpoint belongs to, if it lies beside it."""
-    path = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), RUN_FILE)
-    return read_json(path) if os.path.exists(path) else None
-
-
-def checkpoint_step(checkpoint: str) -> int:
-    """The number of steps that a checkpoint has behind it."""
-    return read_json(os.path.join(checkpoint, "trainer_state.json"))["global_step"]
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
-    states = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
-    steps = {path: path.rpartition("-")[2] for path in map(os.path.dirname, states)}
-    return max((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]), default=None)
+def _newest_checkpoint(folder: str) -> tuple[str, list[str]]:
+    """The newest checkpoint that is whole, and what is to be said of newer ones."""
+    checkpoint, damaged = last_whole_checkpoint(folder)
+    if checkpoint is None:
+        found = "; ".join(f"{path} is damaged, {damage}" for path, damage in damaged.items())
+        raise InputError(
+            f"--resume_from_checkpoint true: found no {'whole ' if found else ''}checkpoint in {folder}"
+            f"{f' ({found})' if found else ''}. Leave the flag out to start anew (and delete the folder if it holds "
+            "an unfinished run)."
+        )
+    return checkpoint, [
+        f"note: {path} is damaged and passed over ({damage}); going on from {checkpoint}."
+        for path, damage in damaged.items()
+    ]
 
 
 def check_disk(training: TrainConfig, trainable: int) -> None:
@@ -180,6 +192,7 @@ def describe_run(
         "validation_data": validation_rows
         and {**validation_rows.source, "class_counts": class_counts(validation_rows, task)},
         "steps": count_steps(training, len(train_rows)),
+        "changes": [],  # what was otherwise when the run was resumed
         "environment": environment(),
     }
 
@@ -253,20 +266,41 @@ def _tracker_line(training: TrainConfig) -> str:
     return "; ".join(trackers)
 
 
-def check_same_run(saved: dict[str, Any], planned: dict[str, Any]) -> None:
-    """Refuse to resume a run under other settings, data or base.
+def check_same_run(saved: dict[str, Any], planned: dict[str, Any], allowed: Sequence[str] = ()) -> list[str]:
+    """Refuse to resume a run under other settings, data, base or code; the differences that were allowed by name.
 
     Raises:
-        InputError: names every setting that differs.
+        InputError: names every setting that differs and was not allowed.
     """
-    differences = []
+    if unknown := sorted(set(allowed) - _MAY_DIFFER.keys()):
+        raise InputError(f"--allow_changes {' '.join(unknown)}: expected some of {', '.join(_MAY_DIFFER)}.")
+    refused, changes = [], []
+    for name, before, now in _differences(saved, planned):
+        kind = next((kind for kind in _MAY_DIFFER if name == kind or name.startswith(f"{kind}.")), None)
+        text = f"{name}: was {before!r}, now {now!r}"
+        if kind in allowed:
+            changes.append(f"{text} ({_MAY_DIFFER[kind]})")
+        else:
+            refused.append(text + (f" (--allow_changes {kind} goes on all the same)" if kind else ""))
+    if refused:
+        raise InputError(
+            "--resume_from_checkpoint: this is not the run that was interrupted. " + "; ".join(refused) + ". "
+            "Give the settings of the first command, or start anew in another --output_dir."
+        )
+    return changes
+
+
+def _differences(saved: dict[str, Any], planned: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, old and new value of all that makes a run's result and is not the same."""
     for part in ("task", "model", "training", "base", "train_data", "prompt_format"):
         for key in sorted({*saved[part], *planned[part]}):
             before, now = saved[part].get(key), planned[part].get(key)
             if before != now:
-                differences.append(f"{part}.{key}: was {before!r}, now {now!r}")
-    if differences:
-        raise InputError(
-            "--resume_from_checkpoint: this is not the run that was interrupted. " + "; ".join(differences) + ". "
-            "Give the settings of the first command, or start anew in another --output_dir."
-        )
+                yield f"{part}.{key}", before, now
+    before, now = (run["environment"]["git"] or {} for run in (saved, planned))
+    if before.get("commit") != now.get("commit"):
+        yield "code", before.get("commit"), now.get("commit")
+    before, now = (run["environment"]["packages"] for run in (saved, planned))
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            yield f"packages.{name}", before.get(name), now.get(name)

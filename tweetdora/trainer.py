@@ -14,16 +14,16 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, SchedulerType
 
 from tweetdora.attention import check_packable
+from tweetdora.checkpoints import SAVING_DIR, clear_unfinished, last_whole_checkpoint, publish_checkpoint
 from tweetdora.config import TaskConfig, TrainConfig
 from tweetdora.data import Rows
 from tweetdora.generation import Answer, answer_rows
 from tweetdora.metrics import measure
 from tweetdora.modeling import save_adapter
 from tweetdora.packing import PackedCollator, PaddedCollator, token_count
-from tweetdora.plan import last_checkpoint
 from tweetdora.prompts import IGNORE_INDEX, Encoder, encode_rows
 from tweetdora.tracking import log_answers
 
@@ -35,6 +35,10 @@ class TrainingDiverged(RuntimeError):
     """The loss or a gradient is NaN or infinite."""
 
 
+class EvaluationStopped(RuntimeError):
+    """A signal came while the validation rows were being answered."""
+
+
 class AnswerTrainer(Trainer):
     """transformers' Trainer for rows of prompt and answer.
 
@@ -42,7 +46,8 @@ class AnswerTrainer(Trainer):
     - The loss is a sum over supervised tokens divided by their number in the whole optimizer step, over all processes
       and accumulation steps, so that the split of a batch does not change it.
     - evaluate() answers the validation rows by generation.
-    - A checkpoint holds the adapter, not the base.
+    - A checkpoint holds the adapter, not the base, and is whole or not there (checkpoints.py).
+    - A validation that a signal cut off, or that a stop skipped, is made up for when the run goes on.
     """
 
     def __init__(
@@ -58,11 +63,13 @@ class AnswerTrainer(Trainer):
         self.last_answers: list[Answer] = []
         self.add_callback(StopOnBrokenGradient(self))
         self.add_callback(LogBeforeCheckpoint())
+        self.add_callback(MakeUpForEvaluation(self))
         # compute_loss divides by the supervised tokens of the whole step, so accumulation must not divide again.
         self.loss_is_scaled_for_ga = True
         # When the run would have begun had it never been interrupted; None before the first step.
         self._started: float | None = None
         self._window_started, self._window_rows, self._window_tokens = None, 0, 0
+        self.step_row_ids: list[int] = []  # this process's rows of the optimizer step that is under way
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -74,6 +81,7 @@ class AnswerTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches)
+        self.step_row_ids = [row for batch in batches for row in batch["row_ids"].tolist()]
         return batches, self.accelerator.reduce(torch.as_tensor(supervised, device=device))
 
     def training_step(
@@ -132,7 +140,7 @@ class AnswerTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Loss and generated answers of the validation rows, each process a share of them."""
-        rows = self.validation_rows
+        rows, stop = self.validation_rows, self._stop_on_signal()
         indices = list(range(len(rows)))
         with self.accelerator.split_between_processes(indices) as share:
             loss_parts = self._loss_parts(share)
@@ -146,11 +154,38 @@ class AnswerTrainer(Trainer):
                 self.task.label_words,
                 batch_size=self.args.per_device_eval_batch_size,
                 max_new_tokens=self.args.max_new_tokens,
+                stop=lambda: stop is not None and stop.signal_number is not None,
             )
+        if stop is not None and stop.agree(self.args):
+            raise EvaluationStopped
         figures = measure(rows.classes, self.last_answers, self.task.label_words)
         metrics = {"loss": loss_sum / tokens, **{name: figures[name] for name in LOGGED_SCORES}}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
+        """Answer and score the validation rows; cut off by a signal, ask for a checkpoint and the end instead."""
+        try:
+            return super().evaluate(*arguments, **more)
+        except EvaluationStopped:
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _stop_on_signal(self) -> "StopOnSignal | None":
+        """The callback whose signal cuts a validation off; none where the Trainer needs that validation's figures."""
+        needed = (self.args.save_strategy, self.args.lr_scheduler_type)
+        if SaveStrategy.BEST in needed or SchedulerType.REDUCE_ON_PLATEAU in needed:
+            return None
+        callbacks = self.callback_handler.callbacks
+        return next((callback for callback in callbacks if isinstance(callback, StopOnSignal)), None)
+
+    def evaluation_is_due(self) -> bool:
+        """Whether the validation that belongs to the last step has not been made."""
+        step, state = self.state.global_step, self.state
+        if self.args.eval_strategy == IntervalStrategy.NO or not step or step < (self.args.eval_delay or 0):
+            return False
+        due = step % state.eval_steps == 0 or step >= state.max_steps
+        return due and not any("eval_loss" in line and line["step"] == step for line in state.log_history)
 
     @torch.no_grad()
     def _loss_parts(self, share: Sequence[int]) -> list[tuple[float, int]]:
@@ -185,6 +220,25 @@ class AnswerTrainer(Trainer):
         """Take adapter and history of a checkpoint after which there is nothing left to train."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        if self.evaluation_is_due():
+            self.evaluate()
+        # The Trainer's last line, which came after the checkpoint; log() puts in the mean loss.
+        self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer writes a checkpoint: beside, not in its place."""
+        return os.path.join(self.args.output_dir, SAVING_DIR)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside, then, when all processes have written their part, put it in its place."""
+        if self.args.should_save:
+            clear_unfinished(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish_checkpoint(self.args.output_dir, self.state.global_step, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; a checkpoint holds no base model, tokenizer or pickled arguments."""
@@ -225,7 +279,7 @@ def training_seconds(log_history: Sequence[dict[str, float]]) -> float:
 def after_divergence(training: TrainConfig) -> str:
     """What can be done about a run that diverged; resumed, it must have the same settings, and diverges again."""
     precision = "" if training.precision == "fp32" else " or with --precision fp32"
-    checkpoint = last_checkpoint(training.output_dir)
+    checkpoint, _ = last_whole_checkpoint(training.output_dir)
     good = f"; the adapter in {checkpoint} is from before it, and good" if checkpoint else ""
     return f"Start anew in another --output_dir with a lower --learning_rate{precision}{good}."
 
@@ -242,6 +296,20 @@ class LogBeforeCheckpoint(TrainerCallback):
         return control
 
     on_epoch_end = on_step_end
+
+
+class MakeUpForEvaluation(TrainerCallback):
+    """A resumed run begins with the validation that the interruption cost it, and is then as one never stopped."""
+
+    def __init__(self, trainer: AnswerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Validate, if it is due."""
+        if self.trainer.evaluation_is_due():
+            self.trainer.evaluate()
 
 
 class StopOnBrokenGradient(TrainerCallback):
@@ -263,8 +331,10 @@ class StopOnBrokenGradient(TrainerCallback):
         gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             # Gradients are the same in all processes by now, so all of them stop here.
+            rows = gather_object(self.trainer.step_row_ids)
             raise TrainingDiverged(
-                f"a gradient is not finite in step {state.global_step + 1}. {after_divergence(args)}"
+                f"a gradient is not finite in step {state.global_step + 1}, training rows {rows}. "
+                f"{after_divergence(args)}"
             )
 
 
@@ -292,13 +362,16 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for a checkpoint and the end."""
-        number = self.signal_number or 0
-        if args.world_size > 1:  # a signal may have reached one process only, or one process a step earlier
-            number = int(gather(torch.tensor([number], device=args.device)).max())
-            self.signal_number = number or None
-        if number and state.global_step < state.max_steps:  # after the last step there is nothing to stop
+        if self.agree(args) and state.global_step < state.max_steps:  # after the last step there is nothing to stop
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
         return control
+
+    def agree(self, args: TrainingArguments) -> bool:
+        """Whether a signal has come to any process; all of them must ask at the same place."""
+        if args.world_size > 1:  # a signal may have reached one process only, or one process a step earlier
+            number = int(gather(torch.tensor([self.signal_number or 0], device=args.device)).max())
+            self.signal_number = number or None
+        return self.signal_number is not None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,110 @@
+"""Checkpoints that are whole or not there: written beside, summed up, then renamed; looked at before they are used.
+
+runs/demo/.saving/checkpoint-40/      being written; a kill leaves it here, where nothing looks
+runs/demo/checkpoint-40/              whole: adapter, optimizer, scheduler, random states, trainer_state.json,
+                                      run.json (the settings it belongs to) and checksums.json
+"""
+
+import glob
+import json
+import os
+import shutil
+from typing import Any
+
+from tweetdora.errors import InputError
+from tweetdora.records import RUN_FILE, file_sha256, read_json
+
+CHECKSUMS = "checksums.json"
+SAVING_DIR = ".saving"
+_STATE = "trainer_state.json"
+
+
+def publish_checkpoint(run_dir: str, step: int, keep: int | None) -> str:
+    """Sum up what lies in .saving, put it in its place in one rename, then remove all but the newest `keep`.
+
+    At no moment are there fewer whole checkpoints than before. Returns the checkpoint's folder.
+    """
+    name = f"checkpoint-{step}"
+    beside, folder = os.path.join(run_dir, SAVING_DIR, name), os.path.join(run_dir, name)
+    run_file = os.path.join(run_dir, RUN_FILE)
+    if os.path.isfile(run_file):
+        shutil.copyfile(run_file, os.path.join(beside, RUN_FILE))
+    sums = {file: file_sha256(os.path.join(beside, file)) for file in sorted(os.listdir(beside))}
+    with open(os.path.join(beside, CHECKSUMS), "w", encoding="utf-8") as stream:
+        json.dump(sums, stream, indent=2)
+    for file in (*sums, CHECKSUMS):
+        _to_disk(os.path.join(beside, file))
+    _remove(run_dir, folder)  # of the same step: damaged, or the run went on from an older one
+    os.rename(beside, folder)
+    _to_disk(run_dir)
+    for old in all_checkpoints(run_dir)[keep:] if keep else ():
+        _remove(run_dir, old)
+    shutil.rmtree(os.path.join(run_dir, SAVING_DIR))
+    return folder
+
+
+def _remove(run_dir: str, folder: str) -> None:
+    """Take a checkpoint away in one rename, so that a kill leaves no half of it under its name."""
+    if os.path.isdir(folder):
+        away = os.path.join(run_dir, SAVING_DIR, f"{os.path.basename(folder)}.old")
+        os.rename(folder, away)
+        shutil.rmtree(away)
+
+
+def _to_disk(path: str) -> None:
+    """Wait until a file, or a folder's list of names, would outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def clear_unfinished(run_dir: str) -> None:
+    """Remove what a kill left of a checkpoint that was being written or removed."""
+    shutil.rmtree(os.path.join(run_dir, SAVING_DIR), ignore_errors=True)
+
+
+def all_checkpoints(run_dir: str) -> list[str]:
+    """The run's checkpoint folders, newest first."""
+    folders = glob.glob(os.path.join(glob.escape(run_dir), "checkpoint-*"))
+    steps = {folder: folder.rpartition("-")[2] for folder in folders}
+    return sorted((folder for folder in steps if steps[folder].isdigit()), key=lambda folder: -int(steps[folder]))
+
+
+def find_damage(folder: str) -> str | None:
+    """What is wrong with a checkpoint; None if every file is there and holds what was written."""
+    try:
+        sums = read_json(os.path.join(folder, CHECKSUMS))
+    except (InputError, OSError) as error:
+        return str(error).rstrip(".")
+    if not isinstance(sums, dict) or _STATE not in sums:
+        return f"{CHECKSUMS} is not whole"
+    for file, expected in sums.items():
+        try:
+            if file_sha256(os.path.join(folder, file)) != expected:
+                return f"{file} is not what was written, its SHA-256 differs"
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror})"
+    return None
+
+
+def last_whole_checkpoint(run_dir: str) -> tuple[str | None, dict[str, str]]:
+    """The newest checkpoint without damage, and what is wrong with the newer ones, by folder."""
+    damaged: dict[str, str] = {}
+    for folder in all_checkpoints(run_dir):
+        if (damage := find_damage(folder)) is None:
+            return folder, damaged
+        damaged[folder] = damage
+    return None, damaged
+
+
+def saved_run(checkpoint: str) -> dict[str, Any] | None:
+    """The record of the run that a checkpoint belongs to, as it was when the checkpoint was written."""
+    path = os.path.join(checkpoint, RUN_FILE)
+    return read_json(path) if os.path.isfile(path) else None
+
+
+def checkpoint_step(checkpoint: str) -> int:
+    """The number of steps that a checkpoint has behind it."""
+    return read_json(os.path.join(checkpoint, _STATE))["global_step"]
