@@ -91,6 +91,10 @@ def main(argv: list[str] | None = None) -> int:
             write_status(training, run, "diverged")
             finish_wandb(exit_code=1)
         raise InputError(str(error)) from error
+    except InputError:  # a checkpoint could not be written
+        if state.is_main_process:
+            finish_wandb(exit_code=1)
+        raise
 
     # save
     unfinished = trainer.state.global_step < trainer.state.max_steps or trainer.evaluation_is_due()

@@ -109,7 +109,11 @@ def test_the_supervised_tokens_of_a_packed_batch_are_those_of_the_rows(case, dat
 # Recipes
 
 
-@given(st.dictionaries(st.text(max_size=12) | st.sampled_from(["r", "label_words", "seed"]), json_values, max_size=4))
+@given(
+    recipe=st.dictionaries(
+        st.text(max_size=12) | st.sampled_from(["r", "label_words", "seed"]), json_values, max_size=4
+    )
+)
 def test_any_recipe_is_read_or_refused_by_its_name(recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
@@ -121,11 +125,11 @@ def test_any_recipe_is_read_or_refused_by_its_name(recipe, tmp_path):
         assert isinstance(task, TaskConfig) and training.output_dir == str(tmp_path / "run")
 
 
-@given(st.binary(max_size=60))
-@example(b"!!python/object/apply:os.system ['true']")
-@example(b"label_words: !!python/tuple [a, b]")
-@example(b"a: &a [*a]")
-@example(b"\x00")
+@given(content=st.binary(max_size=60))
+@example(content=b"!!python/object/apply:os.system ['true']")
+@example(content=b"label_words: !!python/tuple [a, b]")
+@example(content=b"a: &a [*a]")
+@example(content=b"\x00")
 def test_any_bytes_for_a_recipe_are_read_or_refused(content, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
@@ -138,7 +142,7 @@ def test_any_bytes_for_a_recipe_are_read_or_refused(content, tmp_path):
 # Records
 
 
-@given(json_values)
+@given(value=json_values)
 def test_a_record_is_read_as_it_was_written(value, tmp_path):
     path = str(tmp_path / "record.json")
     write_json(path, value)
@@ -146,7 +150,7 @@ def test_a_record_is_read_as_it_was_written(value, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
 
 
-@given(st.binary(max_size=40))
+@given(content=st.binary(max_size=40))
 def test_any_bytes_for_a_record_are_read_or_refused(content, tmp_path):
     path = tmp_path / "record.json"
     path.write_bytes(content)
@@ -194,8 +198,8 @@ texts = st.lists(st.tuples(any_text, st.integers(0, 2)), min_size=1, max_size=4)
 
 
 @settings(max_examples=25)
-@given(texts)
-@example([("\x00\x01\x1b[31m", 0), ("\u202eright to left\u2066", 1), ("a\u2028b\x85c", 2)])
+@given(rows=texts)
+@example(rows=[("\x00\x01\x1b[31m", 0), ("\u202eright to left\u2066", 1), ("a\u2028b\x85c", 2)])
 def test_texts_of_any_characters_come_through_a_json_lines_file(rows, tmp_path):
     path = tmp_path / f"{abs(hash(tuple(rows)))}.jsonl"
     path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))

@@ -3,8 +3,10 @@
 import json
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -318,6 +320,147 @@ def test_the_project_is_the_one_of_the_environment(tmp_path, monkeypatch):
     started = start_wandb(str(tmp_path), "a run", {})
     finish_wandb()
     assert started["project"] == "mine"
+
+
+# A server that fails
+
+
+class Server:
+    """As much of W&B's server as a run needs that logs a few numbers; `state` is "up", "down" or "slow"."""
+
+    def __init__(self) -> None:
+        self.state, self.names = "up", []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args: Any) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if outer.state == "down":
+                    self.send_error(503)
+                    return
+                time.sleep(2.0 if outer.state == "slow" else 0.0)
+                answer = json.dumps(
+                    {"data": outer.answer(json.loads(body))} if self.path == "/graphql" else {}
+                ).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """What a query gets; the name of each run that was begun or gone on with is noted."""
+        name = (asked.get("variables") or {}).get("name")
+        if asked.get("operationName") == "UpsertBucket":
+            self.names.append(name)
+        project = {"id": "p", "name": "tweetdora", "entity": {"id": "e", "name": "me"}}
+        bucket = {
+            "id": "b",
+            "name": name,
+            "displayName": "d",
+            "config": "{}",
+            "project": project,
+            "historyLineCount": 0,
+        }
+        return {
+            "upsertBucket": {"bucket": bucket, "inserted": True},
+            "model": None,
+            "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []},
+        }
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    """A W&B server of our own, and a login for it."""
+    server = Server()
+    monkeypatch.setenv("WANDB_BASE_URL", server.address)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    wandb.teardown()  # W&B reads the environment once a process
+    yield server
+    wandb.teardown()
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def saved_loss(folder: Path) -> list[str]:
+    """Every value of "loss" in the run files below a folder."""
+    return [
+        item.value_json
+        for path in folder.rglob("*.wandb")
+        for record in read_log(path)
+        for item in record.history.item
+        if "loss" in (item.key, *item.nested_key)
+    ]
+
+
+def test_a_server_that_is_down_at_the_start_leaves_an_offline_run_and_a_line(server, tmp_path, monkeypatch, capsys):
+    server.state = "down"
+    monkeypatch.setattr("tweetdora.tracking._INIT_SECONDS", 3.0)
+    tracker = start_wandb(str(tmp_path), "a run", {})
+    wandb.log({"loss": 1.5})
+    finish_wandb()
+    assert (tracker["mode"], tracker["url"]) == ("offline", None)
+    said = capsys.readouterr().out
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert said.startswith("note: W&B does not take the run (") and f"`wandb sync {folder}` sends it." in said
+    assert said.count("\n") == 1 and "1.5" in saved_loss(folder)
+
+
+def test_a_server_that_goes_down_in_the_middle_leaves_a_whole_run_and_a_line(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tweetdora.tracking._FINISH_SECONDS", 3.0)
+    tracker = start_wandb(str(tmp_path), "a run", {})
+    assert tracker["mode"] == "online" and tracker["url"] == f"{server.address}/me/tweetdora/runs/{tracker['id']}"
+    wandb.log({"loss": 1.5})
+    server.state = "down"
+    wandb.log({"loss": 2.5})
+    began = time.monotonic()
+    finish_wandb()
+    assert time.monotonic() - began < 20
+    (folder,) = tmp_path.glob("wandb/run-*")
+    assert (
+        f"note: W&B did not take all of the run in 3 s. It is whole here; `wandb sync {folder}`"
+        in capsys.readouterr().out
+    )
+    deadline = time.monotonic() + 20
+    while not {"1.5", "2.5"} <= set(saved_loss(folder)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # its own process writes the file
+    assert {"1.5", "2.5"} <= set(saved_loss(folder))
+
+
+def test_a_run_that_is_gone_on_with_while_the_server_is_down_keeps_its_id(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tweetdora.tracking._INIT_SECONDS", 3.0)
+    first = start_wandb(str(tmp_path), "a run", {})
+    finish_wandb(exit_code=130)
+    server.state = "down"
+    again = start_wandb(str(tmp_path), "a run", {}, tracker=first)
+    finish_wandb()
+    assert (again["id"], again["mode"]) == (first["id"], "offline")
+    assert "note: W&B does not take the run (" in capsys.readouterr().out
+
+
+def test_a_slow_server_keeps_no_step_waiting(server, tmp_path):
+    start_wandb(str(tmp_path), "a run", {})
+    server.state = "slow"
+    began = time.monotonic()
+    for step in range(20):
+        wandb.log({"loss": step})
+    assert time.monotonic() - began < 2.0, "one answer of the server alone takes that long"
+    server.state = "up"
+    finish_wandb()
+
+
+def test_an_online_run_goes_on_under_its_own_id(server, tmp_path):
+    first = start_wandb(str(tmp_path), "a run", {})
+    finish_wandb(exit_code=130)
+    assert start_wandb(str(tmp_path), "a run", {}, tracker=first)["id"] == first["id"]
+    finish_wandb()
+    assert set(server.names) == {first["id"]} and len(server.names) >= 2
 
 
 def test_a_disabled_run_writes_nothing(tmp_path, monkeypatch):

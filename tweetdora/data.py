@@ -83,6 +83,8 @@ def _load_table(task: TaskConfig, split_name: str, revision: str | None) -> data
             settings |= {"sep": "\t"} if ending == ".tsv" else {}
             return datasets.load_dataset(_FILE_BUILDERS[ending], data_files=name, split=split_name, **settings)
         return datasets.load_dataset(name, task.dataset_config, revision=revision, split=split_name)
+    except StopIteration as error:  # what datasets 5 says of an empty file of JSON lines
+        raise InputError(f"--dataset_name {name}: the file is empty; expected rows.") from error
     # A RuntimeError is what datasets says of a data set that is a script.
     except (ConnectionError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(_why_not_loaded(task, split_name, error)) from error

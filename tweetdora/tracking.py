@@ -12,6 +12,8 @@ from tweetdora.data import Rows
 from tweetdora.generation import UNPARSED, Answer
 
 UNPARSED_NAME = "unparsed"
+# How long a server that does not answer may keep a training from its start, and its end from being told.
+_INIT_SECONDS, _FINISH_SECONDS = 30.0, 60.0
 SAMPLE_ROWS = 50  # rows of the table of sample answers
 
 
@@ -38,21 +40,33 @@ def start_wandb(
 
     `tracker`, what an earlier call returned, continues that run where it lies, whatever the environment says now.
 
+    A server that cannot be reached stops no training: the run is kept offline then, and a line says so.
+
     Returns what the run's record keeps: id, mode, address (None offline), project, and entity (None: the user's own).
     """
     mode, _ = wandb_mode()
     tracker = tracker or {}
-    run = wandb.init(
-        project=tracker.get("project") or os.environ.get("WANDB_PROJECT", "tweetdora"),
-        entity=tracker.get("entity"),
-        name=name,
-        dir=run_dir,
-        id=tracker.get("id"),
-        resume="allow" if tracker else None,
-        mode=mode,
-        config=config,
-        settings=wandb.Settings(silent=True),
-    )
+    settings = {
+        "project": tracker.get("project") or os.environ.get("WANDB_PROJECT", "tweetdora"),
+        "entity": tracker.get("entity"),
+        "name": name,
+        "dir": run_dir,
+        "id": tracker.get("id"),
+        "resume": "allow" if tracker else None,
+        "config": config,
+        "settings": wandb.Settings(
+            silent=True, init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True
+        ),
+    }
+    try:
+        run = wandb.init(mode=mode, **settings)
+    except wandb.Error as error:
+        if mode == "offline":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        wandb.teardown()  # its service holds the id of the run that it could not begin
+        mode, run = "offline", wandb.init(mode="offline", **settings)
+        print(f"note: W&B does not take the run ({reason}). It is kept here; {_sync(run)} sends it.")
     url = run.url if mode == "online" else None
     return {"id": run.id, "mode": mode, "url": url, "project": run.project, "entity": run.entity or None}
 
@@ -73,6 +87,16 @@ def log_answers(prefix: str, rows: Rows, answers: Sequence[Answer], label_words:
 
 def finish_wandb(summary: dict[str, Any] | None = None, exit_code: int = 0) -> None:
     """Close the open W&B run, if there is one."""
-    if wandb.run is not None:
-        wandb.run.summary.update(summary or {})
+    if wandb.run is None:
+        return
+    run = wandb.run
+    run.summary.update(summary or {})
+    try:
         wandb.finish(exit_code=exit_code)
+    except TimeoutError:
+        waited = f"{_FINISH_SECONDS:.0f} s"
+        print(f"note: W&B did not take all of the run in {waited}. It is whole here; {_sync(run)} sends it.")
+
+
+def _sync(run: Any) -> str:
+    return f"`wandb sync {run.settings.sync_dir}`"

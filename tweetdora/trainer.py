@@ -11,6 +11,7 @@ import torch
 import wandb
 from accelerate.utils import gather, gather_object
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,6 +21,7 @@ from tweetdora.attention import check_packable
 from tweetdora.checkpoints import SAVING_DIR, clear_unfinished, last_whole_checkpoint, publish_checkpoint
 from tweetdora.config import TaskConfig, TrainConfig
 from tweetdora.data import Rows
+from tweetdora.errors import InputError
 from tweetdora.generation import Answer, answer_rows
 from tweetdora.metrics import measure
 from tweetdora.modeling import save_adapter
@@ -230,15 +232,32 @@ class AnswerTrainer(Trainer):
         return os.path.join(self.args.output_dir, SAVING_DIR)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside, then, when all processes have written their part, put it in its place."""
+        """Write a checkpoint beside, then, when all processes have written their part, put it in its place.
+
+        Raises:
+            InputError: it could not be written; those before it are as they were.
+        """
         if self.args.should_save:
             clear_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_checkpoint(self.args.output_dir, self.state.global_step, self.args.save_total_limit)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError of a full disk
+            raise InputError(self._not_saved(error)) from error
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            publish_checkpoint(self.args.output_dir, self.state.global_step, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
+
+    def _not_saved(self, error: Exception) -> str:
+        """What is to be said of a checkpoint that could not be written."""
+        folder, (last, _) = self.args.output_dir, last_whole_checkpoint(self.args.output_dir)
+        kept = f"{last} is whole" if last else "there is none before it"
+        said = " ".join(str(error).split())[:200]
+        return (
+            f"the checkpoint of step {self.state.global_step} could not be written to {folder} ({said}); {kept}. Make "
+            "room or mend the folder's rights, then give the same command with --resume_from_checkpoint true."
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; a checkpoint holds no base model, tokenizer or pickled arguments."""
