@@ -92,12 +92,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def save_answers(rows: Rows, answers: dict[str, list[Answer]], target: Target, split: str) -> None:
     """Write the answers, which took the time, before anything is computed from them; an older record goes."""
-    record = os.path.join(target.results_dir, f"{split}.json")
+    record, folder = os.path.join(target.results_dir, f"{split}.json"), os.path.join(target.results_dir, split)
+    path = os.path.join(folder, "predictions.jsonl")
+    os.makedirs(folder, exist_ok=True)
+    write_predictions(f"{path}.part", rows, answers, target.task.label_words)  # a full disk leaves the older ones
     if os.path.isfile(record):
         os.remove(record)  # it is of other answers
-    folder = os.path.join(target.results_dir, split)
-    os.makedirs(folder, exist_ok=True)
-    write_predictions(os.path.join(folder, "predictions.jsonl"), rows, answers, target.task.label_words)
+    os.replace(f"{path}.part", path)
 
 
 def save_results(record: dict[str, Any], names: list[str], target: Target) -> None:

@@ -355,8 +355,10 @@ def test_a_gradient_that_is_nan_stops_the_training_before_it_reaches_the_weights
     trainer = laboratory.trainer()
     weight = next(weight for name, weight in trainer.model.named_parameters() if "lora_B" in name)
     weight.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(TrainingDiverged, match="step 1"):
+    with pytest.raises(TrainingDiverged, match=r"in step 1, training rows \[[0-9, ]+\]\. Start anew") as stopped:
         trainer.train()
+    rows = json.loads(re.search(r"training rows (\[.*?\])", str(stopped.value))[1])
+    assert len(set(rows)) == 16 and set(rows) <= set(range(48))
     assert all(torch.isfinite(weight).all() for weight in adapter(trainer).values())
 
 
@@ -607,9 +609,10 @@ def test_a_signal_during_a_validation_ends_it_with_a_checkpoint_and_it_is_made_u
     time, laboratory, validation_rows, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        RaiseInEvaluation(patch, time)
+        counted = RaiseInEvaluation(patch, time)
         stop = StopOnSignal()
         stopped = laboratory.train(validation=validation_rows, callbacks=[stop], **VALIDATED)
+    assert counted.time == 0, "no row is answered after the signal"
     assert (stopped.state.global_step, len(validations(stopped))) == (2 * time, time - 1)
     assert None in stopped.last_answers or not stopped.last_answers or time == 2, "no row is answered any more"
     assert stop.signal_number == signal.SIGTERM and stopped.evaluation_is_due()

@@ -71,7 +71,7 @@ class AnswerTrainer(Trainer):
         # When the run would have begun had it never been interrupted; None before the first step.
         self._started: float | None = None
         self._window_started, self._window_rows, self._window_tokens = None, 0, 0
-        self.step_row_ids: list[int] = []  # this process's rows of the optimizer step that is under way
+        self.step_row_ids: list[torch.Tensor] = []  # this process's rows of the optimizer step that is under way
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -83,7 +83,7 @@ class AnswerTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches)
-        self.step_row_ids = [row for batch in batches for row in batch["row_ids"].tolist()]
+        self.step_row_ids = [batch["row_ids"] for batch in batches]
         return batches, self.accelerator.reduce(torch.as_tensor(supervised, device=device))
 
     def training_step(
@@ -171,6 +171,7 @@ class AnswerTrainer(Trainer):
             return super().evaluate(*arguments, **more)
         except EvaluationStopped:
             self.control.should_save = self.control.should_training_stop = True
+            self.control.should_evaluate = False  # or it would be made again at the end of the epoch
             return {}
 
     def _stop_on_signal(self) -> "StopOnSignal | None":
@@ -350,7 +351,7 @@ class StopOnBrokenGradient(TrainerCallback):
         gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             # Gradients are the same in all processes by now, so all of them stop here.
-            rows = gather_object(self.trainer.step_row_ids)
+            rows = gather_object([row for ids in self.trainer.step_row_ids for row in ids.tolist()])
             raise TrainingDiverged(
                 f"a gradient is not finite in step {state.global_step + 1}, training rows {rows}. "
                 f"{after_divergence(args)}"
