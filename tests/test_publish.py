@@ -21,7 +21,7 @@ from tweetdora.model_card import inline_code
 ROOT = Path(__file__).resolve().parent.parent
 PUSH = ROOT / "push_to_hub.py"
 BASE, DATA, REPO = "OuteAI/Lite-Oute-1-300M-Instruct", "cardiffnlp/tweet_eval", "liuhailin0123/llm-course-hw3-dora"
-TOKEN = "hf_" + "a" * 34
+TOKEN, WANDB_KEY = "hf_" + "a" * 34, "0123456789" * 4
 # As anyone would load it: no file of ours takes part.
 LOAD = f"""
 import json, sys
@@ -49,6 +49,7 @@ class Desk:
     folder: Path
     transport: str
     printed: list[str]
+    down: bool = False  # the Hub cannot be reached
 
     def run(self, *words: str, home: str = "home", ok: bool = True) -> str:
         """A process with nothing but the Hub's three variables of its own; its output, both streams together."""
@@ -56,11 +57,13 @@ class Desk:
             name: text for name, text in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "WANDB_"))
         }
         env = kept | {
-            "HF_ENDPOINT": self.hub.endpoint,
+            "HF_ENDPOINT": "http://127.0.0.1:9" if self.down else self.hub.endpoint,
             "HF_HOME": str(self.folder / home),
             "HF_TOKEN": TOKEN,
             "NO_PROXY": "127.0.0.1,localhost",
             "HOME": str(self.folder),  # no login of the developer's
+            "WANDB_API_KEY": WANDB_KEY,
+            "WANDB_MODE": "offline",
         }
         if self.transport == "lfs":
             env["HF_HUB_DISABLE_XET"] = "1"
@@ -104,8 +107,8 @@ def trained(make_model: Callable, tokenizer, data_dir: str, tmp_path_factory) ->
         put_base(hub, make_model, tokenizer, folder / "base")
         put_data(hub, Path(data_dir))
         desk = Desk(hub, folder, "xet", [])
-        desk.run("-m", "accelerate.commands.launch", str(ROOT / "train.py"))
-        desk.run(str(ROOT / "evaluate.py"))
+        desk.printed.append(desk.run("-m", "accelerate.commands.launch", str(ROOT / "train.py")))
+        desk.printed.append(desk.run(str(ROOT / "evaluate.py")))
         yield desk
 
 
@@ -176,6 +179,25 @@ def test_it_is_one_commit_over_the_transport_that_was_asked_for(desk: Desk):
 
 def test_the_code_on_the_card_prints_what_the_card_says(desk: Desk):
     desk.check_snippet(REPO, "AutoModelForCausalLM")
+
+
+def test_no_file_of_the_run_and_nothing_printed_holds_a_secret(desk: Desk, trained: Desk):
+    """W&B's own files too, and the Hub's copy."""
+    files = [path for path in (desk.folder / "runs").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files) and any(path.name == "run.json" for path in files)
+    for secret in (TOKEN, WANDB_KEY):
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
+        assert not any(secret in text for text in (*trained.printed, *desk.printed))
+
+
+def test_without_the_hub_everything_but_the_push_goes_on_from_the_cache(trained: Desk):
+    alone = Desk(trained.hub, trained.folder, "xet", [], down=True)
+    said = alone.run(str(ROOT / "train.py"), "--output_dir", "runs/down", "--max_steps", "2", "--save_steps", "1")
+    assert "Wrote runs/down" in said and "Traceback" not in said
+    assert "Wrote runs/down/evaluation" in alone.run(str(ROOT / "evaluate.py"), "runs/down")
+    assert "Dry run" in alone.run(str(PUSH), "runs/down", "--hub_model_id", f"{REPO}-down", "--dry_run", "true")
+    said = alone.run(str(PUSH), "runs/down", "--hub_model_id", f"{REPO}-down", ok=False)
+    assert "cannot be reached" in said and "Traceback" not in said
 
 
 def test_a_repository_in_which_another_file_lies_than_was_sent_is_not_called_published(trained: Desk):
