@@ -52,6 +52,7 @@ PARTS = {
     ),
     "prompts": ("bench.variants.measure_prompts", ["bf16"]),
     "generation": ("bench.generation.measure_generation", ["all"]),
+    "saving": ("bench.saving.measure_saving", ["all"]),
     "launch": ("bench.launch.measure_launch", ["all"]),
     "full": ("bench.launch.measure_full", ["all"]),
 }

@@ -115,6 +115,16 @@ def _launch(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]
     return rows + [[f"    of it {name.replace('_', ' ')}", f"{sample['spent'][name]:.1f} s", "", ""] for name in names]
 
 
+def _saving(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+    sample = samples["all"]
+    cells = [format_spread(spread(sample[f"{what}_seconds"]), "s") for what in ("save", "step")]
+    share = format_spread(ratios(sample["save_seconds"], sample["step_seconds"]))
+    return [
+        [f"saving a checkpoint of {sample['checkpoint_bytes'] / 1e6:.1f} MB, bf16 step beside it", *cells, ""],
+        ["    save / step", share, "", ""],
+    ]
+
+
 def _full(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
     sample = samples["all"]
     return [[f"the published recipe, bf16, {sample['steps']} steps", f"{sample['seconds'] / 60:.1f} min", "", ""]]
@@ -126,6 +136,7 @@ _LINES = {
     "methods": _methods,
     "prompts": _prompts,
     "generation": _generation,
+    "saving": _saving,
     "launch": _launch,
     "full": _full,
 }

@@ -1,0 +1,46 @@
+"""What a checkpoint costs: the seconds of each save beside those of the step before it, in a run of train.py's own."""
+
+import os
+import tempfile
+import time
+from typing import Any
+
+from bench.launch import train_flags
+from bench.settings import Settings
+from tweetdora import trainer
+
+
+def measure_saving(settings: Settings) -> dict[str, Any]:
+    """Seconds of each step and of the checkpoint after it; bf16, written, summed up and waited for by fsync."""
+    import train  # the script at the top
+
+    steps: list[float] = []
+    saves: list[float] = []
+    sizes: list[int] = []
+    original_step, original_save = trainer.AnswerTrainer.training_step, trainer.AnswerTrainer._save_checkpoint
+
+    def training_step(self: trainer.AnswerTrainer, *arguments: Any) -> Any:
+        """A step's forward and backward pass, timed; the optimizer's part is left out, and so the ratio is too high."""
+        began = time.perf_counter()
+        result = original_step(self, *arguments)
+        steps.append(time.perf_counter() - began)
+        return result
+
+    def save_checkpoint(self: trainer.AnswerTrainer, *arguments: Any) -> None:
+        """A save, timed, and its size."""
+        began = time.perf_counter()
+        original_save(self, *arguments)
+        saves.append(time.perf_counter() - began)
+        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        sizes.append(sum(entry.stat().st_size for entry in os.scandir(folder)))
+
+    trainer.AnswerTrainer.training_step, trainer.AnswerTrainer._save_checkpoint = training_step, save_checkpoint
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = train_flags(settings, os.path.join(folder, "run"))
+            count = str(settings.warmup + settings.steps)
+            train.main([*flags, "--max_steps", count, "--save_steps", "1", "--disable_tqdm", "true"])
+    finally:
+        trainer.AnswerTrainer.training_step, trainer.AnswerTrainer._save_checkpoint = original_step, original_save
+    kept = slice(settings.warmup, None)
+    return {"step_seconds": steps[kept], "save_seconds": saves[kept], "checkpoint_bytes": sizes[-1]}
