@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
+from tweetdora.callbacks import StopOnSignal, TrackAnswers, TrainingDiverged
 from tweetdora.checkpoints import checkpoint_step, saved_run
 from tweetdora.cli import parse_train, run_script
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
@@ -47,7 +48,7 @@ from tweetdora.records import (
     write_json,
 )
 from tweetdora.tracking import finish_wandb, start_wandb
-from tweetdora.trainer import AnswerTrainer, StopOnSignal, TrackAnswers, TrainingDiverged, mean_loss, training_seconds
+from tweetdora.trainer import AnswerTrainer, mean_loss, training_seconds
 
 
 def main(argv: list[str] | None = None) -> int:

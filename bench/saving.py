@@ -20,7 +20,7 @@ def measure_saving(settings: Settings) -> dict[str, Any]:
     original_step, original_save = trainer.AnswerTrainer.training_step, trainer.AnswerTrainer._save_checkpoint
 
     def training_step(self: trainer.AnswerTrainer, *arguments: Any) -> Any:
-        """A step's forward and backward pass, timed; the optimizer's part is left out, and so the ratio is too high."""
+        """A step's forward and backward pass, timed; without the optimizer's part, so that the ratio is too high."""
         began = time.perf_counter()
         result = original_step(self, *arguments)
         steps.append(time.perf_counter() - began)

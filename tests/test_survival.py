@@ -88,7 +88,7 @@ def stopped(sharp_dir, data_dir, tmp_path, monkeypatch) -> tuple[Path, list[str]
         def cut_off(self, *arguments):
             raise KeyboardInterrupt
 
-        patch.setattr("tweetdora.trainer.StopOnBrokenGradient.on_pre_optimizer_step", after(6, cut_off))
+        patch.setattr("tweetdora.callbacks.StopOnBrokenGradient.on_pre_optimizer_step", after(6, cut_off))
         with pytest.raises(KeyboardInterrupt):
             train(flags)
     assert [os.path.basename(path) for path in all_checkpoints(str(run_dir))] == ["checkpoint-6", "checkpoint-4"]

@@ -15,11 +15,11 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
+from tweetdora.callbacks import TrackAnswers
 from tweetdora.data import Rows, make_rows
 from tweetdora.generation import UNPARSED, Answer
 from tweetdora.plan import _tracker_line
 from tweetdora.tracking import SAMPLE_ROWS, finish_wandb, log_answers, start_wandb, wandb_mode
-from tweetdora.trainer import TrackAnswers
 
 WORDS = ["negative", "neutral", "positive"]
 ROWS = make_rows(["awful", "fine", "a table", "great", "?"], [0, 2, 1, 2, 1], {})
@@ -492,7 +492,7 @@ class Logged:
 @pytest.fixture
 def logged(monkeypatch) -> Logged:
     logged = Logged()
-    monkeypatch.setattr("tweetdora.trainer.log_answers", logged)
+    monkeypatch.setattr("tweetdora.callbacks.log_answers", logged)
     return logged
 
 

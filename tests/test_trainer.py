@@ -29,6 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from tweetdora import precision
 from tweetdora import trainer as trainer_module
+from tweetdora.callbacks import StopOnSignal, TrainingDiverged, after_divergence
 from tweetdora.checkpoints import SAVING_DIR, find_damage, publish_checkpoint
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import Rows, load_rows
@@ -39,9 +40,6 @@ from tweetdora.packing import PackedCollator, PaddedCollator
 from tweetdora.prompts import Encoder, encode_rows
 from tweetdora.trainer import (
     AnswerTrainer,
-    StopOnSignal,
-    TrainingDiverged,
-    after_divergence,
     mean_loss,
     supervised_loss_sum,
     training_seconds,
@@ -497,6 +495,33 @@ def test_seconds_of_a_resumed_run_go_on_from_its_checkpoint(laboratory, monkeypa
     assert [line["seconds"] for line in resumed.state.log_history] == [10, 20, 30, 40, 40]
 
 
+# Determinism
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(laboratory):
+    """Order of the rows and dropout follow from it."""
+    settings = {"adapter": {"lora_dropout": 0.3}, "max_steps": 4}
+    first, same, other = (laboratory.train(seed=seed, **settings) for seed in (1, 1, 2))
+    assert losses(first) == losses(same) != losses(other)
+    assert_close(adapter(first), adapter(same), 0)
+    assert other.state.log_history[0]["loss"] != first.state.log_history[0]["loss"]
+
+
+def test_full_determinism_computes_the_same_run(laboratory, monkeypatch):
+    """No operation of a packed step is without a deterministic form."""
+    for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "")
+    plain = laboratory.train()
+    try:
+        full = laboratory.train(full_determinism=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+    assert losses(full) == losses(plain)
+
+
 # Checkpoints
 
 
@@ -803,7 +828,7 @@ SHORT = ("--max_steps", "4", "--eval_samples", "0", "--logging_steps", "3")
 
 def interrupt(monkeypatch, step: int) -> None:
     """Ctrl-C in a step of the train.py runs that follow, by way of a callback that the script adds."""
-    monkeypatch.setattr(trainer_module, "TrackAnswers", lambda trainer: Raise(step, signal.SIGINT))
+    monkeypatch.setattr("tweetdora.callbacks.TrackAnswers", lambda trainer: Raise(step, signal.SIGINT))
 
 
 def test_ctrl_c_in_the_last_step_is_a_finished_run(sharp_dir, data_dir, tmp_path, monkeypatch, capsys):

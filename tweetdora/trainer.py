@@ -1,25 +1,31 @@
-"""The Trainer: loss on answers only, validation by generation, and a stop that loses nothing."""
+"""The Trainer: loss on answers only, validation by generation, and checkpoints that are whole or not there."""
 
 import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
-import wandb
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, SchedulerType
 
 from tweetdora.attention import check_packable
+from tweetdora.callbacks import (
+    EvaluationStopped,
+    LogBeforeCheckpoint,
+    MakeUpForEvaluation,
+    StopOnBrokenGradient,
+    StopOnSignal,
+    TrainingDiverged,
+    after_divergence,
+)
 from tweetdora.checkpoints import SAVING_DIR, clear_unfinished, last_whole_checkpoint, publish_checkpoint
-from tweetdora.config import TaskConfig, TrainConfig
+from tweetdora.config import TaskConfig
 from tweetdora.data import Rows
 from tweetdora.errors import InputError
 from tweetdora.generation import Answer, answer_rows
@@ -27,18 +33,9 @@ from tweetdora.metrics import measure
 from tweetdora.modeling import save_adapter
 from tweetdora.packing import PackedCollator, PaddedCollator, token_count
 from tweetdora.prompts import IGNORE_INDEX, Encoder, encode_rows
-from tweetdora.tracking import log_answers
 
 # Validation figures that go to the log and the tracker while training.
 LOGGED_SCORES = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_rate", "stop_rate")
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or a gradient is NaN or infinite."""
-
-
-class EvaluationStopped(RuntimeError):
-    """A signal came while the validation rows were being answered."""
 
 
 class AnswerTrainer(Trainer):
@@ -174,7 +171,7 @@ class AnswerTrainer(Trainer):
             self.control.should_evaluate = False  # or it would be made again at the end of the epoch
             return {}
 
-    def _stop_on_signal(self) -> "StopOnSignal | None":
+    def _stop_on_signal(self) -> StopOnSignal | None:
         """The callback whose signal cuts a validation off; none where the Trainer needs that validation's figures."""
         needed = (self.args.save_strategy, self.args.lr_scheduler_type)
         if SaveStrategy.BEST in needed or SchedulerType.REDUCE_ON_PLATEAU in needed:
@@ -294,128 +291,3 @@ def mean_loss(log_history: Sequence[dict[str, float]]) -> float:
 def training_seconds(log_history: Sequence[dict[str, float]]) -> float:
     """Seconds that a run has trained for by its last log line, without the pauses between its resumptions."""
     return max((line.get("seconds", 0.0) for line in log_history), default=0.0)
-
-
-def after_divergence(training: TrainConfig) -> str:
-    """What can be done about a run that diverged; resumed, it must have the same settings, and diverges again."""
-    precision = "" if training.precision == "fp32" else " or with --precision fp32"
-    checkpoint, _ = last_whole_checkpoint(training.output_dir)
-    good = f"; the adapter in {checkpoint} is from before it, and good" if checkpoint else ""
-    return f"Start anew in another --output_dir with a lower --learning_rate{precision}{good}."
-
-
-class LogBeforeCheckpoint(TrainerCallback):
-    """A training line for each checkpoint and for the end: no step is missing from the lines of a resumed run."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Ask for the line. A checkpoint may also follow from a validation (--save_strategy best)."""
-        if control.should_save or control.should_evaluate or control.should_training_stop:
-            control.should_log = True
-        return control
-
-    on_epoch_end = on_step_end
-
-
-class MakeUpForEvaluation(TrainerCallback):
-    """A resumed run begins with the validation that the interruption cost it, and is then as one never stopped."""
-
-    def __init__(self, trainer: AnswerTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Validate, if it is due."""
-        if self.trainer.evaluation_is_due():
-            self.trainer.evaluate()
-
-
-class StopOnBrokenGradient(TrainerCallback):
-    """A loss can be finite and its gradient not: the weights, and the next checkpoint, would be NaN."""
-
-    def __init__(self, trainer: AnswerTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Refuse the step.
-
-        Raises:
-            TrainingDiverged: a gradient is not finite.
-        """
-        if args.fp16:
-            return  # the loss scaler skips such a step and lowers its scale
-        gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            # Gradients are the same in all processes by now, so all of them stop here.
-            rows = gather_object([row for ids in self.trainer.step_row_ids for row in ids.tolist()])
-            raise TrainingDiverged(
-                f"a gradient is not finite in step {state.global_step + 1}, training rows {rows}. "
-                f"{after_divergence(args)}"
-            )
-
-
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once."""
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take over the signals for the time of the training."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal_number = number
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Ask for a checkpoint and the end."""
-        if self.agree(args) and state.global_step < state.max_steps:  # after the last step there is nothing to stop
-            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
-        return control
-
-    def agree(self, args: TrainingArguments) -> bool:
-        """Whether a signal has come to any process; all of them must ask at the same place."""
-        if args.world_size > 1:  # a signal may have reached one process only, or one process a step earlier
-            number = int(gather(torch.tensor([self.signal_number or 0], device=args.device)).max())
-            self.signal_number = number or None
-        return self.signal_number is not None
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-class TrackAnswers(TrainerCallback):
-    """After each validation: confusion matrix and sample answers to W&B."""
-
-    def __init__(self, trainer: AnswerTrainer) -> None:
-        self.trainer = trainer
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Log what the last validation answered."""
-        if wandb.run is not None:
-            log_answers(
-                "validation",
-                self.trainer.validation_rows,
-                self.trainer.last_answers,
-                self.trainer.task.label_words,
-                state.global_step,
-            )

@@ -1,0 +1,150 @@
+"""Beside the training: a line for each checkpoint, validations made up for, stops by signal or NaN, answers to W&B."""
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import wandb
+from accelerate.utils import gather, gather_object
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tweetdora.checkpoints import last_whole_checkpoint
+from tweetdora.config import TrainConfig
+from tweetdora.tracking import log_answers
+
+if TYPE_CHECKING:
+    from tweetdora.trainer import AnswerTrainer
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a gradient is NaN or infinite."""
+
+
+class EvaluationStopped(RuntimeError):
+    """A signal came while the validation rows were being answered."""
+
+
+def after_divergence(training: TrainConfig) -> str:
+    """What can be done about a run that diverged; resumed, it must have the same settings, and diverges again."""
+    precision = "" if training.precision == "fp32" else " or with --precision fp32"
+    checkpoint, _ = last_whole_checkpoint(training.output_dir)
+    good = f"; the adapter in {checkpoint} is from before it, and good" if checkpoint else ""
+    return f"Start anew in another --output_dir with a lower --learning_rate{precision}{good}."
+
+
+class LogBeforeCheckpoint(TrainerCallback):
+    """A training line for each checkpoint and for the end: no step is missing from the lines of a resumed run."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for the line. A checkpoint may also follow from a validation (--save_strategy best)."""
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            control.should_log = True
+        return control
+
+    on_epoch_end = on_step_end
+
+
+class MakeUpForEvaluation(TrainerCallback):
+    """A resumed run begins with the validation that the interruption cost it, and is then as one never stopped."""
+
+    def __init__(self, trainer: "AnswerTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Validate, if it is due."""
+        if self.trainer.evaluation_is_due():
+            self.trainer.evaluate()
+
+
+class StopOnBrokenGradient(TrainerCallback):
+    """A loss can be finite and its gradient not: the weights, and the next checkpoint, would be NaN."""
+
+    def __init__(self, trainer: "AnswerTrainer") -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse the step.
+
+        Raises:
+            TrainingDiverged: a gradient is not finite.
+        """
+        if args.fp16:
+            return  # the loss scaler skips such a step and lowers its scale
+        gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            # Gradients are the same in all processes by now, so all of them stop here.
+            rows = gather_object([row for ids in self.trainer.step_row_ids for row in ids.tolist()])
+            raise TrainingDiverged(
+                f"a gradient is not finite in step {state.global_step + 1}, training rows {rows}. "
+                f"{after_divergence(args)}"
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the signals for the time of the training."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal_number = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint and the end."""
+        if self.agree(args) and state.global_step < state.max_steps:  # after the last step there is nothing to stop
+            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+        return control
+
+    def agree(self, args: TrainingArguments) -> bool:
+        """Whether a signal has come to any process; all of them must ask at the same place."""
+        if args.world_size > 1:  # a signal may have reached one process only, or one process a step earlier
+            number = int(gather(torch.tensor([self.signal_number or 0], device=args.device)).max())
+            self.signal_number = number or None
+        return self.signal_number is not None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class TrackAnswers(TrainerCallback):
+    """After each validation: confusion matrix and sample answers to W&B."""
+
+    def __init__(self, trainer: "AnswerTrainer") -> None:
+        self.trainer = trainer
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log what the last validation answered."""
+        if wandb.run is not None:
+            log_answers(
+                "validation",
+                self.trainer.validation_rows,
+                self.trainer.last_answers,
+                self.trainer.task.label_words,
+                state.global_step,
+            )
