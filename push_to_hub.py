@@ -39,6 +39,7 @@ from tweetdora.publish import (
     Target,
     add_tag,
     check_free_space,
+    check_kind,
     check_metadata,
     find_target,
     publish,
@@ -61,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_with_target(argv, PushConfig, __doc__.partition("\n")[0], "Run folder of train.py.")
     run_dir = config.target
     run = read_run(run_dir)
-    folder = os.path.normpath(config.output_dir or os.path.join(run_dir, "publish"))
+    kind = "publish_adapter" if config.adapter_only else "publish"
+    folder = os.path.normpath(config.output_dir or os.path.join(run_dir, kind))
     check_output_dir(folder, run_dir)
 
     # load
@@ -71,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     use_cache_if_unreachable(run["base"]["name_or_path"])
     target = None if config.dry_run else find_target(publication.hub_model_id, config)
     if target is not None:
+        check_kind(target, config.adapter_only)
         check_metadata(front_matter(records, publication))
     # The merged model, and the copy that is read back, or the base in the cache.
     check_free_space(folder, 2 * 4 * run["base"]["parameters"])
@@ -108,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     score = evaluation["after"]["macro_f1"]
     message = f"{run['name']}: macro-F1 {score:.3f} on {evaluation['data']['split']}"
-    print(push(folder, target, message, config, os.path.join(run_dir, "publish.json"), reference, device))
+    print(push(folder, target, message, config, os.path.join(run_dir, f"{kind}.json"), reference, device))
     return 0
 
 
@@ -119,7 +122,9 @@ def plan_publication(records: Records, config: PushConfig, folder: str) -> Publi
         InputError: a flag is missing or does not go with the run.
     """
     run = records.run
-    hub_model_id = config.hub_model_id or run["hub_model_id"]
+    hub_model_id = config.hub_model_id or (None if config.adapter_only else run["hub_model_id"])
+    if hub_model_id is None and config.adapter_only and not config.dry_run:
+        raise InputError("--adapter_only true: name a repository of its own with --hub_model_id owner/name-adapter.")
     if hub_model_id is None and not config.dry_run:
         raise InputError("the run names no repository; give --hub_model_id owner/name, or --dry_run true.")
     license = config.license or run["base_card"].get("license")

@@ -12,19 +12,20 @@ run folder from there.
 import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
 
 # isort: split
+import contextlib
 import os
 from typing import Any
 
 from accelerate import PartialState
 from transformers import set_seed
 
-from tweetdora.callbacks import StopOnSignal, TrackAnswers, TrainingDiverged
-from tweetdora.checkpoints import checkpoint_step, saved_run
+from tweetdora.callbacks import EvaluationStopped, StopOnSignal, TrackAnswers, TrainingDiverged
+from tweetdora.checkpoints import checkpoint_step, clear_unfinished, saved_run
 from tweetdora.cli import parse_train, run_script
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import check_trainable, load_rows
 from tweetdora.errors import InputError
-from tweetdora.hub import pin_revision, use_cache_if_unreachable
+from tweetdora.hub import pin_revision, remember_commit, use_cache_if_unreachable
 from tweetdora.modeling import (
     DTYPES,
     attach_adapter,
@@ -60,18 +61,23 @@ def main(argv: list[str] | None = None) -> int:
     state = PartialState()
 
     # load
+    saved = saved_run(checkpoint) if checkpoint else None
+    if saved is not None:
+        keep_commits(saved)
     parts, run = load(task, model_config, training, state)
     state.print("\n".join([training.run_name, format_plan(run, training), *notes]))
     if training.dry_run:
         row = show_row(parts["train_dataset"][0], parts["processing_class"])
         state.print(f"\nfirst row, supervised tokens in 【】:\n{row}")
         return 0
-    if checkpoint and (saved := saved_run(checkpoint)) is not None:
+    if saved is not None:
         changes = check_same_run(saved, run, training.allow_changes)
         for change in changes:
             state.print(f"note: resumed with {change}")
         run |= {name: saved[name] for name in ("created", "command", "tracker") if name in saved}
         run["changes"] = [*saved["changes"], *changes]
+    if state.is_main_process:
+        clear_unfinished(training.output_dir)
     check_disk(training, run["adapter"]["trainable_parameters"])
 
     # work
@@ -86,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         if checkpoint and checkpoint_step(checkpoint) >= run["steps"]:  # stopped between its last step and its end
             trainer.take_over(checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with contextlib.suppress(EvaluationStopped):  # before the first step; its checkpoint is the one resumed
+                trainer.train(resume_from_checkpoint=checkpoint)
     except TrainingDiverged as error:
         if state.is_main_process:
             write_status(training, run, "diverged")
@@ -114,6 +121,14 @@ def main(argv: list[str] | None = None) -> int:
         finish_wandb({"adapter_sha256": run["adapter"]["sha256"]})
         print(f"\nWrote {training.output_dir}. Next: python evaluate.py {training.output_dir}")
     return 0
+
+
+def keep_commits(saved: dict[str, Any]) -> None:
+    """A run goes on with the commits that it began with, although base or data set may have moved on since."""
+    task, model = saved["task"], saved["model"]
+    remember_commit(model["model_name_or_path"], model["model_revision"], "model", saved["base"]["revision"])
+    data_commit = saved["train_data"]["revision"]
+    remember_commit(task["dataset_name"], task["dataset_revision"], "dataset", data_commit)
 
 
 def load(

@@ -90,6 +90,16 @@ def test_only_the_newest_are_kept_by_step_not_by_name(keep, left, tmp_path):
     assert names(tmp_path) == ["checkpoint-100"]
 
 
+def test_a_damaged_checkpoint_takes_no_place_and_the_one_just_written_stays(tmp_path):
+    """A run that went on from 40, because 60 is damaged, saves step 50."""
+    write(tmp_path, 40), cut(write(tmp_path, 60) / FILES[0])
+    write(tmp_path, 50, 1)
+    assert names(tmp_path) == ["checkpoint-50"]
+    write(tmp_path, 60), write(tmp_path, 70), cut(tmp_path / "checkpoint-70" / FILES[0])
+    write(tmp_path, 55, 2)
+    assert names(tmp_path) == ["checkpoint-60", "checkpoint-55"]
+
+
 def test_a_folder_that_is_no_checkpoint_is_left_alone(tmp_path):
     (tmp_path / "checkpoint-40-copy").mkdir()
     write(tmp_path, 50, 1)
@@ -124,11 +134,12 @@ def survive(run_dir: Path, patch: Callable[[int], None]) -> int:
         _, status = os.waitpid(child, 0)
         found, damaged = last_whole_checkpoint(str(case))
         assert not damaged, f"moment {moment}: a partial checkpoint under a checkpoint's name"
+        assert [find_damage(folder) for folder in all_checkpoints(str(case))] == [None] * len(names(case)), moment
         assert found is not None and checkpoint_step(found) in (30, 40), moment
         assert len(names(case)) >= 2, moment
         clear_unfinished(str(case))
         write(case, 50, 2)
-        assert names(case) == ["checkpoint-50", names(case)[1]] and not (case / SAVING_DIR).exists()
+        assert names(case)[0] == "checkpoint-50" and len(names(case)) == 2 and not (case / SAVING_DIR).exists()
         if os.waitstatus_to_exitcode(status) == 0:
             return moment - 1
     raise AssertionError("it never ended")

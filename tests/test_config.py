@@ -377,6 +377,7 @@ def test_a_setting_that_cannot_be_is_refused(argv, message):
             "is True, .*: a step always takes --global_batch_size rows; where memory",
         ),
         (["--accelerator_config", '{"split_batches": true}'], "is '.*', .*: how processes share the rows follows"),
+        (["--metric_for_best_model", "loss"], "is 'loss', .*: the adapter is that of the last step"),
         (["--load_best_model_at_end", "true"], "is True, .*: the adapter is that of the last step"),
         (["--save_only_model", "true"], "is True, .*: a run cannot go on from a checkpoint without its optimizer"),
         (["--ignore_data_skip", "true"], "is True, .*: a resumed run would see rows twice and others never"),
@@ -392,6 +393,19 @@ def test_a_setting_that_cannot_be_is_refused(argv, message):
 )
 def test_a_flag_of_the_trainer_that_does_something_else_here_is_refused_with_the_reason(argv, message):
     with pytest.raises(InputError, match=rf"^{argv[0]} {message}.*\. Leave it out\.$"):
+        parse(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--save_strategy", "best"], "--save_strategy best: the adapter is that of the last step"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type reduce_lr_on_plateau follows the val"),
+        (["--lr_scheduler_type", "greedy"], "--lr_scheduler_type greedy follows the validations"),
+    ],
+)
+def test_what_follows_the_validations_is_refused(argv, message):
+    with pytest.raises(InputError, match=f"^{message}"):
         parse(*argv)
 
 
@@ -717,7 +731,8 @@ def test_a_disk_that_takes_no_more_is_a_message_that_names_the_file(code, capsys
         raise OSError(code, os.strerror(code), "runs/demo/run.json")
 
     said, _ = end_of(main, capsys)
-    assert said.startswith(f"train.py: [Errno {code}] ") and "'runs/demo/run.json'. Make room, or name" in said
+    assert said.startswith(f"train.py: [Errno {code}] ") and "'runs/demo/run.json'. M" in said
+    assert said.endswith(", or name another folder.") and ("Mend the rights" in said) == (code in (13, 30))
 
 
 def test_another_failure_of_the_system_keeps_its_traceback(silenced):

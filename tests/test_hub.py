@@ -32,6 +32,16 @@ def test_a_revision_is_asked_for_once_in_a_process(monkeypatch):
     assert pin_revision("someone/moving", None, "dataset") == "b" * 40
 
 
+def test_a_run_that_goes_on_keeps_its_commit_whatever_the_hub_has_now(monkeypatch):
+    monkeypatch.setattr(hub, "_known", {})
+    monkeypatch.setattr(hub, "_commit_of", lambda name, revision, repo_type: "new")
+    hub.remember_commit("owner/base", None, "model", "old")
+    hub.remember_commit("owner/other", None, "model", None)
+    assert hub.pin_revision("owner/base", None) == "old"
+    assert hub.pin_revision("owner/base", "v2") == hub.pin_revision("owner/base", None, "dataset") == "new"
+    assert hub.pin_revision("owner/other", None) == "new"
+
+
 def test_without_the_hub_a_revision_stays_as_it_is():
     assert constants.HF_HUB_OFFLINE  # the tests' own setting
     assert pin_revision("someone/tiny", "v1") == "v1"

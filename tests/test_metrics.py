@@ -219,6 +219,7 @@ def test_the_interval_of_a_share_is_wilsons():
     for hits, count in ((0, 10), (1, 7), (37, 40), (800, 800)):
         expected = scipy.stats.binomtest(hits, count).proportion_ci(method="wilson")
         assert proportion_interval(hits, count) == pytest.approx([expected.low, expected.high], abs=1e-12)
+    assert all(proportion_interval(0, n)[0] >= 0 and proportion_interval(n, n)[1] <= 1 for n in range(1, 3000))
 
 
 def test_accuracy_by_length_takes_the_rows_in_quarters_from_short_to_long():

@@ -65,7 +65,13 @@ def records():
         "stop_token": "<|im_end|>",
         "system_in_user_turn": False,
     }
-    data = {"name": "cardiffnlp/tweet_eval", "config": "sentiment", "revision": "b" * 40, "sha256": "c"}
+    data = {
+        "name": "cardiffnlp/tweet_eval",
+        "config": "sentiment",
+        "revision": "b" * 40,
+        "local": False,
+        "sha256": "c",
+    }
     run = {
         "record_version": 2,
         "name": "small",
@@ -116,6 +122,7 @@ def records():
             "cut_texts": 7,
             "examples": {"bad": "so *sad*", "good": "joy"},
         },
+        "changes": [],
         "validation_data": {**data, "split": "validation", "rows": 200, "class_counts": {"bad": 90, "good": 110}},
         "result": {
             "steps": 625,
@@ -303,11 +310,34 @@ def test_local_folders_do_not_pass_for_hub_ids(records, tmp_path):
     folder.mkdir()
     for record in (records["run"], records["evaluation"]):
         record["base"] = {**record["base"], "name_or_path": str(folder), "weights_sha256": {"model.safetensors": "f"}}
-    records["run"]["train_data"]["name"] = records["evaluation"]["data"]["name"] = str(folder)
+    records["run"]["train_data"] |= {"name": str(folder), "local": True}
+    records["evaluation"]["data"] |= {"name": str(folder), "local": True}
     text = render(records, hub_model_id=None)
     card = ModelCard(text).data
     assert card.base_model is None and card.datasets is None and card.model_name == "small"
     assert str(tmp_path) not in text and "`base`" in text
+
+
+def test_a_data_file_is_one_although_it_is_not_there_any_more(records):
+    """Published from another machine: what does not exist is not therefore on the Hub."""
+    for data in (records["run"]["train_data"], records["evaluation"]["data"]):
+        data |= {"name": "data/tweets.csv", "local": True}
+    text = render(records)
+    assert ModelCard(text).data.datasets is None and "`tweets.csv`" in text and "datasets/data" not in text
+
+
+def test_a_run_that_went_on_otherwise_says_so(records):
+    assert "went on otherwise" not in render(records)
+    records["run"]["changes"] = ["code: was 'a|b', now 'c' (another state)"]
+    assert (
+        "- The run was interrupted and went on otherwise: code: was 'a\\|b', now 'c' (another state).\n- One"
+        in render(records)
+    )
+
+
+def test_the_weakest_class_is_one_that_has_rows(records):
+    records["evaluation"]["after"]["per_class"]["bad"] |= {"support": 0, "recall": 0.0}
+    assert "The weakest class is good: 50% of its rows" in render(records)
 
 
 def use_local_base(records, **base_card):
@@ -437,6 +467,7 @@ def test_the_usage_snippet_is_python(records):
     [
         ("apache2", {}, "the Hub knows no licence 'apache2'; expected one of its identifiers, such as apache-2.0"),
         ("", {}, "the Hub knows no licence ''; expected one of its identifiers (huggingface"),
+        (["mit"], {}, "the Hub knows no licence ['mit']; expected one of its identifiers, such as mit"),
         ("other", {"license_name": "mine"}, "the licence is `other`, which on the Hub needs license_name and"),
     ],
 )
@@ -501,7 +532,7 @@ def test_the_card_of_an_adapter_alone(records):
     card = ModelCard(text).data.to_dict()
     assert (card["base_model_relation"], card["library_name"]) == ("adapter", "peft")
     assert "A DoRA adapter for [OuteAI/Lite-Oute-1-300M-Instruct](https://" in text
-    assert "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n" in text
+    assert "import torch\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n" in text
     assert "> [!WARNING]\n> Load it with PEFT" in text and "drops DoRA's trained magnitude vectors" in text
     assert "do_sample=False, eos_token_id=stop" in text and "merged" not in text and "\n\n\n" not in text
     compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], "snippet", "exec")

@@ -83,7 +83,7 @@ class Desk:
         """Run the Python of a repository's card in an empty cache: it prints what the card says."""
         card = self.read(repo_id, "README.md")
         code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-        assert f'model_id = "{repo_id}"' in code and f"= {loader}.from_pretrained(model_id)" in code
+        assert f'model_id = "{repo_id}"' in code and f"= {loader}.from_pretrained(model_id" in code
         quiet = "import os\nos.dup2(os.open(os.devnull, os.O_WRONLY), 2)\n"  # transformers' progress bars
         answer = self.run("-c", quiet + code, home="empty").removesuffix("\n")
         assert f"\nIt prints {inline_code(answer)}. Generation is greedy" in card
@@ -373,6 +373,11 @@ def test_an_upload_that_broke_is_gone_on_with_by_the_same_command(push, trained:
         (lambda hub: None, ("--license", "apache"), "the Hub knows no licence 'apache'"),
         (lambda hub: None, ("--hub_model_id", "model"), "--hub_model_id is 'model'; expected owner/name."),
         (lambda hub: None, ("--adapter_only", "true", "--dtype", "bfloat16"), "leave --dtype bfloat16 out"),
+        (
+            lambda hub: hub.store.upload("models", f"{REPO}-never", {"model.safetensors": b"x"}),
+            ("--adapter_only", "true"),
+            "holds a whole",
+        ),
     ],
 )
 def test_what_cannot_end_well_is_said_before_the_merge(push, trained: Desk, tmp_path: Path, change, flags, message):
@@ -382,7 +387,13 @@ def test_what_cannot_end_well_is_said_before_the_merge(push, trained: Desk, tmp_
     trained.hub.tokens.update(tokens)
     assert message in said
     assert not (tmp_path / "publish").exists()
-    assert ("models", f"{REPO}-never") not in trained.hub.store.repositories
+    repository = trained.hub.store.repositories.pop(("models", f"{REPO}-never"), None)
+    assert repository is None or len(list(repository.history("main"))) == 2, "nothing was made or changed"
+
+
+def test_an_adapter_alone_has_no_repository_by_default(push):
+    with pytest.raises(InputError, match="name a repository of its own with --hub_model_id"):
+        runpy.run_path(str(PUSH))["main"](["--adapter_only", "true"])
 
 
 def test_too_little_room_is_said_before_the_merge(push, tmp_path: Path, monkeypatch):

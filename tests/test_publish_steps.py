@@ -16,6 +16,7 @@ from tweetdora.publish import (
     Target,
     add_tag,
     check_free_space,
+    check_kind,
     differing_files,
     find_target,
     publish,
@@ -153,6 +154,14 @@ def test_a_pull_request_needs_a_repository(hub):
 def test_a_name_that_is_none_is_refused_without_asking(hub, name):
     assert refused(find_target, name, config()).startswith(f"--hub_model_id {name} is no name of a repository")
     assert hub.requests == []
+
+
+def test_an_adapter_does_not_take_a_whole_models_place(hub):
+    hub.store.upload("models", REPO, {"config.json": b"{}", "model.safetensors": b"x"})
+    target = find_target(REPO, config())
+    check_kind(target, adapter_only=False)
+    assert refused(check_kind, target, True).startswith("--adapter_only true, but acme/model holds a whole model.")
+    check_kind(Target(REPO, exists=True, files=("adapter_model.safetensors",)), adapter_only=True)
 
 
 def test_too_little_space_is_said_with_what_is_needed(tmp_path):

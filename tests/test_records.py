@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def run_dir(tmp_path) -> Path:
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     # printf weights | sha256sum
     sha256 = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
-    run = {"record_version": 1, "status": "finished", "adapter": {"sha256": sha256}}
+    run = {"record_version": records.RECORD_VERSION, "status": "finished", "adapter": {"sha256": sha256}}
     (folder / "run.json").write_text(json.dumps(run))
     return folder
 
@@ -170,12 +171,11 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
         read_run(str(run_dir))
 
 
-@pytest.mark.parametrize("version", [0, 2, None])
+@pytest.mark.parametrize("version", [0, 1, None])
 def test_a_record_of_another_version_is_refused(version, run_dir):
     change(run_dir, record_version=version)
-    with pytest.raises(
-        InputError, match=f"^{run_dir}/run.json has record version {version}; this code reads version 1.$"
-    ):
+    message = f"^{run_dir}/run.json has record version {version}; this code reads version {records.RECORD_VERSION}.$"
+    with pytest.raises(InputError, match=message):
         read_run(str(run_dir))
 
 
@@ -322,12 +322,15 @@ def checkout(tmp_path, monkeypatch) -> Path:
 
 
 def test_git_state_is_the_commit(checkout):
-    assert git_state() == {"commit": git(checkout, "rev-parse", "HEAD"), "dirty": False}
+    assert git_state() == {"commit": git(checkout, "rev-parse", "HEAD"), "dirty": False, "changes_sha256": None}
 
 
 def test_git_state_knows_that_the_work_tree_differs(checkout):
     (checkout / "tweetdora" / "records.py").write_text("changed")
-    assert git_state()["dirty"] is True
+    first = git_state()
+    assert first["dirty"] is True and re.fullmatch("[0-9a-f]{64}", first["changes_sha256"])
+    (checkout / "tweetdora" / "records.py").write_text("changed again")
+    assert git_state()["changes_sha256"] != first["changes_sha256"]
 
 
 def test_outside_a_checkout_there_is_no_git_state(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from tweetdora import precision
 from tweetdora import trainer as trainer_module
-from tweetdora.callbacks import StopOnSignal, TrainingDiverged, after_divergence
+from tweetdora.callbacks import EvaluationStopped, StopOnSignal, TrainingDiverged, after_divergence
 from tweetdora.checkpoints import SAVING_DIR, find_damage, publish_checkpoint
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import Rows, load_rows
@@ -645,6 +645,21 @@ def test_a_signal_during_a_validation_ends_it_with_a_checkpoint_and_it_is_made_u
     goes_on_to_the_same_end(stopped, laboratory, validation_rows)
 
 
+def test_a_validation_that_is_cut_off_while_it_is_made_up_for_stays_due(laboratory, validation_rows, monkeypatch):
+    with monkeypatch.context() as patch:
+        RaiseInEvaluation(patch, 1)
+        stopped = laboratory.train(validation=validation_rows, callbacks=[StopOnSignal()], **VALIDATED)
+    with monkeypatch.context() as patch:
+        RaiseInEvaluation(patch, 1)
+        stop = StopOnSignal()
+        again = laboratory.trainer(validation=validation_rows, callbacks=[stop], **VALIDATED)
+        with pytest.raises(EvaluationStopped):
+            again.train(resume_from_checkpoint=str(Path(stopped.args.output_dir) / "checkpoint-2"))
+        stop.on_train_end(None, None, None)  # gives the signals back
+    assert again.state.global_step == 2 and again.evaluation_is_due(), "no step was made"
+    goes_on_to_the_same_end(stopped, laboratory, validation_rows)
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_signal_in_a_step_that_ends_in_a_validation_skips_it_and_it_is_made_up_for(
     step, laboratory, validation_rows
@@ -872,6 +887,9 @@ def test_a_run_that_was_killed_after_its_last_step_only_has_to_be_saved(steps, s
     assert (run_dir / "adapter" / "adapter_model.safetensors").is_file()
     assert run["adapter"] == whole["adapter"]
     assert run["result"]["train_loss"] == whole["result"]["train_loss"]
+    ends = [record["result"]["log_history"][-1] for record in (run, whole)]
+    assert [end["train_loss"] for end in ends] == [whole["result"]["train_loss"]] * 2
+    assert ends[0]["total_flos"] == ends[1]["total_flos"]
     assert run["result"]["seconds"] == pytest.approx(whole["result"]["seconds"], abs=0.5)
 
 

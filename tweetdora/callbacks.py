@@ -56,9 +56,15 @@ class MakeUpForEvaluation(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Validate, if it is due."""
+        """Validate, if it is due.
+
+        Raises:
+            EvaluationStopped: a signal cut it off again; it stays due, and no step is made.
+        """
         if self.trainer.evaluation_is_due():
             self.trainer.evaluate()
+            if self.trainer.evaluation_is_due():
+                raise EvaluationStopped
 
 
 class StopOnBrokenGradient(TrainerCallback):
@@ -119,7 +125,7 @@ class StopOnSignal(TrainerCallback):
         """Whether a signal has come to any process; all of them must ask at the same place."""
         if args.world_size > 1:  # a signal may have reached one process only, or one process a step earlier
             number = int(gather(torch.tensor([self.signal_number or 0], device=args.device)).max())
-            self.signal_number = number or None
+            self.signal_number = number or self.signal_number  # one may have come while this was gathered
         return self.signal_number is not None
 
     def on_train_end(

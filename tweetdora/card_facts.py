@@ -23,7 +23,7 @@ _PUBLISHED = (
     ("linear SVM", "[TweetEval](https://arxiv.org/abs/2010.12421)", "", "0.629"),
     ("RoBERTa-base", "[TweetEval](https://arxiv.org/abs/2010.12421)", "", "0.713"),
     ("BERTweet", "[TweetEval's leaderboard](https://github.com/cardiffnlp/tweeteval)", "", "0.734"),
-    ("first DoRA model", "[its card](https://huggingface.co/liuhailin0123/llm-course-hw3-dora)", "0.46", ""),
+    ("first llm-course-hw3-dora of liuhailin0123", "its card then", "0.46", ""),
     ("LoRA model of the same owner", "its card", "0.51", ""),
 )
 _SAMPLES_RULE = (
@@ -87,6 +87,7 @@ def card_facts(
         "samples": choose_samples(predictions, run["task"]["label_words"]),
         "check": {**check, "max_logit_difference": f"{check['max_logit_difference']:.1e}"},
         "commands": publication.commands,
+        "changes": run["changes"],
         "recipe": yaml.safe_dump(recipe(run), sort_keys=False, allow_unicode=True, width=1_000_000),
         "git_commit": git.get("commit"),
         "git_dirty": git.get("dirty"),
@@ -94,9 +95,9 @@ def card_facts(
     }
 
 
-def hub_id(name: str) -> str | None:
-    """The name if it is one on the Hub, not a folder's or a file's."""
-    return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) and not name.startswith("assets/") else None
+def hub_id(data: dict[str, Any]) -> str | None:
+    """A data set's name if it came from the Hub, not from a folder or a file, wherever that is now."""
+    return data["name"] if _HUB_ID.fullmatch(data["name"]) and not data["local"] else None
 
 
 def title(run: dict[str, Any], hub_model_id: str | None) -> str:
@@ -119,7 +120,7 @@ def card_base_name(run: dict[str, Any]) -> str:
 
 def data_name(data: dict[str, Any]) -> str:
     """A data set's name for people: Hub id or folder name, and its configuration."""
-    name = data["name"] if hub_id(data["name"]) else os.path.basename(os.path.normpath(data["name"]))
+    name = data["name"] if hub_id(data) else os.path.basename(os.path.normpath(data["name"]))
     return f"{name} ({data['config']})" if data["config"] else name
 
 
@@ -185,7 +186,8 @@ def _result_facts(evaluation: dict[str, Any], words: list[str]) -> dict[str, Any
 def _failure_facts(evaluation: dict[str, Any], predictions: list[dict[str, Any]], words: list[str]) -> dict[str, Any]:
     """Where the tuned model goes wrong: between which classes, at which lengths, and what names no label word."""
     after = evaluation["after"]
-    weakest = min(words, key=lambda word: after["per_class"][word]["recall"])
+    present = [word for word in words if after["per_class"][word]["support"]]
+    weakest = min(present, key=lambda word: after["per_class"][word]["recall"])
     unparsed = [row["after"]["answer"] for row in predictions if row["after"]["predicted"] is None]
     return {
         "weakest": {
@@ -249,7 +251,7 @@ def _data_facts(run: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, An
     validation = [run["validation_data"]] if run["validation_data"] else []
     return {
         "data": [_data_row(data) for data in (train, *validation, evaluation["data"])],
-        "dataset_link": _dataset_link(train["name"]),
+        "dataset_link": _dataset_link(train),
         "dataset_config": train["config"],
         "dataset_revision": train["revision"],
         "text_examples": train["examples"],
@@ -321,10 +323,10 @@ def _data_row(data: dict[str, Any]) -> dict[str, Any]:
     return {"name": f"`{data['split']}`", "rows": f"{data['rows']:,}", "counts": counts}
 
 
-def _dataset_link(name: str) -> str:
-    if known_id := hub_id(name):
+def _dataset_link(data: dict[str, Any]) -> str:
+    if known_id := hub_id(data):
         return f"[{known_id}](https://huggingface.co/datasets/{known_id})"
-    return f"`{os.path.basename(os.path.normpath(name))}`"
+    return f"`{os.path.basename(os.path.normpath(data['name']))}`"
 
 
 def _epochs(passes: float) -> str:

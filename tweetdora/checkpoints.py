@@ -20,9 +20,9 @@ _STATE = "trainer_state.json"
 
 
 def publish_checkpoint(run_dir: str, step: int, keep: int | None) -> str:
-    """Sum up what lies in .saving, put it in its place in one rename, then remove all but the newest `keep`.
+    """Sum up what lies in .saving, put it in its place in one rename, then remove all but `keep` whole ones.
 
-    At no moment are there fewer whole checkpoints than before. Returns the checkpoint's folder.
+    No checkpoint of another step goes before this one is in its place. Returns the checkpoint's folder.
     """
     name = f"checkpoint-{step}"
     beside, folder = os.path.join(run_dir, SAVING_DIR, name), os.path.join(run_dir, name)
@@ -37,9 +37,12 @@ def publish_checkpoint(run_dir: str, step: int, keep: int | None) -> str:
     _remove(run_dir, folder)  # of the same step: damaged, or the run went on from an older one
     os.rename(beside, folder)
     _to_disk(run_dir)
-    for old in all_checkpoints(run_dir)[keep:] if keep else ():
-        _remove(run_dir, old)
-    shutil.rmtree(os.path.join(run_dir, SAVING_DIR))
+    if keep:
+        others = [path for path in all_checkpoints(run_dir) if path != folder]
+        whole = [path for path in others if find_damage(path) is None]
+        for old in set(others) - set(whole[: keep - 1]):
+            _remove(run_dir, old)
+    clear_unfinished(run_dir)
     return folder
 
 
@@ -48,7 +51,7 @@ def _remove(run_dir: str, folder: str) -> None:
     if os.path.isdir(folder):
         away = os.path.join(run_dir, SAVING_DIR, f"{os.path.basename(folder)}.old")
         os.rename(folder, away)
-        shutil.rmtree(away)
+        shutil.rmtree(away, ignore_errors=True)  # what stays in .saving goes with the next save
 
 
 def _to_disk(path: str) -> None:

@@ -33,7 +33,7 @@ _SHOWN_TRAINER_FLAGS = {
 } - {"logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters", "per_device_train_batch_size"}
 
 # A full disk, a user's quota or largest file, a folder that may only be read.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 # Flags that take a truth value or a word: YAML's true is meant as it stands.
 _TRUE_OR_WORD = {"resume_from_checkpoint"}
 
@@ -163,9 +163,10 @@ def run_script(main: Callable[[], int], name: str) -> NoReturn:
     except InputError as error:
         sys.exit(f"{name}: {error}")
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in _CANNOT_WRITE:
             raise
-        sys.exit(f"{name}: {error}. Make room, or name another folder; what was finished before is not lost.")
+        advice = "Mend the rights of it" if error.errno in (errno.EROFS, errno.EACCES) else "Make room"
+        sys.exit(f"{name}: {error}. {advice}, or name another folder.")
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C; nothing that was finished before is lost.", file=sys.stderr)
         sys.exit(130)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from tweetdora.errors import InputError
 from tweetdora.precision import decide_precision
@@ -51,6 +52,7 @@ _REFUSED_ARGUMENTS = {
     "--gradient_accumulation_steps",
     "accelerator_config": "how processes share the rows follows from --global_batch_size",
     "load_best_model_at_end": "the adapter is that of the last step, as record and card say",
+    "metric_for_best_model": "the adapter is that of the last step, as record and card say",
     "save_only_model": "a run cannot go on from a checkpoint without its optimizer",
     "ignore_data_skip": "a resumed run would see rows twice and others never",
     "use_liger_kernel": "it replaces layers of the model, and evaluate.py would measure another one",
@@ -318,6 +320,14 @@ class TrainConfig(TrainingArguments):
                 raise InputError(f"--{name} is {getattr(self, name)}; expected {least} or more.")
         if not 0 <= self.learning_rate < float("inf"):
             raise InputError(f"--learning_rate is {self.learning_rate}; expected a number, 0 or more.")
+        if self.save_strategy == SaveStrategy.BEST:
+            raise InputError("--save_strategy best: the adapter is that of the last step. Give steps, epoch or no.")
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+            raise InputError(
+                f"--lr_scheduler_type {name} follows the validations, one of which a stop may "
+                "put off; such a run would not go on as it was. Choose one that follows the steps, such as linear."
+            )
         for name in ("logging_steps", "eval_steps", "save_steps"):
             if not 0 < float(getattr(self, name)) < float("inf"):
                 raise InputError(f"--{name} is {getattr(self, name)}; expected a number above 0.")

@@ -65,6 +65,7 @@ def load_rows(task: TaskConfig, split: str) -> Rows:
         "name": task.dataset_name,
         "config": task.dataset_config,
         "revision": revision,
+        "local": os.path.exists(task.dataset_name),
         "split": split_name,
     }
     count = task.max_train_samples if split == "train" else None

@@ -40,6 +40,10 @@ def _reachable() -> bool:
         return False
 
 
+# Commits of runs that go on, by name, revision that was asked for, and kind of repository.
+_known: dict[tuple[str, str | None, str], str] = {}
+
+
 def pin_revision(name: str, revision: str | None, repo_type: str = "model") -> str | None:
     """The commit that a revision of a repository on the Hub is at this moment; None for a local path.
 
@@ -50,10 +54,18 @@ def pin_revision(name: str, revision: str | None, repo_type: str = "model") -> s
         return None
     if name.count("/") != 1:
         return revision
+    if (known := _known.get((name, revision, repo_type))) is not None:
+        return known
     try:
         return _commit_of(name, revision, repo_type)
     except (RevisionResolutionError, HTTPError, OSError, ValueError):  # the last: a name that cannot be one
         return revision
+
+
+def remember_commit(name: str, revision: str | None, repo_type: str, commit: str | None) -> None:
+    """Let pin_revision give this commit from now on: a resumed run is of the commits that it began with."""
+    if commit is not None:
+        _known[name, revision, repo_type] = commit
 
 
 @cache

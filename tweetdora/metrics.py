@@ -147,7 +147,7 @@ def proportion_interval(hits: int, count: int) -> list[float]:
     z = 1.959963984540054  # the normal distribution's 97.5 % point
     share, weight = hits / count, z * z / count
     middle, half = share + weight / 2, z * (share * (1 - share) / count + weight / (4 * count)) ** 0.5
-    return [(middle - half) / (1 + weight), (middle + half) / (1 + weight)]
+    return [max(0.0, (middle - half) / (1 + weight)), min(1.0, (middle + half) / (1 + weight))]
 
 
 def paired_difference(

@@ -93,8 +93,8 @@ def check_license(license: str | None, base_card: dict[str, Any]) -> None:
     """
     if license is None:
         return
-    if license not in LICENSES:
-        near = difflib.get_close_matches(license.lower(), LICENSES, n=3, cutoff=0.4)
+    if license not in LICENSES:  # a card may even hold a list
+        near = difflib.get_close_matches(str(license).lower(), LICENSES, n=3, cutoff=0.4)
         raise InputError(
             f"the Hub knows no licence {license!r}; expected one of its identifiers"
             f"{', such as ' + ', '.join(near) if near else ''} (huggingface.co/docs/hub/repositories-licenses). Give "
@@ -111,7 +111,7 @@ def front_matter(records: Records, publication: Publication) -> str:
     """The metadata as YAML. What is not known, or is a local folder and so no Hub id, is left out."""
     run, evaluation = records.run, records.evaluation
     data, card = evaluation["data"], run["base_card"]
-    dataset = hub_id(data["name"])
+    dataset = hub_id(data)
     metrics = (("f1", "macro_f1", "macro-F1"), ("recall", "macro_recall", "macro recall"))
     results = [
         EvalResult(

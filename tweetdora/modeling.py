@@ -1,5 +1,6 @@
 """Base model and adapter: load, attach, merge, and save for vanilla transformers."""
 
+import errno
 import os
 import re
 from typing import Any
@@ -166,9 +167,16 @@ def trainable_parameters(model: PeftModel) -> int:
 
 
 def save_adapter(model: PeftModel, folder: str) -> None:
-    """Write the adapter in PEFT's format. Nothing is asked of the Hub."""
-    # Left at "auto", PEFT looks the base model up on the Hub to see whether its vocabulary was resized.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    """Write the adapter in PEFT's format. Nothing is asked of the Hub.
+
+    Raises:
+        OSError: it could not be written, above all for want of room.
+    """
+    try:
+        # Left at "auto", PEFT looks the base model up on the Hub to see whether its vocabulary was resized.
+        model.save_pretrained(folder, save_embedding_layers=False)
+    except SafetensorError as error:  # of a full disk, among other things
+        raise OSError(errno.ENOSPC, f"the adapter could not be written ({error})", folder) from error
     # PEFT leaves a model card of placeholders; ours is written from the records when the run is published.
     card = os.path.join(folder, "README.md")
     if os.path.isfile(card):

@@ -48,7 +48,7 @@ RESULT_ARGUMENTS = (
 
 
 # What a resumed run may have otherwise, where the user says so, and what that does to it.
-_ROUNDING = "sums are taken in another order, so the last digits of every figure may differ"
+_ROUNDING = "sums are taken in another order, so the last digits differ; dropout, if there is any, drops other values"
 _MAY_DIFFER = {
     "training.world_size": _ROUNDING,
     "training.gradient_accumulation_steps": _ROUNDING,
@@ -298,8 +298,12 @@ def _differences(saved: dict[str, Any], planned: dict[str, Any]) -> Iterator[tup
             if before != now:
                 yield f"{part}.{key}", before, now
     before, now = (run["environment"]["git"] or {} for run in (saved, planned))
-    if before.get("commit") != now.get("commit"):
-        yield "code", before.get("commit"), now.get("commit")
+    before, now = ([state.get("commit"), state.get("changes_sha256")] for state in (before, now))
+    if before != now:
+        yield "code", before, now
+    before, now = (run["validation_data"] or {} for run in (saved, planned))
+    if before.get("rows") == now.get("rows") and before.get("sha256") != now.get("sha256"):
+        yield "validation_data.sha256", before.get("sha256"), now.get("sha256")
     before, now = (run["environment"]["packages"] for run in (saved, planned))
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):

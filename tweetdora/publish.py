@@ -144,6 +144,19 @@ def _check_new(repo_id: str, user: dict[str, Any], config: PushConfig) -> None:
         )
 
 
+def check_kind(target: Target, adapter_only: bool) -> None:
+    """Refuse to put an adapter in a whole model's place: who loads that by AutoModel would get another model.
+
+    Raises:
+        InputError: the repository holds a model's weights.
+    """
+    if adapter_only and {"model.safetensors", "model.safetensors.index.json"} & set(target.files):
+        raise InputError(
+            f"--adapter_only true, but {target.repo_id} holds a whole model. Give the adapter a repository of its own "
+            "with --hub_model_id."
+        )
+
+
 def check_metadata(metadata: str) -> None:
     """Let the Hub look at the card's metadata, which it would refuse the commit for otherwise.
 

@@ -146,11 +146,14 @@ def _cpu_name() -> str:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and whether the work tree differs from it; None outside a git checkout."""
+    """Commit, whether the work tree differs from it, the SHA-256 of how its code does; None outside a checkout."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
         commit = _git(here, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(here, "status", "--porcelain", "--untracked-files=no"))}
+        dirty = bool(_git(here, "status", "--porcelain", "--untracked-files=no"))
+        changes = _git(here, "diff", "HEAD", "--", "*.py")
+        digest = hashlib.sha256(changes.encode()).hexdigest() if changes else None
+        return {"commit": commit, "dirty": dirty, "changes_sha256": digest}
     except (OSError, subprocess.CalledProcessError):
         return None
 

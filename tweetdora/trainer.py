@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from tweetdora.attention import check_packable
 from tweetdora.callbacks import (
@@ -172,10 +172,7 @@ class AnswerTrainer(Trainer):
             return {}
 
     def _stop_on_signal(self) -> StopOnSignal | None:
-        """The callback whose signal cuts a validation off; none where the Trainer needs that validation's figures."""
-        needed = (self.args.save_strategy, self.args.lr_scheduler_type)
-        if SaveStrategy.BEST in needed or SchedulerType.REDUCE_ON_PLATEAU in needed:
-            return None
+        """The callback whose signal cuts a validation off, if there is one."""
         callbacks = self.callback_handler.callbacks
         return next((callback for callback in callbacks if isinstance(callback, StopOnSignal)), None)
 
@@ -238,20 +235,29 @@ class AnswerTrainer(Trainer):
         if self.args.should_save:
             clear_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish_checkpoint(self.args.output_dir, self.state.global_step, self.args.save_total_limit)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError of a full disk
-            raise InputError(self._not_saved(error)) from error
-        self.accelerator.wait_for_everyone()
+        self._write(lambda: super(AnswerTrainer, self)._save_checkpoint(model, trial))
+        folder, step, keep = self.args.output_dir, self.state.global_step, self.args.save_total_limit
+        self._write(lambda: publish_checkpoint(folder, step, keep) if self.args.should_save else None)
 
-    def _not_saved(self, error: Exception) -> str:
+    def _write(self, action: Callable[[], Any]) -> None:
+        """Let each process do its part of a save; where one fails, all of them stop, and what is there of it goes."""
+        failures: list[str] = []
+        try:
+            action()
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError of a full disk
+            failures = [" ".join(str(error).split())[:200]]
+        failures = gather_object(failures)
+        if failures:
+            if self.args.should_save:
+                clear_unfinished(self.args.output_dir)
+            raise InputError(self._not_saved(failures[0]))
+
+    def _not_saved(self, said: str) -> str:
         """What is to be said of a checkpoint that could not be written."""
         folder, (last, _) = self.args.output_dir, last_whole_checkpoint(self.args.output_dir)
         kept = f"{last} is whole" if last else "there is none before it"
-        said = " ".join(str(error).split())[:200]
         return (
             f"the checkpoint of step {self.state.global_step} could not be written to {folder} ({said}); {kept}. Make "
             "room or mend the folder's rights, then give the same command with --resume_from_checkpoint true."
