@@ -6,7 +6,8 @@
     python push_to_hub.py --adapter_only true --hub_model_id owner/name-adapter   # for PEFT, not merged
 
 Reads <run folder>/run.json, adapter and evaluation/<split>.json; leaves <run folder>/publish, which is what is pushed,
-and publish.json, which says what the Hub holds then and what reading it back has shown.
+and publish.json, which says what the Hub holds then and what reading it back has shown (publish_adapter and
+publish_adapter.json with --adapter_only).
 """
 
 import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
