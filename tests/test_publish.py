@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import Fault, Hub, User
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 from tweetdora.errors import InputError
 from tweetdora.model_card import inline_code
@@ -276,6 +276,7 @@ def push(trained: Desk, monkeypatch, tmp_path: Path, capsys) -> Callable[..., st
         "HF_HUB_DISABLE_XET": True,
     }.items():
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # made when the client was imported
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HOME", str(trained.folder))
     monkeypatch.setattr("tweetdora.publish.WAITS", (0.0,) * 4)
