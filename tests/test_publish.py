@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from hub_server import Fault, Hub, User
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants
+from transformers.utils import hub as transformers_hub
 
 from tweetdora.errors import InputError
 from tweetdora.model_card import inline_code
@@ -276,7 +277,7 @@ def push(trained: Desk, monkeypatch, tmp_path: Path, capsys) -> Callable[..., st
         "HF_HUB_DISABLE_XET": True,
     }.items():
         monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # made when the client was imported
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)  # keeps the address that it was made with
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HOME", str(trained.folder))
     monkeypatch.setattr("tweetdora.publish.WAITS", (0.0,) * 4)
