@@ -58,7 +58,7 @@ def test_the_recipe_of_the_readme_is_one(tmp_path):
 def test_the_tree_is_the_repositorys():
     """Every tracked file at the root and every module stands in the tree, and everything in the tree exists."""
     tree = re.search(r"## Layout\n\n```\n(.*?)```", README, re.DOTALL)[1]
-    named = set(re.findall(r"[\w./-]+\.(?:py|md|txt|yaml|yml)|(?<=^)[\w.]+/(?:\w+)?", tree, re.MULTILINE))
+    named = set(re.findall(r"[\w./-]+\.(?:py|md|txt|lock|yaml|yml)|(?<=^)[\w.]+/(?:\w+)?", tree, re.MULTILINE))
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     tracked = done.stdout.split()
     modules = {Path(path).name for path in tracked if path.startswith("tweetdora/")} - {"__init__.py"}
