@@ -71,11 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         state.print(f"\nfirst row, supervised tokens in 【】:\n{row}")
         return 0
     if saved is not None:
-        changes = check_same_run(saved, run, training.allow_changes)
-        for change in changes:
-            state.print(f"note: resumed with {change}")
-        run |= {name: saved[name] for name in ("created", "command", "tracker") if name in saved}
-        run["changes"] = [*saved["changes"], *changes]
+        take_on(saved, run, training, state)
     if state.is_main_process:
         clear_unfinished(training.output_dir)
     check_disk(training, run["adapter"]["trainable_parameters"])
@@ -88,21 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         if "wandb" in training.report_to:
             run["tracker"] = start_wandb(training.output_dir, training.run_name, run, tracker=run.get("tracker"))
         write_status(training, run, "started")
-    try:
-        if checkpoint and checkpoint_step(checkpoint) >= run["steps"]:  # stopped between its last step and its end
-            trainer.take_over(checkpoint)
-        else:
-            with contextlib.suppress(EvaluationStopped):  # before the first step; its checkpoint is the one resumed
-                trainer.train(resume_from_checkpoint=checkpoint)
-    except TrainingDiverged as error:
-        if state.is_main_process:
-            write_status(training, run, "diverged")
-            finish_wandb(exit_code=1)
-        raise InputError(str(error)) from error
-    except InputError:  # a checkpoint could not be written
-        if state.is_main_process:
-            finish_wandb(exit_code=1)
-        raise
+    run_trainer(trainer, checkpoint, run, state)
 
     # save
     unfinished = trainer.state.global_step < trainer.state.max_steps or trainer.evaluation_is_due()
@@ -121,6 +103,38 @@ def main(argv: list[str] | None = None) -> int:
         finish_wandb({"adapter_sha256": run["adapter"]["sha256"]})
         print(f"\nWrote {training.output_dir}. Next: python evaluate.py {training.output_dir}")
     return 0
+
+
+def take_on(saved: dict[str, Any], run: dict[str, Any], training: TrainConfig, state: PartialState) -> None:
+    """Let the record go on where the interrupted run's was; refuse another run, say what was allowed to differ."""
+    changes = check_same_run(saved, run, training.allow_changes)
+    for change in changes:
+        state.print(f"note: resumed with {change}")
+    run |= {name: saved[name] for name in ("created", "command", "tracker") if name in saved}
+    run["changes"] = [*saved["changes"], *changes]
+
+
+def run_trainer(trainer: AnswerTrainer, checkpoint: str | None, run: dict[str, Any], state: PartialState) -> None:
+    """Train to the end or to a stop.
+
+    Raises:
+        InputError: the training diverged, or a checkpoint could not be written.
+    """
+    try:
+        if checkpoint and checkpoint_step(checkpoint) >= run["steps"]:  # stopped between its last step and its end
+            trainer.take_over(checkpoint)
+        else:
+            with contextlib.suppress(EvaluationStopped):  # before the first step; its checkpoint is the one resumed
+                trainer.train(resume_from_checkpoint=checkpoint)
+    except TrainingDiverged as error:
+        if state.is_main_process:
+            write_status(trainer.args, run, "diverged")
+            finish_wandb(exit_code=1)
+        raise InputError(str(error)) from error
+    except InputError:  # a checkpoint could not be written
+        if state.is_main_process:
+            finish_wandb(exit_code=1)
+        raise
 
 
 def keep_commits(saved: dict[str, Any]) -> None:

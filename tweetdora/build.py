@@ -55,6 +55,7 @@ def check_output_dir(folder: str, run_dir: str) -> None:
     found = os.listdir(path) if os.path.isdir(path) else []
 
     def has(name: str) -> bool:
+        """Whether the folder holds the file."""
         return os.path.isfile(os.path.join(path, name))
 
     built_here = all(map(has, _BUILT_FILES)) and any(map(has, _ADAPTER_FILES))
