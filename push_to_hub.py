@@ -124,10 +124,9 @@ def plan_publication(records: Records, config: PushConfig, folder: str) -> Publi
     """
     run = records.run
     hub_model_id = config.hub_model_id or (None if config.adapter_only else run["hub_model_id"])
-    if hub_model_id is None and config.adapter_only and not config.dry_run:
-        raise InputError("--adapter_only true: name a repository of its own with --hub_model_id owner/name-adapter.")
     if hub_model_id is None and not config.dry_run:
-        raise InputError("the run names no repository; give --hub_model_id owner/name, or --dry_run true.")
+        why = "an adapter alone needs one of its own" if config.adapter_only else "the run names no repository"
+        raise InputError(f"{why}; give --hub_model_id owner/name, or --dry_run true.")
     license = config.license or run["base_card"].get("license")
     check_license(license, run["base_card"])
     if config.adapter_only and run["base"]["weights_sha256"]:

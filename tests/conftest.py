@@ -182,6 +182,15 @@ def model_dir(make_model: Callable[..., Any], tokenizer: Any, tmp_path_factory: 
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def teachable_dir(make_model: Callable[..., Any], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model with large weights: an adapter on it can learn, on the usual small ones it cannot; read only."""
+    folder = tmp_path_factory.mktemp("teachable") / "tiny-base"
+    make_model(initializer_range=0.4).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def tweets(split: str) -> list[dict[str, Any]]:
     """The rows of one split: class 0, 1, 2, 0, … and a text whose middle word shows it."""
     starts, ends = ["What a", "Such a", "The", "Today is a"], ["day", "trip", "news"]

@@ -1,11 +1,16 @@
 """What is asked of the Hub before anything is loaded; the test Hub itself is test_hub_server.py's."""
 
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from huggingface_hub import constants
 
 from tweetdora import hub
 from tweetdora.hub import pin_revision
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_local_path_has_no_revision(tmp_path):
@@ -19,27 +24,42 @@ def test_a_name_that_is_not_on_the_hub_is_not_asked_for(monkeypatch):
     assert pin_revision("a/b/c", None) is None
 
 
-def test_a_revision_is_asked_for_once_in_a_process(monkeypatch):
-    """The Hub may move on between two splits of a data set."""
-    commits = iter(["a" * 40, "b" * 40])
+@pytest.fixture
+def moving_hub(monkeypatch) -> None:
+    """A Hub that is at another commit each time that it is asked."""
+    commits = iter(letter * 40 for letter in "abcdef")
 
     class MovingHub:
         def resolve_revision(self, name: str, **settings: str) -> SimpleNamespace:
             return SimpleNamespace(resolved=next(commits))
 
+    monkeypatch.setattr(hub, "_commits", {})
     monkeypatch.setattr(hub, "HfApi", MovingHub)
+
+
+def test_a_revision_is_asked_for_once_in_a_process(moving_hub):
+    """The Hub may move on between two splits of a data set."""
     assert pin_revision("someone/moving", None) == pin_revision("someone/moving", None) == "a" * 40
     assert pin_revision("someone/moving", None, "dataset") == "b" * 40
+    assert pin_revision("someone/moving", "v2") == "c" * 40
 
 
-def test_a_run_that_goes_on_keeps_its_commit_whatever_the_hub_has_now(monkeypatch):
-    monkeypatch.setattr(hub, "_known", {})
-    monkeypatch.setattr(hub, "_commit_of", lambda name, revision, repo_type: "new")
-    hub.remember_commit("owner/base", None, "model", "old")
-    hub.remember_commit("owner/other", None, "model", None)
-    assert hub.pin_revision("owner/base", None) == "old"
-    assert hub.pin_revision("owner/base", "v2") == hub.pin_revision("owner/base", None, "dataset") == "new"
-    assert hub.pin_revision("owner/other", None) == "new"
+def test_a_run_that_goes_on_keeps_its_commits_whatever_the_hub_has_now(moving_hub):
+    keep_commits = runpy.run_path(str(ROOT / "train.py"))["keep_commits"]
+    saved = {
+        "task": {"dataset_name": "someone/tweets", "dataset_revision": None},
+        "model": {"model_name_or_path": "someone/base", "model_revision": "v2"},
+        "base": {"revision": "base then"},
+        "train_data": {"revision": "data then"},
+    }
+    keep_commits(saved)
+    assert pin_revision("someone/base", "v2") == "base then"
+    assert pin_revision("someone/tweets", None, "dataset") == "data then"
+    assert pin_revision("someone/base", None) == "a" * 40
+    saved["base"]["revision"] = saved["train_data"]["revision"] = None  # local folders have none
+    saved["model"]["model_name_or_path"] = "someone/other"
+    keep_commits(saved)
+    assert pin_revision("someone/other", "v2") == "b" * 40
 
 
 def test_without_the_hub_a_revision_stays_as_it_is():

@@ -3,6 +3,7 @@
 A fresh DoRA adapter answers like its base, so whatever loses it goes unseen: the adapters here have left their start.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -238,6 +240,19 @@ def test_a_loaded_adapter_is_in_evaluation_mode_and_frozen(model_dir, tmp_path):
     save_adapter(new_adapter(model_dir), str(tmp_path))
     model = load_adapter(base_of(model_dir), str(tmp_path))
     assert (model.training, trainable_parameters(model)) == (False, 0)
+
+
+def test_an_adapter_that_does_not_fit_on_the_disk_is_an_error_of_the_system(model_dir, tmp_path, monkeypatch):
+    """safetensors has an error of its own for it, which no script would catch."""
+    model = new_adapter(model_dir)
+
+    def full(*arguments: Any, **more: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(OSError, match="the adapter could not be written .*No space left") as caught:
+        save_adapter(model, str(tmp_path))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
 
 
 def test_transformers_alone_drops_the_magnitudes_of_a_dora_adapter(contrast_dir, tmp_path):

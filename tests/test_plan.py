@@ -586,9 +586,12 @@ def test_what_may_differ_is_refused_by_name_and_allowed_by_name(name, change, de
     assert said.startswith(name) and ": was " in said and ", now " in said
 
 
-def test_what_makes_another_run_is_allowed_by_no_name(describe):
+def test_what_makes_another_run_is_allowed_by_no_name(describe, training):
+    """Said in the first second, and of a run that is not resumed too."""
     with pytest.raises(InputError, match="--allow_changes training.learning_rate: expected some of training.world"):
-        check_same_run(describe(), describe(learning_rate=1e-4), ["training.learning_rate"])
+        find_checkpoint(training(allow_changes=["training.learning_rate"]))
+    with pytest.raises(InputError, match="training.learning_rate: was 3e-05, now 0.0001. Give"):
+        check_same_run(describe(), describe(learning_rate=1e-4), ["code", "packages"])
 
 
 def test_all_differences_are_named_at_once(describe):

@@ -239,22 +239,13 @@ def test_another_machine_publishes_from_the_run_folder_alone(trained: Desk, tmp_
     assert "24 of 24 answers equal, largest logit difference 0.0e+00." in said.split("Read back")[1]
 
 
-WITH_SMALL_FILES = """
-import os, resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_a_disk_that_is_full_in_the_middle_leaves_the_older_build(trained: Desk, tmp_path: Path):
     """No file may grow beyond 30 kB, which the adapter does not and the merged weights do."""
     run_dir = tmp_path / "run"
     shutil.copytree(trained.folder / "runs/llm-course-hw3-dora", run_dir)
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    said = trained.run("-c", WITH_SMALL_FILES, str(PUSH), str(run_dir), "--hub_model_id", f"{REPO}-full", ok=False)
+    words = [str(ROOT / "tests/small_files.py"), "30000", str(PUSH), str(run_dir)]
+    said = trained.run(*words, "--hub_model_id", f"{REPO}-full", ok=False)
     assert "push_to_hub.py: the merged model could not be written to" in said and "Make room" in said
     assert "Traceback" not in said
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
@@ -394,7 +385,7 @@ def test_what_cannot_end_well_is_said_before_the_merge(push, trained: Desk, tmp_
 
 
 def test_an_adapter_alone_has_no_repository_by_default(push):
-    with pytest.raises(InputError, match="name a repository of its own with --hub_model_id"):
+    with pytest.raises(InputError, match="^an adapter alone needs one of its own; give --hub_model_id"):
         runpy.run_path(str(PUSH))["main"](["--adapter_only", "true"])
 
 

@@ -76,19 +76,10 @@ def train_flags(model_dir, data_dir, output_dir):
 
 
 @pytest.fixture(scope="module")
-def base_dir(make_model, tokenizer, tmp_path_factory):
-    """A tiny model with large weights: an adapter on it can learn, on the usual small ones it cannot."""
-    folder = tmp_path_factory.mktemp("base") / "tiny-base"
-    make_model(initializer_range=0.4).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def finished(base_dir, data_dir, tmp_path_factory):
+def finished(teachable_dir, data_dir, tmp_path_factory):
     """A run folder that all three scripts have been through, and what they printed."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    printed = [launch("train.py", *train_flags(base_dir, data_dir, folder))]
+    printed = [launch("train.py", *train_flags(teachable_dir, data_dir, folder))]
     printed.append(run("evaluate.py", str(folder), "--precision", "fp32", "--bootstrap_samples", "500"))
     printed.append(run("push_to_hub.py", str(folder), "--dry_run", "true", "--check_samples", "12"))
     return folder, printed
@@ -131,14 +122,14 @@ def test_training_teaches_the_tiny_model(finished):
     assert record["after"]["stop_rate"] > 0.9
 
 
-def test_the_run_record_names_everything_that_a_later_script_needs(finished, base_dir, data_dir):
+def test_the_run_record_names_everything_that_a_later_script_needs(finished, teachable_dir, data_dir):
     folder, _ = finished
     record = read(folder / "run.json")
     assert (record["status"], record["name"], record["steps"]) == ("finished", "tiny", 40)
     assert record["task"]["label_words"] == WORDS and record["task"]["system_prompt"] == "Say how the day is."
     assert record["model"]["method"] == "dora" and record["training"]["learning_rate"] == 2e-2
     assert record["train_data"]["class_counts"] == {"negative": 16, "neutral": 16, "positive": 16}
-    assert record["base"]["weights_sha256"]["model.safetensors"] == sha256(f"{base_dir}/model.safetensors")
+    assert record["base"]["weights_sha256"]["model.safetensors"] == sha256(f"{teachable_dir}/model.safetensors")
     assert record["adapter"]["sha256"] == sha256(folder / "adapter/adapter_model.safetensors")
     assert record["adapter"]["start_sha256"] and record["environment"]["packages"]["peft"] == "0.21.2"
     assert record["tracker"]["mode"] == "offline" and record["result"]["peak_memory_bytes"]["process"] > 1e8
@@ -220,10 +211,10 @@ def test_scripts_print_no_warnings(finished):
         assert "Warning" not in text and "Traceback" not in text
 
 
-def test_the_same_command_again_is_refused_and_changes_nothing(finished, base_dir, data_dir):
+def test_the_same_command_again_is_refused_and_changes_nothing(finished, teachable_dir, data_dir):
     folder, _ = finished
     before = sha256(folder / "run.json")
-    said = refused("train.py", *train_flags(base_dir, data_dir, folder))
+    said = refused("train.py", *train_flags(teachable_dir, data_dir, folder))
     assert "already holds a run (finished). Choose another --output_dir" in said
     assert sha256(folder / "run.json") == before
 
@@ -237,8 +228,8 @@ def test_a_push_without_a_token_is_refused_and_the_folder_stays(finished):
     assert (folder / "publish/model.safetensors").is_file()
 
 
-def test_dry_run_shows_plan_and_row_and_leaves_nothing(base_dir, data_dir, tmp_path, capsys):
-    words = [*train_flags(base_dir, data_dir, tmp_path / "dry"), "--dry_run", "true"]
+def test_dry_run_shows_plan_and_row_and_leaves_nothing(teachable_dir, data_dir, tmp_path, capsys):
+    words = [*train_flags(teachable_dir, data_dir, tmp_path / "dry"), "--dry_run", "true"]
     assert main_of("train.py")(words) == 0
     said = capsys.readouterr().out
     for words in (

@@ -24,18 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TRIES = int(os.environ.get("TWEETDORA_SOAK", "2"))  # `make soak` says more
 
 
-@pytest.fixture(scope="module")
-def sharp_dir(make_model, tokenizer, tmp_path_factory) -> str:
-    """A tiny model whose answers an adapter can move."""
-    folder = tmp_path_factory.mktemp("sharp") / "tiny-sharp"
-    make_model(initializer_range=0.4).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def test_a_run_that_is_killed_over_and_over_ends_bit_for_bit_as_one_that_was_not(sharp_dir, data_dir, tmp_path):
+def test_a_run_that_is_killed_over_and_over_ends_bit_for_bit_as_one_that_was_not(teachable_dir, data_dir, tmp_path):
     """kill -9 at seeded random moments of loading, steps, validation and saves; see soak.py."""
-    words = [str(ROOT / "tests/soak.py"), sharp_dir, data_dir, str(tmp_path / "soak"), "--tries", str(TRIES)]
+    words = [str(ROOT / "tests/soak.py"), teachable_dir, data_dir, str(tmp_path / "soak"), "--tries", str(TRIES)]
     done = subprocess.run(
         [sys.executable, *words],
         cwd=tmp_path,
@@ -71,18 +62,18 @@ def start(*words: str, folder: Path, **environment: str) -> subprocess.Completed
 
 
 @pytest.fixture(scope="module")
-def straight(sharp_dir, data_dir, tmp_path_factory) -> Path:
+def straight(teachable_dir, data_dir, tmp_path_factory) -> Path:
     """A run that nothing happened to."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    assert train(train_flags(sharp_dir, data_dir, run_dir)) == 0
+    assert train(train_flags(teachable_dir, data_dir, run_dir)) == 0
     return run_dir
 
 
 @pytest.fixture
-def stopped(sharp_dir, data_dir, tmp_path, monkeypatch) -> tuple[Path, list[str]]:
+def stopped(teachable_dir, data_dir, tmp_path, monkeypatch) -> tuple[Path, list[str]]:
     """A run that was cut off after step 6, and its command: checkpoints of steps 4 and 6."""
     run_dir = tmp_path / "run"
-    flags = train_flags(sharp_dir, data_dir, run_dir)
+    flags = train_flags(teachable_dir, data_dir, run_dir)
     with monkeypatch.context() as patch:
 
         def cut_off(self, *arguments):
@@ -155,9 +146,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_full_disk_during_a_save_costs_that_checkpoint_only(sharp_dir, data_dir, straight, tmp_path):
+def test_a_full_disk_during_a_save_costs_that_checkpoint_only(teachable_dir, data_dir, straight, tmp_path):
     run_dir = tmp_path / "run"
-    flags = train_flags(sharp_dir, data_dir, run_dir)
+    flags = train_flags(teachable_dir, data_dir, run_dir)
     done = start("-c", FULL_DISK, str(ROOT / "train.py"), *flags, folder=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout[-2000:]
     message = f"train.py: the checkpoint of step 4 could not be written to {run_dir} ("
@@ -168,21 +159,41 @@ def test_a_full_disk_during_a_save_costs_that_checkpoint_only(sharp_dir, data_di
     assert not (run_dir / SAVING_DIR).exists()
 
 
-def test_a_folder_that_takes_no_checkpoint_is_said(sharp_dir, data_dir, tmp_path):
+# The disk of the second of two processes is full.
+FULL_IN_ONE = """
+import errno, os, runpy, sys
+from tweetdora import trainer
+save = trainer.AnswerTrainer._save_rng_state
+def full(self, folder):
+    if os.environ["RANK"] == "1" and self.state.global_step == 4:
+        raise OSError(errno.ENOSPC, "no room here")
+    save(self, folder)
+trainer.AnswerTrainer._save_rng_state = full
+sys.argv[0] = "train.py"
+sys.exit(runpy.run_path({root!r} + "/train.py")["main"]())
+"""
+
+
+def test_a_save_that_fails_in_one_process_is_the_end_of_all_with_the_same_words(teachable_dir, data_dir, tmp_path):
+    script, run_dir, logs = tmp_path / "script.py", tmp_path / "run", tmp_path / "logs"
+    script.write_text(FULL_IN_ONE.format(root=str(ROOT)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--redirects", "3"]
+    flags = train_flags(teachable_dir, data_dir, run_dir)
+    done = start(*launch, "--log-dir", str(logs), str(script), *flags, folder=tmp_path)
+    assert done.returncode == 1
+    said = [path.read_text() for path in logs.rglob("stderr.log")]
+    message = f"InputError: the checkpoint of step 4 could not be written to {run_dir} ([Errno 28] no room here); "
+    assert len(said) == 2 and all(f"{message}{run_dir}/checkpoint-2 is whole." in text for text in said)
+    assert [os.path.basename(path) for path in all_checkpoints(str(run_dir))] == ["checkpoint-2"]
+    assert not (run_dir / SAVING_DIR).exists()
+
+
+def test_a_folder_that_takes_no_checkpoint_is_said(teachable_dir, data_dir, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / SAVING_DIR).write_text("in the way")  # as root, who runs CI, no right is missing
     with pytest.raises(InputError, match="the checkpoint of step 2 could not be written to .*there is none before it"):
-        train(train_flags(sharp_dir, data_dir, run_dir))
-
-
-SMALL_FILES = """
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+        train(train_flags(teachable_dir, data_dir, run_dir))
 
 
 def test_a_full_disk_during_evaluation_leaves_the_older_results(straight, tmp_path):
@@ -190,7 +201,7 @@ def test_a_full_disk_during_evaluation_leaves_the_older_results(straight, tmp_pa
     words = [str(ROOT / "evaluate.py"), str(straight), "--output_dir", str(results), "--bootstrap_samples", "50"]
     assert start(*words, folder=tmp_path).returncode == 0
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
-    done = start("-c", SMALL_FILES, *words, folder=tmp_path)
+    done = start(str(ROOT / "tests/small_files.py"), "1000", *words, folder=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stdout
     assert re.search(r"^evaluate.py: \[Errno 27\] File too large.*Make room, or name another", done.stdout, re.M)
     (left,) = set(results.rglob("*.part"))
@@ -212,11 +223,11 @@ sys.exit(runpy.run_path({root!r} + "/train.py")["main"]())
 """
 
 
-def test_a_signal_to_one_of_two_validating_processes_stops_both_with_a_checkpoint(sharp_dir, data_dir, tmp_path):
+def test_a_signal_to_one_of_two_validating_processes_stops_both_with_a_checkpoint(teachable_dir, data_dir, tmp_path):
     script, run_dir = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SIGNAL_IN_VALIDATION.format(root=str(ROOT)))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = start(*launch, *train_flags(sharp_dir, data_dir, run_dir), folder=tmp_path)
+    done = start(*launch, *train_flags(teachable_dir, data_dir, run_dir), folder=tmp_path)
     assert done.returncode != 0 and f"Stopped at step 4 of {STEPS}; its checkpoint is in {run_dir}" in done.stdout
     assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
     assert find_damage(str(run_dir / "checkpoint-4")) is None
@@ -225,9 +236,9 @@ def test_a_signal_to_one_of_two_validating_processes_stops_both_with_a_checkpoin
     assert {path.name for path in run_dir.glob("checkpoint-4/rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
-def test_sigterm_while_all_is_set_up_ends_at_once_and_leaves_nothing(sharp_dir, data_dir, tmp_path):
+def test_sigterm_while_all_is_set_up_ends_at_once_and_leaves_nothing(teachable_dir, data_dir, tmp_path):
     """Nothing was computed yet; the shell's status for it is 143."""
-    words = [sys.executable, str(ROOT / "train.py"), *train_flags(sharp_dir, data_dir, tmp_path / "run")]
+    words = [sys.executable, str(ROOT / "train.py"), *train_flags(teachable_dir, data_dir, tmp_path / "run")]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and not any("libtorch" in m.path for m in psutil.Process(process.pid).memory_maps()):
         time.sleep(0.05)
@@ -240,10 +251,10 @@ def test_sigterm_while_all_is_set_up_ends_at_once_and_leaves_nothing(sharp_dir, 
 # Hostile input
 
 
-def test_code_in_a_model_folder_is_not_run(sharp_dir, tmp_path):
+def test_code_in_a_model_folder_is_not_run(teachable_dir, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    for path in Path(sharp_dir).iterdir():
+    for path in Path(teachable_dir).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     config |= {"auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Config"}, "model_type": "evil"}

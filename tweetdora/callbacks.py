@@ -33,13 +33,20 @@ def after_divergence(training: TrainConfig) -> str:
     return f"Start anew in another --output_dir with a lower --learning_rate{precision}{good}."
 
 
+class _OfTrainer(TrainerCallback):
+    """A callback that looks at more of its trainer than it is handed."""
+
+    def __init__(self, trainer: "AnswerTrainer") -> None:
+        self.trainer = trainer
+
+
 class LogBeforeCheckpoint(TrainerCallback):
     """A training line for each checkpoint and for the end: no step is missing from the lines of a resumed run."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for the line. A checkpoint may also follow from a validation (--save_strategy best)."""
+        """Ask for the line. A checkpoint may also follow from a validation, if a signal cuts that off."""
         if control.should_save or control.should_evaluate or control.should_training_stop:
             control.should_log = True
         return control
@@ -47,11 +54,8 @@ class LogBeforeCheckpoint(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class MakeUpForEvaluation(TrainerCallback):
+class MakeUpForEvaluation(_OfTrainer):
     """A resumed run begins with the validation that the interruption cost it, and is then as one never stopped."""
-
-    def __init__(self, trainer: "AnswerTrainer") -> None:
-        self.trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,11 +71,8 @@ class MakeUpForEvaluation(TrainerCallback):
                 raise EvaluationStopped
 
 
-class StopOnBrokenGradient(TrainerCallback):
+class StopOnBrokenGradient(_OfTrainer):
     """A loss can be finite and its gradient not: the weights, and the next checkpoint, would be NaN."""
-
-    def __init__(self, trainer: "AnswerTrainer") -> None:
-        self.trainer = trainer
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,11 +137,8 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
-class TrackAnswers(TrainerCallback):
+class TrackAnswers(_OfTrainer):
     """After each validation: confusion matrix and sample answers to W&B."""
-
-    def __init__(self, trainer: "AnswerTrainer") -> None:
-        self.trainer = trainer
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

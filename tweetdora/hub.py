@@ -3,7 +3,6 @@
 import os
 import socket
 import sys
-from functools import cache
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -40,8 +39,9 @@ def _reachable() -> bool:
         return False
 
 
-# Commits of runs that go on, by name, revision that was asked for, and kind of repository.
-_known: dict[tuple[str, str | None, str], str] = {}
+# By name, revision that was asked for, and kind of repository: asked once in a process, as train and validation split
+# must be of one commit, too.
+_commits: dict[tuple[str, str | None, str], str] = {}
 
 
 def pin_revision(name: str, revision: str | None, repo_type: str = "model") -> str | None:
@@ -54,21 +54,16 @@ def pin_revision(name: str, revision: str | None, repo_type: str = "model") -> s
         return None
     if name.count("/") != 1:
         return revision
-    if (known := _known.get((name, revision, repo_type))) is not None:
-        return known
+    key = (name, revision, repo_type)
     try:
-        return _commit_of(name, revision, repo_type)
+        if key not in _commits:
+            _commits[key] = HfApi().resolve_revision(name, revision=revision, repo_type=repo_type).resolved
     except (RevisionResolutionError, HTTPError, OSError, ValueError):  # the last: a name that cannot be one
         return revision
+    return _commits[key]
 
 
 def remember_commit(name: str, revision: str | None, repo_type: str, commit: str | None) -> None:
     """Let pin_revision give this commit from now on: a resumed run is of the commits that it began with."""
     if commit is not None:
-        _known[name, revision, repo_type] = commit
-
-
-@cache
-def _commit_of(name: str, revision: str | None, repo_type: str) -> str:
-    """Asked once in a process: train and validation split must be of one commit, too."""
-    return HfApi().resolve_revision(name, revision=revision, repo_type=repo_type).resolved
+        _commits[name, revision, repo_type] = commit

@@ -62,8 +62,11 @@ def find_checkpoint(training: TrainConfig) -> tuple[str | None, list[str]]:
     """The checkpoint to go on from, None for a new run; and a line for each damaged one that is passed over.
 
     Raises:
-        InputError: the run folder is taken, or there is nothing to go on from.
+        InputError: the run folder is taken, there is nothing to go on from, or something that is allowed to differ
+            cannot be.
     """
+    if unknown := sorted(set(training.allow_changes) - _MAY_DIFFER.keys()):
+        raise InputError(f"--allow_changes {' '.join(unknown)}: expected some of {', '.join(_MAY_DIFFER)}.")
     asked = training.resume_from_checkpoint
     folder = training.output_dir
     run_file = os.path.join(folder, RUN_FILE)
@@ -272,8 +275,6 @@ def check_same_run(saved: dict[str, Any], planned: dict[str, Any], allowed: Sequ
     Raises:
         InputError: names every setting that differs and was not allowed.
     """
-    if unknown := sorted(set(allowed) - _MAY_DIFFER.keys()):
-        raise InputError(f"--allow_changes {' '.join(unknown)}: expected some of {', '.join(_MAY_DIFFER)}.")
     refused, changes = [], []
     for name, before, now in _differences(saved, planned):
         kind = next((kind for kind in _MAY_DIFFER if name == kind or name.startswith(f"{kind}.")), None)

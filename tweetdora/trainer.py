@@ -219,8 +219,8 @@ class AnswerTrainer(Trainer):
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         if self.evaluation_is_due():
             self.evaluate()
-        # The Trainer's last line, which came after the checkpoint; log() puts in the mean loss.
-        self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
+        # The Trainer's last line, which comes after the checkpoint.
+        self.log({"total_flos": self.state.total_flos, "train_loss": mean_loss(self.state.log_history)})
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer writes a checkpoint: beside, not in its place."""
