@@ -1,7 +1,7 @@
 # make demo     the main job on a real model and real tweets, offline but for the packages; ends with a table
 # make test     all tests, offline
 # make soak     kill -9 a run at random moments, 20 runs over, and compare each with one left alone
-# make quality  formatter and linter
+# make quality  formatter, linter and type checker
 # make bench    measure this project side by side with TRL and PEFT, about an hour and a half on two cores
 # Each makes .venv from the pinned requirements when it is missing or older than they are. Nothing global is touched.
 
@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR := runs/demo
-# For a shorter demo: make demo TRAIN_FLAGS="--max_steps 10" EVALUATE_FLAGS="--max_samples 50"
+# For a shorter demo: make demo TRAIN_FLAGS="--max_steps 10" EVALUATE_FLAGS="--max_eval_samples 50"
 TRAIN_FLAGS ?=
 EVALUATE_FLAGS ?=
 # For a smoke test: make bench BENCH_FLAGS=--quick
@@ -33,12 +33,14 @@ soak: $(VENV)/.dev
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --follow-imports silent evaluate.py
 
 bench: $(VENV)/.dev assets
 	$(BIN)/python -m bench $(BENCH_FLAGS)
 
 assets: $(VENV)/.runtime
-	$(BIN)/python -m tweetdora.quickstart
+	$(BIN)/python -m quickstart
 
 $(VENV)/.runtime: requirements.txt
 	@echo "Installing the pinned packages into $(VENV), a minute or two ..."

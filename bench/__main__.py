@@ -2,7 +2,7 @@
 
     python -m bench                          # everything but --full, in about an hour and a half
     python -m bench --only training memory   # some parts; the others stay in the record as they are
-    python -m bench --quick                  # a smoke test: 2 steps of 8 rows, into runs/bench/quick.json
+    python -m bench --quick                  # a smoke test: 2 steps of 8 examples, into runs/bench/quick.json
 
 The parts: training (steps, losses, share of the GEMM rate, projection), memory, methods (DoRA against LoRA), prompts
 (longer ones), generation, launch, and full (the published recipe, with --full or --only full). Each runs in processes
@@ -25,19 +25,13 @@ from typing import Any
 
 import torch
 
+from bench.record import BenchData, BenchPart, BenchRecord, read_bench, write_bench
 from bench.report import table
 from bench.settings import Settings
 from tweetdora.cli import run_script
-from tweetdora.data import load_rows
-from tweetdora.records import (
-    RECORD_VERSION,
-    environment,
-    read_json,
-    use_cpu_threads,
-    utc_now,
-    without_folders,
-    write_json,
-)
+from tweetdora.device import use_cpu_threads
+from tweetdora.files import read_json, write_json
+from tweetdora.provenance import environment, utc_now, without_folders
 
 # Of each part the function and its runs, the words between colons being the function's arguments.
 PARTS = {
@@ -62,11 +56,11 @@ QUICK = {
     "steps": 2,
     "warmup": 1,
     "loss_steps": 2,
-    "answer_rows": 8,
-    "answer_batch": 4,
+    "generation_examples": 8,
+    "generation_batch": 4,
     "tune_steps": 2,
-    "validation_rows": 8,
-    "train_rows": 64,
+    "validation_examples": 8,
+    "train_examples": 64,
 }
 
 
@@ -78,15 +72,16 @@ def main(argv: list[str] | None = None) -> int:
         work(options.worker, settings, options.output)
         return 0
     output = options.output or (QUICK_OUTPUT if options.quick else OUTPUT)
-    record = read_json(output) if os.path.isfile(output) else {"record_version": RECORD_VERSION, "parts": {}}
+    parts = read_bench(output).parts
     facts = describe(argv, settings)  # once: the record itself, written after each part, may be a tracked file
     for part in options.only:
-        header = {**facts, "created": utc_now()}
-        before = cpu_times()
+        created, before = utc_now(), cpu_times()
         samples = {variant: run_worker(part, variant, argv) for variant in PARTS[part][1]}
-        record["parts"][part] = {**header, "stolen_share": stolen_share(before, cpu_times()), "samples": samples}
-        write_json(output, record)
-    print(f"\n{table(record['parts'])}\n\nWrote {output}.")
+        parts[part] = BenchPart(
+            **facts, created=created, stolen_share=stolen_share(before, cpu_times()), samples=samples
+        )
+        write_bench(output, BenchRecord(parts))
+    print(f"\n{table(parts)}\n\nWrote {output}.")
     return 0
 
 
@@ -95,7 +90,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     parser = argparse.ArgumentParser("python -m bench", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"Parts to run: {', '.join(PARTS)}.")
-    parser.add_argument("--quick", action="store_true", help="2 steps of 8 rows: whether it runs, not how fast.")
+    parser.add_argument("--quick", action="store_true", help="2 steps of 8 examples: whether it runs, not how fast.")
     parser.add_argument("--full", action="store_true", help="Run the whole published recipe too.")
     parser.add_argument("--output", metavar="FILE", help=f"The record; without it {OUTPUT}.")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # this process is to do one run: part:variant
@@ -114,14 +109,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
 
 def describe(argv: list[str], settings: Settings) -> dict[str, Any]:
     """What a record says of each part beside its samples: how, on what and with which code."""
-    facts = environment()
-    facts["packages"]["trl"] = importlib.metadata.version("trl")
+    found, examples = environment(), settings.load("train", settings.train_examples)
+    if examples.source is None:
+        raise AssertionError("loaded examples have a source")
     return {
         "command": shlex.join(["python", "-m", "bench", *map(without_folders, argv)]),
-        "settings": dataclasses.asdict(settings),
-        "data": load_rows(settings.task(), "train").head(settings.train_rows).source,
+        "settings": settings,
+        "data": BenchData(**vars(examples.source), num_examples=len(examples), sha256=examples.sha256),
         "openmp": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
-        "environment": facts,
+        "environment": dataclasses.replace(
+            found, packages={**found.packages, "trl": importlib.metadata.version("trl")}
+        ),
     }
 
 

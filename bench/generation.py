@@ -1,4 +1,4 @@
-"""Answering side by side: answer_rows against transformers' generate with left padding, base and tuned model."""
+"""Answering side by side: generate_all against transformers' generate with left padding, base and tuned model."""
 
 import tempfile
 import time
@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.settings import Settings
 from bench.sides import CPU, our_side, time_in_turn
-from tweetdora.data import Rows, make_rows
-from tweetdora.generation import Answer, answer_rows, generate_packed, generate_plainly
+from tweetdora.data import Examples, make_examples
+from tweetdora.generation import Generation, generate_all, generate_packed, generate_padded
 from tweetdora.modeling import DTYPES, load_base
-from tweetdora.prompts import Encoder, stop_token_ids
+from tweetdora.prompts import PromptTokenizer, stop_token_ids
 
 MAX_NEW_TOKENS = 16
 EVALUATE_BATCH = 128  # evaluate.py's default
@@ -20,19 +20,25 @@ EVALUATE_BATCH = 128  # evaluate.py's default
 
 def measure_generation(settings: Settings) -> dict[str, Any]:
     """Base and tuned model in float32 and bf16, both ways on the same batches in turn; then a whole validation set."""
-    encoder, rows = settings.encoder(), settings.validation(settings.answer_rows)
+    prompt_tokenizer, examples = settings.prompt_tokenizer(), settings.load("validation", settings.generation_examples)
     measured: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS}
     with tempfile.TemporaryDirectory() as tuned:
         measured["tuning_losses"] = save_tuned(settings, tuned)
         for name, folder in (("base", settings.model), ("tuned", tuned)):
             for precision in ("fp32", "bf16"):
-                measured[f"{name}_{precision}"] = compare_answers(settings, folder, precision, encoder, rows)
+                measured[f"{name}_{precision}"] = compare_generations(
+                    settings, folder, precision, prompt_tokenizer, examples
+                )
         model = load_base(tuned, None, DTYPES["bf16"], CPU)
-    rows = settings.validation(settings.validation_rows)
-    answer_ours(model, encoder, rows.head(EVALUATE_BATCH), settings, EVALUATE_BATCH)  # warm-up
+    examples = settings.load("validation", settings.validation_examples)
+    answer_ours(model, prompt_tokenizer, examples.head(EVALUATE_BATCH), settings, EVALUATE_BATCH)  # warm-up
     started = time.perf_counter()
-    answer_ours(model, encoder, rows, settings, EVALUATE_BATCH)
-    measured["validation"] = {"rows": len(rows), "seconds": time.perf_counter() - started, "batch": EVALUATE_BATCH}
+    answer_ours(model, prompt_tokenizer, examples, settings, EVALUATE_BATCH)
+    measured["validation"] = {
+        "num_examples": len(examples),
+        "seconds": time.perf_counter() - started,
+        "batch": EVALUATE_BATCH,
+    }
     return measured
 
 
@@ -40,38 +46,41 @@ def save_tuned(settings: Settings, folder: str) -> list[float]:
     """Train an adapter for a few steps, merge it, and save the model; the losses."""
     side = our_side(settings, "fp32", learning_rate=5e-4)
     losses = [side.step(batch) for batch in settings.batches(settings.tune_steps)]
-    side.model.merge_and_unload(safe_merge=True).save_pretrained(folder)
-    settings.encoder().tokenizer.save_pretrained(folder)
+    model: Any = side.model
+    model.merge_and_unload(safe_merge=True).save_pretrained(folder)
+    settings.prompt_tokenizer().tokenizer.save_pretrained(folder)
     return losses
 
 
-def compare_answers(
-    settings: Settings, folder: str, precision: str, encoder: Encoder, rows: Rows
+def compare_generations(
+    settings: Settings, folder: str, precision: str, prompt_tokenizer: PromptTokenizer, examples: Examples
 ) -> dict[str, list[Any] | int]:
     """Seconds of every batch by both ways, and how many answers are the same, token for token.
 
-    Prompts of like length share a batch on both sides, as answer_rows does by itself: the faster order for both.
+    Prompts of like length share a batch on both sides, as generate_all does by itself: the faster order for both.
     """
     ours = load_base(folder, None, DTYPES[precision], CPU)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).eval()
-    stop_ids = stop_token_ids(plain, encoder.tokenizer, encoder.stop_token_id)
-    prompts, _ = encoder.prompt_ids(rows.texts)
-    longest_first = sorted(range(len(rows)), key=lambda index: -len(prompts[index]))
-    size = settings.answer_batch
-    chunks = [longest_first[start : start + size] for start in range(0, len(rows), size)]
+    stop_ids = stop_token_ids(plain, prompt_tokenizer.tokenizer, prompt_tokenizer.stop_token_id)
+    prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
+    longest_first = sorted(range(len(examples)), key=lambda index: -len(prompts[index]))
+    size = settings.generation_batch
+    chunks = [longest_first[start : start + size] for start in range(0, len(examples), size)]
     chunks = [chunks[0], *chunks]  # the first of them is the warm-up
-    batches = [make_rows([rows.texts[i] for i in chunk], [rows.classes[i] for i in chunk], {}) for chunk in chunks]
+    batches = [
+        make_examples([examples.texts[i] for i in chunk], [examples.labels[i] for i in chunk]) for chunk in chunks
+    ]
     measured = time_in_turn(
         {
-            "plain": lambda number: answer_plainly(plain, encoder, batches[number], stop_ids),
-            "ours": lambda number: answer_ours(ours, encoder, batches[number], settings, size),
+            "plain": lambda number: answer_plainly(plain, prompt_tokenizer, batches[number], stop_ids),
+            "ours": lambda number: answer_ours(ours, prompt_tokenizer, batches[number], settings, size),
         },
         rounds=len(chunks) - 1,
         warmup=1,
     )
     same = 0
     for chunk, answers in zip(chunks[1:], measured["plain"]["results"][1:], strict=True):
-        # answer_rows gives text, not ids, so the ids are generated once more, not timed.
+        # generate_all gives text, not ids, so the ids are generated once more, not timed.
         ids = generate_packed(ours, [prompts[i] for i in chunk], stop_ids, MAX_NEW_TOKENS)
         same += sum(until_stop(own, stop_ids) == answer for own, (answer, _) in zip(ids, answers, strict=True))
     texts = {
@@ -80,7 +89,7 @@ def compare_answers(
     }
     return {
         "plain_attention": plain.config._attn_implementation,
-        "rows": [len(chunk) for chunk in chunks[1:]],
+        "num_examples": [len(chunk) for chunk in chunks[1:]],
         "plain_seconds": measured["plain"]["seconds"],
         "our_seconds": measured["ours"]["seconds"],
         "same_tokens": same,
@@ -89,23 +98,31 @@ def compare_answers(
     }
 
 
-def answer_ours(model: PreTrainedModel, encoder: Encoder, rows: Rows, settings: Settings, size: int) -> list[Answer]:
+def answer_ours(
+    model: PreTrainedModel, prompt_tokenizer: PromptTokenizer, examples: Examples, settings: Settings, size: int
+) -> list[Generation]:
     """Answers as evaluate.py gets them."""
     words = settings.task().label_words
-    answers, _ = answer_rows(
-        model, encoder.tokenizer, encoder, rows, words, batch_size=size, max_new_tokens=MAX_NEW_TOKENS
+    answers, _ = generate_all(
+        model,
+        prompt_tokenizer.tokenizer,
+        prompt_tokenizer,
+        examples,
+        words,
+        batch_size=size,
+        max_new_tokens=MAX_NEW_TOKENS,
     )
-    return answers
+    return [answer for answer in answers if answer is not None]
 
 
 @torch.no_grad()
 def answer_plainly(
-    model: PreTrainedModel, encoder: Encoder, rows: Rows, stop_ids: list[int]
+    model: PreTrainedModel, prompt_tokenizer: PromptTokenizer, examples: Examples, stop_ids: list[int]
 ) -> list[tuple[list[int], str]]:
     """Ids and text of each answer as a user would write it: tokenise, model.generate, decode."""
-    prompts, _ = encoder.prompt_ids(rows.texts)
-    answers = [until_stop(ids, stop_ids) for ids in generate_plainly(model, prompts, stop_ids, MAX_NEW_TOKENS)]
-    return [(ids, encoder.tokenizer.decode([i for i in ids if i not in stop_ids])) for ids in answers]
+    prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
+    answers = [until_stop(ids, stop_ids) for ids in generate_padded(model, prompts, stop_ids, MAX_NEW_TOKENS)]
+    return [(ids, str(prompt_tokenizer.tokenizer.decode([i for i in ids if i not in stop_ids]))) for ids in answers]
 
 
 def until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:

@@ -1,18 +1,9 @@
-"""Check and time on one NVIDIA GPU what `python -m bench` measures on a CPU. NOT YET RUN ON A GPU, only on a CPU.
+"""Check and time on one NVIDIA GPU what `python -m bench` measures on a CPU. Not yet run on a GPU, only on a CPU.
 
     python -m bench.gpu --out FOLDER                       # everything, in one call: FOLDER/gpu.json and a table
     python -m bench.gpu --out FOLDER --tiny --device cpu   # whether it runs, in seconds
 
-A machine without network may lack datasets, which tweetdora imports, and TRL. Then carry their wheels: here, once,
-
-    echo /.whl/ >> .git/info/exclude
-    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d .whl \\
-        datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.16.0
-
-and there, with .whl carried,
-
-    python3 -m pip install -q --no-index --no-deps --target .site .whl/*.whl && export PYTHONPATH=$PWD/.site || exit
-    HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 python3 -m bench.gpu --out $OUT
+Besides tweetdora's requirements it needs TRL (requirements-dev.txt) for that column only.
 
 The model is OuteAI/Lite-Oute-1-300M-Instruct's architecture with random weights, unless --model names a folder; the
 rows are random ids of the recipe's lengths. A step is collation, copy, forward, backward, clipping and fused AdamW on
@@ -48,28 +39,32 @@ from torch.profiler import profile
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from bench.figures import format_spread, format_table, ratios, spread
+from bench.stats import format_spread, format_table, ratios, spread
 from tweetdora.config import ModelConfig
+from tweetdora.device import hardware
+from tweetdora.files import write_json
+from tweetdora.generation import generate_packed, generate_padded
 from tweetdora.modeling import attach_adapter, load_base
-from tweetdora.records import git_state, hardware, utc_now, write_json
-
-try:
-    from tweetdora.generation import generate_packed, generate_plainly
-    from tweetdora.packing import PackedCollator, PaddedCollator
-    from tweetdora.prompts import IGNORE_INDEX
-except ModuleNotFoundError as missing:
-    raise ImportError(f"{missing}; carry its wheel as the docstring of bench/gpu.py shows.") from missing
+from tweetdora.packing import PackedCollator, PaddedCollator
+from tweetdora.prompts import IGNORE_INDEX
+from tweetdora.provenance import git_state, utc_now
 
 # The base model's own config.json, and one for the test.
-FULL = dict(vocab_size=32768, hidden_size=896, intermediate_size=3584, num_hidden_layers=20, num_attention_heads=16)
-TINY = dict(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16)
-COMMON = dict(num_key_value_heads=8, max_position_embeddings=4096, sliding_window=4096, tie_word_embeddings=False)
+FULL: dict[str, Any] = dict(
+    vocab_size=32768, hidden_size=896, intermediate_size=3584, num_hidden_layers=20, num_attention_heads=16
+)
+TINY: dict[str, Any] = dict(
+    vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16
+)
+COMMON: dict[str, Any] = dict(
+    num_key_value_heads=8, max_position_embeddings=4096, sliding_window=4096, tie_word_embeddings=False
+)
 PREFIX, OWN_LENGTHS = 46, (20, 60)  # tokens of the system prompt; of a text with its answer and stop token
 STOP, WORDS = 2, (5, 6, 7)  # token ids: <|im_end|>, and one for each label
 TARGETS = {"k_v": ["k_proj", "v_proj"], "all-linear": ["all-linear"]}
 FP32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = 1e-4  # ||a - b|| / ||b||: float32 lands far below it, TF32 above
-GOAL = "<= 20 s on one H200"  # 625 steps of 16 rows: the published recipe
+GOAL = "<= 20 s"  # 625 steps of 16 examples: the published recipe
 
 
 @dataclass
@@ -83,19 +78,19 @@ class Job:
     steps: int = 625
     batch: int = 16
     block: int = 25  # steps of one side before it is the next one's turn
-    rounds: int = 40  # steps of each adapter method, and repeats of the launches' figures
+    rounds: int = 40  # steps of each adapter method, and repeats of the launches
     prompts: int = 2_000
-    answer_batch: int = 128  # evaluate.py's default
+    generation_batch: int = 128  # evaluate.py's default
 
     def rows(self, count: int) -> list[dict[str, Any]]:
-        """Rows as encode_rows makes them, of random ids, the same in every run."""
+        """Examples as tokenize_examples makes them, of random ids, the same in every run."""
         rng, ids, rows = random.Random(0), range(8, self.vocabulary), []
         prefix = rng.choices(ids, k=PREFIX)
-        for row_id in range(count):
+        for example_id in range(count):
             prompt = prefix + rng.choices(ids, k=rng.randint(*OWN_LENGTHS) - 2)
             answer = [rng.choice(WORDS), STOP]
             labels = [IGNORE_INDEX] * len(prompt) + answer
-            rows.append({"input_ids": prompt + answer, "labels": labels, "row_id": row_id})
+            rows.append({"input_ids": prompt + answer, "labels": labels, "example_id": example_id})
         return rows
 
     def batches(self, count: int) -> list[list[dict[str, Any]]]:
@@ -116,7 +111,7 @@ class Job:
         """The base as train.py loads it, or as transformers does by itself."""
         if not plain:
             return load_base(self.model, None, dtype, torch.device(self.device))
-        base = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype, attn_implementation="sdpa")
+        base: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype, attn_implementation="sdpa")
         return base.to(self.device).eval()
 
     def adapted(self, kind: str, dtype: torch.dtype, targets: str = "k_v", start: Any = None) -> Any:
@@ -162,7 +157,7 @@ def disturb(model: Any) -> Any:
 
 def loss_and_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean loss, and logits (K, V); trainer.supervised_loss_sum does the same, but its module needs wandb."""
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "row_ids")}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "example_ids")}
     logits = model(**inputs, use_cache=False).logits.float().flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, batch["labels"].flatten()), logits
 
@@ -172,7 +167,8 @@ class Side:
 
     def __init__(self, job: Job, model: Any, collate: Callable[..., Any], backward: Any = None) -> None:
         self.job, self.model, self.collate, self.backward = job, model, collate, backward or self._backward
-        self.weights, self.losses = list(adapter_of(model).values()), []
+        self.weights = list(adapter_of(model).values())
+        self.losses: list[torch.Tensor] = []
         self.optimizer = torch.optim.AdamW(self.weights, lr=3e-5, weight_decay=0.0, fused=True)
 
     def _backward(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -204,9 +200,14 @@ def trl_side(job: Job, dtype: torch.dtype, rows: list[dict[str, Any]]) -> Side:
     given = [{"input_ids": row["input_ids"], "completion_mask": mask} for row, mask in zip(rows, masks, strict=True)]
     words = models.WordLevel({f"t{token}": token for token in range(job.vocabulary)}, unk_token="t0")
     stop = {"unk_token": "t0", "eos_token": f"t{STOP}", "pad_token": f"t{STOP}"}
-    settings = {"bf16": True, "use_cpu": job.device == "cpu", "report_to": "none", "disable_tqdm": True}
+    settings: dict[str, Any] = {
+        "bf16": True,
+        "use_cpu": job.device == "cpu",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     settings |= {"gradient_checkpointing": False, "completion_only_loss": True}
-    trainer = SFTTrainer(
+    trainer: Any = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype),
         args=SFTConfig(output_dir=job.scratch, **settings),
         train_dataset=datasets.Dataset.from_list(given),
@@ -244,11 +245,16 @@ def check_training(job: Job) -> dict[str, Any]:
     return {"errors": record, "passed": all(error < TOLERANCE for errors in exact for error in errors)}
 
 
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    """The gradient of every adapter weight, after a backward pass."""
+    return {name: weight.grad for name, weight in adapter_of(model).items() if weight.grad is not None}
+
+
 def results(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Loss, logits and the gradient of every adapter weight."""
     loss, logits = loss_and_logits(model, batch)
     loss.backward()
-    gradients = {name: weight.grad for name, weight in adapter_of(model).items()}
+    gradients = gradients_of(model)
     model.zero_grad()
     return {"loss": loss.detach(), "logits": logits.detach(), **gradients}
 
@@ -322,17 +328,17 @@ def measure_answers(job: Job) -> dict[str, Any]:
     A tuned model writes two tokens, word and stop; random weights never stop, so the longest answer sets the count.
     """
     prompts = sorted((row["input_ids"][:-2] for row in job.rows(job.prompts)), key=len, reverse=True)
-    batches = [prompts[start : start + job.answer_batch] for start in range(0, len(prompts), job.answer_batch)]
+    batches = [prompts[start : start + job.generation_batch] for start in range(0, len(prompts), job.generation_batch)]
     ours = disturb(job.adapted("ours", FP32))
     plain = job.adapted("plain", FP32, start=ours).eval().get_base_model()
     stop_ids = list(range(STOP, job.vocabulary, 8))
     own = generate_packed(ours.eval().get_base_model(), batches[0], stop_ids, 16)
-    others = generate_plainly(plain, batches[0], stop_ids, 16)
+    others = generate_padded(plain, batches[0], stop_ids, 16)
     # Ours end with the stop token; generate() pads behind it.
     same = [answer + [STOP] * (len(other) - len(answer)) == other for answer, other in zip(own, others, strict=True)]
     record: dict[str, Any] = {"passed": all(same), "same": sum(same), "of": len(same), "lengths": [*map(len, own)]}
     ways = {"ours": partial(generate_packed, job.load(False, BF16))}
-    ways["plain"] = partial(generate_plainly, job.load(True, BF16))
+    ways["plain"] = partial(generate_padded, job.load(True, BF16))
     for count in (2, 16):
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for batch in [batches[0], *batches]:
@@ -377,14 +383,14 @@ def replay(job: Job, side: Side, batch: dict[str, Any]) -> dict[str, Any]:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         eager = [job.seconds(once) for _ in range(3 + job.rounds)][3:]
-        expected = {"loss": once(), **{n: w.grad.clone() for n, w in adapter_of(side.model).items()}}
+        expected = {"loss": once(), **{name: gradient.clone() for name, gradient in gradients_of(side.model).items()}}
     torch.cuda.current_stream().wait_stream(stream)
     side.optimizer.zero_grad()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         loss = side.backward(batch)
     replayed = [job.seconds(graph.replay) for _ in range(3 + job.rounds)][3:]
-    actual = {"loss": loss, **{name: weight.grad for name, weight in adapter_of(side.model).items()}}
+    actual = {"loss": loss, **gradients_of(side.model)}
     return {"eager_seconds": eager, "replay_seconds": replayed, "errors": relative_errors(actual, expected)}
 
 
@@ -398,7 +404,7 @@ PARTS = {
 
 
 def table(parts: dict[str, Any]) -> str:
-    """The figures of the parts that ran, beside what they are to be compared with."""
+    """The numbers of the parts that ran, beside what they are to be compared with."""
     lines = [[f"{name} FAILED", part["error"].splitlines()[-1], ""] for name, part in parts.items() if "error" in part]
     parts = {name: part for name, part in parts.items() if "error" not in part}
     for targets, kinds in parts.get("correctness", {"errors": {}})["errors"].items():
@@ -416,8 +422,8 @@ def table(parts: dict[str, Any]) -> str:
         lines += [[f"{name}: left out", why.splitlines()[-1][:80], ""] for name, why in training["left_out"].items()]
     for targets, seconds in parts.get("methods", {}).items():
         for other, name in (("peft", "PEFT's DoRA"), ("lora", "LoRA")):
-            figures = format_spread(ratios(seconds["ours"], seconds[other]))
-            lines.append([f"{targets}: step of our DoRA over one of {name}", figures, ""])
+            found = format_spread(ratios(seconds["ours"], seconds[other]))
+            lines.append([f"{targets}: step of our DoRA over one of {name}", found, ""])
     if answers := parts.get("answers"):
         lines.append(["answers equal to generate's, fp32", f"{answers['same']} of {answers['of']}", "all"])
         for count in (name for name in answers if name.endswith("new tokens")):
@@ -436,14 +442,19 @@ def table(parts: dict[str, Any]) -> str:
 
 
 def describe(job: Job) -> dict[str, Any]:
-    """Versions, hardware and code; records.environment() would ask for the versions of packages that need not be."""
+    """Versions, hardware and code; environment() would ask for the versions of packages that need not be there."""
     wanted = ("torch", "transformers", "peft", "accelerate", "tokenizers", "datasets", "trl", "triton")
     counts = {name: value for name, value in asdict(job).items() if isinstance(value, int)}
-    facts = {"created": utc_now(), "job": counts}
+    facts: dict[str, Any] = {"created": utc_now(), "job": counts}
     versions = {name: [item.version for item in importlib.metadata.distributions(name=name)][:1] for name in wanted}
     facts |= {"packages": {name: found[0] if found else None for name, found in versions.items()}}
+    git = git_state()
     facts |= {"cuda": torch.version.cuda, "tolerance": TOLERANCE, "goal": GOAL}
-    return facts | {"hardware": hardware(), "git": git_state(), "float32_matmul": torch.get_float32_matmul_precision()}
+    return facts | {
+        "hardware": asdict(hardware()),
+        "git": git and asdict(git),
+        "float32_matmul": torch.get_float32_matmul_precision(),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -468,14 +479,14 @@ def main(argv: list[str] | None = None) -> int:
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config, dtype=FP32).save_pretrained(folder)
         vocabulary = AutoConfig.from_pretrained(options.model).vocab_size if options.model else config.vocab_size
-        counts = dict(steps=4, batch=4, block=2, rounds=2, prompts=12, answer_batch=6) if options.tiny else {}
+        counts = dict(steps=4, batch=4, block=2, rounds=2, prompts=12, generation_batch=6) if options.tiny else {}
         job = Job(options.model or folder, folder, options.device, vocabulary, **counts)
         record = describe(job) | {"model": options.model or "random weights", "parts": {}}
         for name in options.only:
             print(f"{utc_now()} {name}", file=sys.stderr, flush=True)
             try:
                 record["parts"][name] = PARTS[name](job)
-            except Exception:  # recorded; the other parts must not be lost with the lent machine's time
+            except Exception:  # recorded; the other parts' time on the GPU must not be lost
                 record["parts"][name] = {"error": traceback.format_exc(), "passed": False}
             write_json(os.path.join(options.out, "gpu.json"), record)
     print(table(record["parts"]))

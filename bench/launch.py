@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 from bench.settings import Settings
-from tweetdora.records import read_json
+from tweetdora.records import RUN_FILE, RunRecord, read_record
 
 PLAN_MARK = "the-plan-begins"  # the plan that train.py prints when all is loaded begins with the run's name
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)")  # own microseconds, module: python -X importtime
@@ -61,7 +61,7 @@ def import_seconds(lines: list[str]) -> Counter[str]:
     seconds: Counter[str] = Counter()
     for line in lines:
         if found := _IMPORT.match(line):
-            seconds[found[2].partition(".")[0]] += int(found[1]) / 1e6
+            seconds.update({found[2].partition(".")[0]: int(found[1]) / 1e6})
     return seconds
 
 
@@ -70,12 +70,14 @@ def measure_full(settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = os.path.join(folder, "run")
         _, seconds = run_timed([sys.executable, "train.py", *train_flags(settings, run_dir)])
-        result = read_json(os.path.join(run_dir, "run.json"))["result"]
+        result = read_record(RunRecord, os.path.join(run_dir, RUN_FILE)).result
+    if result is None:
+        raise AssertionError("train.py ended well, but its record has no result")
     return {
         "seconds": seconds,
-        "training_seconds": result["seconds"],
-        "steps": result["steps"],
-        "train_loss": result["train_loss"],
+        "training_seconds": result.seconds,
+        "steps": result.steps,
+        "train_loss": result.train_loss,
     }
 
 
@@ -84,8 +86,8 @@ def train_flags(settings: Settings, run_dir: str) -> list[str]:
     task = settings.task()
     flags = ["--model_name_or_path", settings.model, "--dataset_name", task.dataset_name]
     flags += ["--dataset_config", task.dataset_config] if task.dataset_config else []
-    flags += ["--max_train_samples", str(settings.train_rows), "--precision", "bf16"]
-    return [*flags, "--eval_samples", "0", "--report_to", "none", "--output_dir", run_dir]
+    flags += ["--max_train_samples", str(settings.train_examples), "--precision", "bf16"]
+    return [*flags, "--max_eval_samples", "0", "--report_to", "none", "--output_dir", run_dir]
 
 
 def run_timed(command: list[str]) -> tuple[list[tuple[float, str]], float]:
@@ -95,7 +97,7 @@ def run_timed(command: list[str]) -> tuple[list[tuple[float, str]], float]:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
-        lines = [(time.perf_counter() - started, line.rstrip()) for line in process.stdout]
+        lines = [(time.perf_counter() - started, line.rstrip()) for line in process.stdout or ()]
     seconds = time.perf_counter() - started
     if process.returncode:
         tail = "\n".join(line for _, line in lines[-20:])

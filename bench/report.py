@@ -3,19 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bench.figures import format_spread, format_table, ratios, spread
+from bench.record import BenchPart
+from bench.settings import Settings
+from bench.stats import format_spread, format_table, ratios, spread
 
 HEADER = ("what", "ours", "other", "other / ours")
 
 
-def table(parts: dict[str, Any]) -> str:
+def table(parts: dict[str, BenchPart]) -> str:
     """All parts of a record as one table; medians, in brackets the quartiles."""
     rows: list[Sequence[str]] = []
     for name, lines in _LINES.items():
         if name in parts:
-            rows += lines(parts[name]["samples"], parts[name]["settings"])
-            if parts[name].get("stolen_share") is not None:
-                rows.append([f"cores' time that the host took, {name}", f"{parts[name]['stolen_share']:.1%}", "", ""])
+            part = parts[name]
+            rows += lines(part.samples, part.settings)
+            if part.stolen_share is not None:
+                rows.append([f"cores' time that the host took, {name}", f"{part.stolen_share:.1%}", "", ""])
     return format_table(HEADER, rows)
 
 
@@ -24,7 +27,7 @@ def _seconds_row(what: str, ours: Sequence[float], other: Sequence[float]) -> li
     return [what, *cells, format_spread(ratios(other, ours))]
 
 
-def _training(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+def _training(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     rows = []
     for precision, sample in samples.items():
         ours, trl = sample["our_seconds"], sample["trl_seconds"]
@@ -41,13 +44,13 @@ def _training(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[st
         rate = spread([rate / 1e9 for rate in sample["gemm_operations_per_second"]])
         rows.append([f"share of the GEMM rate, {precision}", format_spread(spread(share)), "", ""])
         rows.append([f"GEMM rate, {precision}", "", format_spread(rate, "Gop/s"), ""])
-        steps = -(-settings["train_rows"] // settings["batch_size"])
+        steps = -(-settings.train_examples // settings.batch_size)
         minutes = [f"{spread(seconds)['median'] * steps / 60:.1f} min" for seconds in (ours, trl)]
         rows.append([f"projected: {steps} steps, {precision}", *minutes, ""])
     return rows
 
 
-def _memory(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+def _memory(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     rows = []
     for variant, sample in samples.items():
         precision, side = variant.split(":")
@@ -60,7 +63,7 @@ def _memory(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]
     return rows
 
 
-def _methods(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+def _methods(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     rows = []
     for variant, sample in samples.items():
         precision, targets = variant.split(":")
@@ -71,7 +74,7 @@ def _methods(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str
     return rows
 
 
-def _prompts(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+def _prompts(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     rows = []
     for precision, sample in samples.items():
         for length in (2, 4):
@@ -85,37 +88,37 @@ def _prompts(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str
     return rows
 
 
-def _generation(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+def _generation(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     sample, rows = samples["all"], []
     for name in ("base_fp32", "base_bf16", "tuned_fp32", "tuned_bf16"):
-        figures = sample[name]
+        found = sample[name]
         speeds = [
-            spread([count / seconds for count, seconds in zip(figures["rows"], figures[key], strict=True)])
+            spread([count / seconds for count, seconds in zip(found["num_examples"], found[key], strict=True)])
             for key in ("our_seconds", "plain_seconds")
         ]
         model, precision = name.split("_")
         rows.append(
             [
                 f"answers, {model} model, {precision}, generate",
-                *(format_spread(speed, "tweets/s") for speed in speeds),
-                format_spread(ratios(figures["plain_seconds"], figures["our_seconds"])),
+                *(format_spread(speed, "samples/s") for speed in speeds),
+                format_spread(ratios(found["plain_seconds"], found["our_seconds"])),
             ]
         )
-        equal = f"{figures['same_tokens']} of {sum(figures['rows'])}"
+        equal = f"{found['same_tokens']} of {sum(found['num_examples'])}"
         rows.append([f"answers equal token for token, {model}, {precision}", equal, "", ""])
     done = sample["validation"]
-    rows.append([f"{done['rows']:,} validation tweets, tuned, bf16", f"{done['seconds']:.1f} s", "", ""])
+    rows.append([f"{done['num_examples']:,} validation examples, tuned, bf16", f"{done['seconds']:.1f} s", "", ""])
     return rows
 
 
-def _launch(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
-    sample, what = samples["all"], f"accelerate launch to the first step, {settings['train_rows']:,} rows"
+def _launch(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
+    sample, what = samples["all"], f"accelerate launch to the first step, {settings.train_examples:,} examples"
     rows = [[what, f"{sample['runs'][-1]['to_first_step']:.1f} s", "", ""]]
     names = ("launcher", "imports", "data_tokens_and_model", "trainer_and_first_step")
     return rows + [[f"    of it {name.replace('_', ' ')}", f"{sample['spent'][name]:.1f} s", "", ""] for name in names]
 
 
-def _saving(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+def _saving(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     sample = samples["all"]
     cells = [format_spread(spread(sample[f"{what}_seconds"]), "s") for what in ("save", "step")]
     share = format_spread(ratios(sample["save_seconds"], sample["step_seconds"]))
@@ -125,7 +128,7 @@ def _saving(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]
     ]
 
 
-def _full(samples: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
+def _full(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     sample = samples["all"]
     return [[f"the published recipe, bf16, {sample['steps']} steps", f"{sample['seconds'] / 60:.1f} min", "", ""]]
 

@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from typing import Any
+from unittest import mock
 
 from bench.launch import train_flags
 from bench.settings import Settings
@@ -17,16 +18,17 @@ def measure_saving(settings: Settings) -> dict[str, Any]:
     steps: list[float] = []
     saves: list[float] = []
     sizes: list[int] = []
-    original_step, original_save = trainer.AnswerTrainer.training_step, trainer.AnswerTrainer._save_checkpoint
+    kind = trainer.ClassificationTrainer
+    original_step, original_save = kind.training_step, kind._save_checkpoint
 
-    def training_step(self: trainer.AnswerTrainer, *arguments: Any) -> Any:
+    def training_step(self: trainer.ClassificationTrainer, *arguments: Any) -> Any:
         """A step's forward and backward pass, timed; without the optimizer's part, so that the ratio is too high."""
         began = time.perf_counter()
         result = original_step(self, *arguments)
         steps.append(time.perf_counter() - began)
         return result
 
-    def save_checkpoint(self: trainer.AnswerTrainer, *arguments: Any) -> None:
+    def save_checkpoint(self: trainer.ClassificationTrainer, *arguments: Any) -> None:
         """A save, timed, and its size."""
         began = time.perf_counter()
         original_save(self, *arguments)
@@ -34,13 +36,13 @@ def measure_saving(settings: Settings) -> dict[str, Any]:
         folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         sizes.append(sum(entry.stat().st_size for entry in os.scandir(folder)))
 
-    trainer.AnswerTrainer.training_step, trainer.AnswerTrainer._save_checkpoint = training_step, save_checkpoint
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            flags = train_flags(settings, os.path.join(folder, "run"))
-            count = str(settings.warmup + settings.steps)
-            train.main([*flags, "--max_steps", count, "--save_steps", "1", "--disable_tqdm", "true"])
-    finally:
-        trainer.AnswerTrainer.training_step, trainer.AnswerTrainer._save_checkpoint = original_step, original_save
+    with (
+        mock.patch.object(kind, "training_step", training_step),
+        mock.patch.object(kind, "_save_checkpoint", save_checkpoint),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        flags = train_flags(settings, os.path.join(folder, "run"))
+        count = str(settings.warmup + settings.steps)
+        train.main([*flags, "--max_steps", count, "--save_steps", "1", "--disable_tqdm", "true"])
     kept = slice(settings.warmup, None)
     return {"step_seconds": steps[kept], "save_seconds": saves[kept], "checkpoint_bytes": sizes[-1]}

@@ -1,13 +1,14 @@
-"""What is measured: model, rows and counts; one flag of `python -m bench` for each field."""
+"""What is measured: model, examples and counts; one flag of `python -m bench` for each field."""
 
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from tweetdora.config import SYSTEM_PROMPT, TaskConfig
-from tweetdora.data import Rows, load_rows
+from tweetdora.data import Examples, load_examples
+from tweetdora.hub import pin_revision
 from tweetdora.modeling import load_tokenizer
-from tweetdora.prompts import Encoder, PromptFormat, encode_rows
+from tweetdora.prompts import PromptTokenizer, read_prompt_format, tokenize_examples
 
 _TWEET_EVAL = os.path.join(os.pardir, "shared", "tweet_eval")
 
@@ -16,7 +17,7 @@ def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     """What is measured, and how often."""
 
@@ -26,15 +27,15 @@ class Settings:
         "Tweets: TweetEval where its folder lies beside the checkout, else the quickstart's.",
     )
     dataset_config: str = _setting("sentiment", "Configuration of the data set, where it has several.")
-    batch_size: int = _setting(16, "Rows in a training step.")
+    batch_size: int = _setting(16, "Examples in a training step.")
     steps: int = _setting(20, "Measured steps of each side.")
     warmup: int = _setting(2, "Steps of each side before those.")
     loss_steps: int = _setting(50, "Steps over which the float32 losses are compared.")
-    answer_rows: int = _setting(256, "Validation rows answered by both sides.")
-    answer_batch: int = _setting(32, "Rows that both sides answer at once.")
+    generation_examples: int = _setting(256, "Validation examples answered by both sides.")
+    generation_batch: int = _setting(32, "Examples that both sides answer at once.")
     tune_steps: int = _setting(60, "Training steps of the tuned model that answers, learning rate 5e-4.")
-    validation_rows: int = _setting(2_000, "Validation rows answered by the tuned model.")
-    train_rows: int = _setting(10_000, "Rows of the published recipe: launch, --full and the projection.")
+    validation_examples: int = _setting(2_000, "Validation examples answered by the tuned model.")
+    train_examples: int = _setting(10_000, "Examples of the published recipe: launch, --full and the projection.")
 
     def task(self, prompt_repeats: int = 1) -> TaskConfig:
         """The task, its system prompt repeated to make it longer."""
@@ -42,18 +43,20 @@ class Settings:
         prompt = " ".join([SYSTEM_PROMPT] * prompt_repeats)
         return TaskConfig(dataset_name=self.dataset_name, dataset_config=config, system_prompt=prompt)
 
-    def encoder(self, prompt_repeats: int = 1) -> Encoder:
-        """Token ids of prompts and answers."""
+    def prompt_tokenizer(self, prompt_repeats: int = 1) -> PromptTokenizer:
+        """Token ids of prompts and completions."""
         task, tokenizer = self.task(prompt_repeats), load_tokenizer(self.model)
-        return Encoder(tokenizer, PromptFormat.from_template(tokenizer, task), task.max_length)
+        return PromptTokenizer(tokenizer, read_prompt_format(tokenizer, task), task.max_length)
 
     def batches(self, count: int, prompt_repeats: int = 1) -> list[list[dict[str, Any]]]:
         """The first `count` training batches, in the data set's order; they begin again where there are fewer."""
-        rows = load_rows(self.task(prompt_repeats), "train").head(count * self.batch_size)
-        examples = encode_rows(rows, self.encoder(prompt_repeats)).examples
+        examples = self.load("train", count * self.batch_size, prompt_repeats)
+        features = tokenize_examples(examples, self.prompt_tokenizer(prompt_repeats)).features
         places = [range(number * self.batch_size, (number + 1) * self.batch_size) for number in range(count)]
-        return [[examples[place % len(examples)] for place in batch] for batch in places]
+        return [[features[place % len(features)] for place in batch] for batch in places]
 
-    def validation(self, count: int) -> Rows:
-        """The first `count` validation rows."""
-        return load_rows(self.task(), "validation").head(count)
+    def load(self, split: str, count: int, prompt_repeats: int = 1) -> Examples:
+        """The first `count` examples of a split."""
+        task = self.task(prompt_repeats)
+        revision = pin_revision(task.dataset_name, task.dataset_revision, "dataset")
+        return load_examples(task, split, revision).head(count)

@@ -16,7 +16,7 @@ it leaves the others out where it has Triton. Both sides have the threads that i
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -101,7 +101,7 @@ def trl_side(settings: Settings, precision: str, rows: list[dict[str, Any]], fol
             task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["k_proj", "v_proj"], use_dora=True
         ),
     )
-    prepared = trainer.train_dataset.to_list()
+    prepared = cast(Any, trainer.train_dataset).to_list()
     if [row["labels"] for row in prepared] != [row["labels"] for row in rows]:
         raise AssertionError("TRL would supervise other tokens than we do")
     model = trainer.accelerator.prepare(trainer.model)  # puts autocast around its forward, as Trainer.train does
@@ -111,7 +111,7 @@ def trl_side(settings: Settings, precision: str, rows: list[dict[str, Any]], fol
         supervised = (batch["labels"] != IGNORE_INDEX).sum()
         return trainer.training_step(model, batch, num_items_in_batch=supervised).item()
 
-    return Side(model, trainer.data_collator, forward_and_backward)
+    return Side(model, cast(Any, trainer.data_collator), forward_and_backward)
 
 
 def copy_adapter(source: Side, target: Side) -> None:

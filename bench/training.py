@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from bench.figures import ModelShape, spread, step_operations
 from bench.settings import Settings
 from bench.sides import Side, copy_adapter, our_side, time_in_turn, trl_side
+from bench.stats import ModelShape, spread, step_operations
 from tweetdora.modeling import DTYPES
 from tweetdora.packing import PackedCollator
 
@@ -62,7 +62,7 @@ def faster_trl(settings: Settings, precision: str, rows: list[dict[str, Any]]) -
         sides = {kind: trl_side(settings, precision, rows, folder, kind) for kind in ("trl", "trl_bf16")}
         actions = {kind: _repeat(side, rows) for kind, side in sides.items()}
         measured = time_in_turn(actions, rounds=min(3, settings.steps), warmup=1)
-    seconds = {kind: figures["seconds"] for kind, figures in measured.items()}
+    seconds = {kind: found["seconds"] for kind, found in measured.items()}
     return min(seconds, key=lambda kind: spread(seconds[kind])["median"]), seconds
 
 

@@ -32,7 +32,7 @@ def measure_methods(settings: Settings, precision: str, targets: str) -> dict[st
         sides[f"peft_{method}"] = packed_side(get_peft_model(base, plain))
     actions = {name: (lambda number, side=side: side.step(batches[number])) for name, side in sides.items()}
     measured = time_in_turn(actions, settings.steps, settings.warmup)
-    return {name: figures["seconds"] for name, figures in measured.items()}
+    return {name: found["seconds"] for name, found in measured.items()}
 
 
 def measure_prompts(settings: Settings, precision: str) -> dict[str, Any]:
@@ -50,6 +50,6 @@ def measure_prompts(settings: Settings, precision: str) -> dict[str, Any]:
         measured = time_in_turn(actions, settings.steps, settings.warmup)
     return {
         "trl_kind": kind,
-        "row_tokens": {length: [len(row["input_ids"]) for row in batches[length][0]] for length in lengths},
-        **{f"{name}_seconds": figures["seconds"] for name, figures in measured.items()},
+        "sequence_lengths": {length: [len(row["input_ids"]) for row in batches[length][0]] for length in lengths},
+        **{f"{name}_seconds": found["seconds"] for name, found in measured.items()},
     }

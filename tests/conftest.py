@@ -69,6 +69,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def log_on_the_screen() -> None:
+    """What the library logs is printed, as a script prints it; part of every test."""
+    from tweetdora.cli import show_log
+
+    show_log()
+
+
+@pytest.fixture(autouse=True, scope="session")
 def no_network() -> Iterator[None]:
     """Any connection but to this machine fails at once; part of every test."""
 
@@ -240,8 +248,40 @@ def task(data_dir: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def encoder(tokenizer: Any, task: Any) -> Any:
+def prompt_tokenizer(tokenizer: Any, task: Any) -> Any:
     """The Encoder of `tokenizer` and `task`."""
-    from tweetdora.prompts import Encoder, PromptFormat
+    from tweetdora.prompts import PromptTokenizer, read_prompt_format
 
-    return Encoder(tokenizer, PromptFormat.from_template(tokenizer, task), task.max_length)
+    return PromptTokenizer(tokenizer, read_prompt_format(tokenizer, task), task.max_length)
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Callable[..., Any]:
+    """training(**settings): the settings of a run in a folder that does not exist yet."""
+    from tweetdora.config import TrainConfig
+
+    def make(**settings: Any) -> Any:
+        defaults = {"output_dir": str(tmp_path / "run"), "precision": "fp32", "report_to": []}
+        return TrainConfig(**{**defaults, **settings})
+
+    return make
+
+
+@pytest.fixture
+def planned(model_dir: str, task: Any, training: Callable[..., Any]) -> Callable[..., Any]:
+    """planned(examples=None, task={}, model={}, **training settings): the record of a run before its first step."""
+    import dataclasses
+
+    from accelerate import PartialState
+
+    from tweetdora.config import ModelConfig
+    from tweetdora.resume import Commits
+    from tweetdora.training import load
+
+    def make(examples: int | None = None, **settings: Any) -> Any:
+        changes = settings.pop("task", {}) | ({"max_train_samples": examples} if examples else {})
+        model = ModelConfig(**{"model_name_or_path": model_dir, **settings.pop("model", {})})
+        changed = dataclasses.replace(task, **changes)
+        return load(changed, model, training(**settings), Commits(None, None), PartialState())[1]
+
+    return make

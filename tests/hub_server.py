@@ -71,7 +71,7 @@ class Request:
 
 
 @dataclass
-class Answer:
+class Generation:
     """What it gets: JSON, or bytes, or a file of which it may want a part."""
 
     content: Any = None
@@ -79,7 +79,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-Handle = Callable[..., Answer]
+Handle = Callable[..., Generation]
 _ROUTES: list[tuple[str, re.Pattern[str], Handle]] = []
 
 
@@ -128,7 +128,7 @@ class Hub:
                     return fault
         return None
 
-    def answer(self, request: Request) -> Answer:
+    def answer(self, request: Request) -> Generation:
         """What the first route that fits says; requests that change a repository wait for one another."""
         for method, pattern, handle in _ROUTES:
             if method == request.method and (match := pattern.match(request.path)):
@@ -162,23 +162,23 @@ def _check_writer(request: Request, owner: str) -> None:
 
 
 @route("GET", "/api/whoami-v2")
-def _whoami(hub: Hub, request: Request) -> Answer:
+def _whoami(hub: Hub, request: Request) -> Generation:
     if request.user is None:
         raise Refusal(401, "Invalid username or password.")
     user = request.user
     token = {"displayName": "test", "role": user.role}
-    return Answer(
+    return Generation(
         {"type": "user", "name": user.name, "fullname": user.name, "orgs": [], "auth": {"accessToken": token}}
     )
 
 
 @route("GET", "/api/agent-harnesses")
-def _harnesses(hub: Hub, request: Request) -> Answer:
-    return Answer({"standardEnvVars": [], "harnesses": {}})
+def _harnesses(hub: Hub, request: Request) -> Generation:
+    return Generation({"standardEnvVars": [], "harnesses": {}})
 
 
 @route("POST", "/api/repos/create")
-def _create(hub: Hub, request: Request) -> Answer:
+def _create(hub: Hub, request: Request) -> Generation:
     asked = request.json()
     kind = f"{asked.get('type') or 'model'}s"
     owner = asked.get("organization") or (request.user.name if request.user else "")
@@ -188,47 +188,47 @@ def _create(hub: Hub, request: Request) -> Answer:
     if (kind, repo_id) in hub.store.repositories:
         raise Refusal(409, "You already created this model repo", url=url)
     hub.store.create(kind, repo_id, asked.get("visibility") == "private")
-    return Answer({"url": url, "name": repo_id, "id": repo_id})
+    return Generation({"url": url, "name": repo_id, "id": repo_id})
 
 
 @route("DELETE", "/api/repos/delete")
-def _delete(hub: Hub, request: Request) -> Answer:
+def _delete(hub: Hub, request: Request) -> Generation:
     asked = request.json()
     kind, repo_id = f"{asked.get('type') or 'model'}s", f"{asked['organization']}/{asked['name']}"
     hub.repository(request, kind, repo_id, write=True)
     del hub.store.repositories[kind, repo_id]
-    return Answer({})
+    return Generation({})
 
 
 @route("PUT", _REPO + "/settings")
-def _settings(hub: Hub, request: Request, kind: str, repo_id: str) -> Answer:
+def _settings(hub: Hub, request: Request, kind: str, repo_id: str) -> Generation:
     repository = hub.repository(request, kind, repo_id, write=True)
     if "visibility" in request.json():
         repository.private = request.json()["visibility"] == "private"
-    return Answer({})
+    return Generation({})
 
 
 @route("GET", _REPO + "/auth-check(?P<write>/write)?")
-def _auth_check(hub: Hub, request: Request, kind: str, repo_id: str, write: str | None) -> Answer:
+def _auth_check(hub: Hub, request: Request, kind: str, repo_id: str, write: str | None) -> Generation:
     hub.repository(request, kind, repo_id, write=write is not None)
-    return Answer({})
+    return Generation({})
 
 
 @route("POST", "/api/validate-yaml")
-def _validate_card(hub: Hub, request: Request) -> Answer:
+def _validate_card(hub: Hub, request: Request) -> Generation:
     errors = [{"message": message} for message in hub.card_errors]
     try:
         _front_matter(request.json()["content"])
     except yaml.YAMLError as error:
         errors.append({"message": f"YAML: {error}"})
-    return Answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+    return Generation({"errors": errors, "warnings": []}, 400 if errors else 200)
 
 
 # What a repository holds
 
 
 @route("GET", _REPO + "(?:/revision/(?P<revision>[^/]+))?")
-def _info(hub: Hub, request: Request, kind: str, repo_id: str, revision: str | None) -> Answer:
+def _info(hub: Hub, request: Request, kind: str, repo_id: str, revision: str | None) -> Generation:
     repository = hub.repository(request, kind, repo_id)
     commit = repository.commit_of(revision or "main")
     first = list(repository.history("main"))[-1]
@@ -251,7 +251,7 @@ def _info(hub: Hub, request: Request, kind: str, repo_id: str, revision: str | N
     if "README.md" in commit.files:
         text = hub.store.blob(commit.files["README.md"].sha256).read_text(encoding="utf-8")
         facts["cardData"] = _front_matter(text)
-    return Answer(facts)
+    return Generation(facts)
 
 
 def _sibling(file: File, blobs: bool) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def _front_matter(text: str) -> dict[str, Any]:
 
 
 @route("GET", _REPO + "/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
-def _tree(hub: Hub, request: Request, kind: str, repo_id: str, revision: str, folder: str | None) -> Answer:
+def _tree(hub: Hub, request: Request, kind: str, repo_id: str, revision: str, folder: str | None) -> Generation:
     commit = hub.repository(request, kind, repo_id).commit_of(revision)
     prefix = f"{folder.rstrip('/')}/" if folder else ""
     below = {path: file for path, file in commit.files.items() if path.startswith(prefix)}
@@ -280,11 +280,11 @@ def _tree(hub: Hub, request: Request, kind: str, repo_id: str, revision: str, fo
     folders = {parent for path in below for parent in _folders(path) if parent.startswith(prefix) and parent != prefix}
     folders = {parent for parent in folders if recursive or "/" not in parent[len(prefix) : -1]}
     entries += [{"type": "directory", "path": name[:-1], "oid": "0" * 40, "size": 0} for name in folders]
-    return Answer(sorted(entries, key=lambda entry: entry["path"]))
+    return Generation(sorted(entries, key=lambda entry: entry["path"]))
 
 
 @route("POST", _REPO + "/paths-info/(?P<revision>[^/]+)")
-def _paths_info(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> Answer:
+def _paths_info(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> Generation:
     commit = hub.repository(request, kind, repo_id).commit_of(revision)
     if request.headers.get("Content-Type", "").startswith("application/json"):
         paths = request.json()["paths"]
@@ -293,7 +293,7 @@ def _paths_info(hub: Hub, request: Request, kind: str, repo_id: str, revision: s
     folders = {folder[:-1] for path in commit.files for folder in _folders(path)}
     entries = [_entry(commit.files[path]) for path in paths if path in commit.files]
     entries += [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in paths if path in folders]
-    return Answer(entries)
+    return Generation(entries)
 
 
 def _entry(file: File) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def _folders(path: str) -> Iterable[str]:
 
 
 @route("GET", _REPO + "/refs")
-def _refs(hub: Hub, request: Request, kind: str, repo_id: str) -> Answer:
+def _refs(hub: Hub, request: Request, kind: str, repo_id: str) -> Generation:
     refs = hub.repository(request, kind, repo_id).refs
 
     def named(start: str) -> list[dict[str, str]]:
@@ -325,13 +325,13 @@ def _refs(hub: Hub, request: Request, kind: str, repo_id: str) -> Answer:
     answer = {"branches": named(BRANCH), "tags": named(TAG), "converts": []}
     if "include_prs" in request.query:
         answer["pullRequests"] = named(PULL_REQUEST)
-    return Answer(answer)
+    return Generation(answer)
 
 
 @route("GET", _REPO + "/commits/(?P<revision>[^/]+)")
-def _commits(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> Answer:
+def _commits(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> Generation:
     history = hub.repository(request, kind, repo_id).history(revision)
-    return Answer([_commit_line(commit) for commit in history])
+    return Generation([_commit_line(commit) for commit in history])
 
 
 def _commit_line(commit: Commit) -> dict[str, Any]:
@@ -346,7 +346,7 @@ def _commit_line(commit: Commit) -> dict[str, Any]:
 
 
 @route("POST", _REPO + "/(?P<what>tag|branch)/(?P<name>[^/]+)")
-def _point(hub: Hub, request: Request, kind: str, repo_id: str, what: str, name: str) -> Answer:
+def _point(hub: Hub, request: Request, kind: str, repo_id: str, what: str, name: str) -> Generation:
     repository = hub.repository(request, kind, repo_id, write=True)
     asked = request.json() if request.body else {}
     if what == "tag":  # the address names what is tagged
@@ -356,24 +356,24 @@ def _point(hub: Hub, request: Request, kind: str, repo_id: str, what: str, name:
     if ref in repository.refs:
         raise Refusal(409, f"Reference already exists: {ref}")
     repository.refs[ref] = repository.commit_of(target).oid
-    return Answer({})
+    return Generation({})
 
 
 @route("DELETE", _REPO + "/(?P<what>tag|branch)/(?P<name>[^/]+)")
-def _forget(hub: Hub, request: Request, kind: str, repo_id: str, what: str, name: str) -> Answer:
+def _forget(hub: Hub, request: Request, kind: str, repo_id: str, what: str, name: str) -> Generation:
     repository = hub.repository(request, kind, repo_id, write=True)
     ref = (TAG if what == "tag" else BRANCH) + name
     if ref == BRANCH + "main":
         raise Refusal(403, "Cannot delete the main branch")
     if repository.refs.pop(ref, None) is None:
         raise Refusal(404, f"{ref} does not exist", "RevisionNotFound")
-    return Answer({})
+    return Generation({})
 
 
 @route("POST", _REPO + "/super-squash/(?P<branch>[^/]+)")
-def _squash(hub: Hub, request: Request, kind: str, repo_id: str, branch: str) -> Answer:
+def _squash(hub: Hub, request: Request, kind: str, repo_id: str, branch: str) -> Generation:
     hub.repository(request, kind, repo_id, write=True).squash(BRANCH + branch, request.json()["message"])
-    return Answer({})
+    return Generation({})
 
 
 def _open_pull_request(repository: Repository, title: str) -> int:
@@ -387,7 +387,7 @@ def _open_pull_request(repository: Repository, title: str) -> int:
 
 
 @route("POST", _REPO + "/preupload/(?P<revision>[^/]+)")
-def _preupload(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> Answer:
+def _preupload(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> Generation:
     repository = _repository_to_change(hub, request, kind, repo_id)
     there = repository.commit_of(revision).files
     answers = []
@@ -398,7 +398,7 @@ def _preupload(hub: Hub, request: Request, kind: str, repo_id: str, revision: st
             file = there[asked["path"]]
             answer["oid"] = file.sha256 if file.large else file.oid
         answers.append(answer)
-    return Answer({"files": answers})
+    return Generation({"files": answers})
 
 
 def _repository_to_change(hub: Hub, request: Request, kind: str, repo_id: str) -> Repository:
@@ -411,7 +411,7 @@ def _repository_to_change(hub: Hub, request: Request, kind: str, repo_id: str) -
 
 
 @route("POST", _GIT + r"\.git/info/lfs/objects/batch")
-def _lfs_batch(hub: Hub, request: Request, kind: str | None, repo_id: str) -> Answer:
+def _lfs_batch(hub: Hub, request: Request, kind: str | None, repo_id: str) -> Generation:
     hub.repository(request, kind, repo_id)
     if request.user is None or request.user.role != "write":
         raise Refusal(403, "Forbidden: a token with write access is needed.")
@@ -427,41 +427,41 @@ def _lfs_batch(hub: Hub, request: Request, kind: str | None, repo_id: str) -> An
             verify = {"href": f"{hub.endpoint}/lfs/verify"}
             entry["actions"] = {"upload": upload, "verify": verify}
         objects.append(entry)
-    return Answer({"transfer": "basic", "objects": objects})
+    return Generation({"transfer": "basic", "objects": objects})
 
 
 @route("PUT", r"/cdn/upload/(?P<sha256>[0-9a-f]{64})")
-def _lfs_put(hub: Hub, request: Request, sha256: str) -> Answer:
+def _lfs_put(hub: Hub, request: Request, sha256: str) -> Generation:
     _refuse_token(request)
     _keep(hub, sha256, request.body)
-    return Answer(b"")
+    return Generation(b"")
 
 
 @route("PUT", r"/cdn/upload/(?P<sha256>[0-9a-f]{64})/part/(?P<number>\d+)")
-def _lfs_put_part(hub: Hub, request: Request, sha256: str, number: str) -> Answer:
+def _lfs_put_part(hub: Hub, request: Request, sha256: str, number: str) -> Generation:
     _refuse_token(request)
     (hub.store.folder / f"{sha256}.{number}").write_bytes(request.body)
-    return Answer(b"", headers={"ETag": f'"part-{number}"'})
+    return Generation(b"", headers={"ETag": f'"part-{number}"'})
 
 
 @route("POST", r"/cdn/upload/(?P<sha256>[0-9a-f]{64})")
-def _lfs_complete(hub: Hub, request: Request, sha256: str) -> Answer:
+def _lfs_complete(hub: Hub, request: Request, sha256: str) -> Generation:
     _refuse_token(request)
     numbers = [part["partNumber"] for part in request.json()["parts"]]
     parts = [hub.store.folder / f"{sha256}.{number}" for number in numbers]
     _keep(hub, sha256, b"".join(part.read_bytes() for part in parts))
     for part in parts:
         part.unlink()
-    return Answer({})
+    return Generation({})
 
 
 @route("POST", "/lfs/verify")
-def _lfs_verify(hub: Hub, request: Request) -> Answer:
+def _lfs_verify(hub: Hub, request: Request) -> Generation:
     asked = request.json()
     path = hub.store.blob(asked["oid"])
     if not path.is_file() or path.stat().st_size != asked["size"]:
         raise Refusal(404, f"{asked['oid']} did not arrive")
-    return Answer({})
+    return Generation({})
 
 
 def _refuse_token(request: Request) -> None:
@@ -476,7 +476,7 @@ def _keep(hub: Hub, sha256: str, content: bytes) -> None:
 
 
 @route("POST", _REPO + "/commit/(?P<revision>[^/]+)")
-def _commit(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> Answer:
+def _commit(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> Generation:
     repository = _repository_to_change(hub, request, kind, repo_id)
     header: dict[str, Any] = {}
     changed, deleted = [], []
@@ -517,7 +517,7 @@ def _commit(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) 
     }
     if number:
         answer["pullRequestUrl"] = f"{address}/discussions/{number}"
-    return Answer(answer)
+    return Generation(answer)
 
 
 def _large_file(hub: Hub, path: str, sha256: str) -> File:
@@ -532,55 +532,55 @@ def _large_file(hub: Hub, path: str, sha256: str) -> File:
 
 
 @route("GET", _REPO + "/xet-(?P<access>read|write)-token/(?P<revision>[^/]+)")
-def _xet_token(hub: Hub, request: Request, kind: str, repo_id: str, access: str, revision: str) -> Answer:
+def _xet_token(hub: Hub, request: Request, kind: str, repo_id: str, access: str, revision: str) -> Generation:
     write = access == "write" and request.query.get("create_pr") != "1"
     hub.repository(request, kind, repo_id, write=write)
     connection = hub.cas.connection()
     names = {"X-Xet-Access-Token": "accessToken", "X-Xet-Token-Expiration": "exp", "X-Xet-Cas-Url": "casUrl"}
-    return Answer(connection, headers={name: str(connection[key]) for name, key in names.items()})
+    return Generation(connection, headers={name: str(connection[key]) for name, key in names.items()})
 
 
 @route("POST", "/cas/v1/xorbs/default/(?P<xet_hash>[0-9a-f]{64})")
-def _xorb_put(hub: Hub, request: Request, xet_hash: str) -> Answer:
-    return Answer({"was_inserted": hub.cas.add_xorb(xet_hash, request.body)})
+def _xorb_put(hub: Hub, request: Request, xet_hash: str) -> Generation:
+    return Generation({"was_inserted": hub.cas.add_xorb(xet_hash, request.body)})
 
 
 @route("POST", "/cas/v1/shards")
-def _shard_put(hub: Hub, request: Request) -> Answer:
+def _shard_put(hub: Hub, request: Request) -> Generation:
     if not hub.cas.add_shard(request.body):
         raise Refusal(400, "the shard names a xorb that never came")
-    return Answer({"result": 1})
+    return Generation({"result": 1})
 
 
 @route("GET", "/cas/v1/reconstructions/(?P<xet_hash>[0-9a-f]{64})")
-def _reconstruction(hub: Hub, request: Request, xet_hash: str) -> Answer:
+def _reconstruction(hub: Hub, request: Request, xet_hash: str) -> Generation:
     if xet_hash not in hub.cas.by_xet_hash:
         raise Refusal(404, f"no file {xet_hash}")
     match = re.match(r"bytes=(\d+)-(\d+)$", request.headers.get("Range", ""))
-    return Answer(hub.cas.reconstruction(xet_hash, (int(match[1]), int(match[2])) if match else None))
+    return Generation(hub.cas.reconstruction(xet_hash, (int(match[1]), int(match[2])) if match else None))
 
 
 @route("GET", "/cas/xorbs/(?P<xet_hash>[0-9a-f]{64})")
-def _xorb(hub: Hub, request: Request, xet_hash: str) -> Answer:
-    return Answer(hub.cas.folder / xet_hash)
+def _xorb(hub: Hub, request: Request, xet_hash: str) -> Generation:
+    return Generation(hub.cas.folder / xet_hash)
 
 
 # Downloads
 
 
-def _resolve(hub: Hub, request: Request, kind: str | None, repo_id: str, revision: str, path: str) -> Answer:
+def _resolve(hub: Hub, request: Request, kind: str | None, repo_id: str, revision: str, path: str) -> Generation:
     commit = hub.repository(request, kind, repo_id).commit_of(revision)
     if path not in commit.files:
         raise Refusal(404, f"Entry not found: {path}", "EntryNotFound", commit=commit.oid)
     file = commit.files[path]
     headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
     if not file.large:
-        return Answer(hub.store.blob(file.sha256), headers=headers)
+        return Generation(hub.store.blob(file.sha256), headers=headers)
     headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
     if file.xet_hash:
         refresh = f"{hub.endpoint}/api/{kind or 'models'}/{repo_id}/xet-read-token/{commit.oid}"
         headers |= {"X-Xet-Hash": file.xet_hash, "Link": f'<{refresh}>; rel="xet-auth"'}
-    return Answer(b"", 302, {**headers, "Location": f"{hub.cdn}/{file.sha256}"})
+    return Generation(b"", 302, {**headers, "Location": f"{hub.cdn}/{file.sha256}"})
 
 
 for _method in ("GET", "HEAD"):
@@ -588,9 +588,9 @@ for _method in ("GET", "HEAD"):
 
 
 @route("GET", r"/cdn/(?P<sha256>[0-9a-f]{64})")
-def _cdn(hub: Hub, request: Request, sha256: str) -> Answer:
+def _cdn(hub: Hub, request: Request, sha256: str) -> Generation:
     _refuse_token(request)
-    return Answer(hub.store.blob(sha256), headers={"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
+    return Generation(hub.store.blob(sha256), headers={"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
 
 
 # HTTP
@@ -607,7 +607,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(line)
         try:
             if fault and fault.status:
-                self._send(Answer(fault.body, fault.status, fault.headers))
+                self._send(Generation(fault.body, fault.status, fault.headers))
                 return
             answer = self.hub.answer(self._request(body))
         except Refusal as refusal:
@@ -616,7 +616,7 @@ class _Handler(BaseHTTPRequestHandler):
                 headers["X-Error-Code"] = refusal.code
             if "commit" in refusal.more:
                 headers["X-Repo-Commit"] = str(refusal.more.pop("commit"))
-            answer = Answer({"error": refusal.message, **refusal.more}, refusal.status, headers)
+            answer = Generation({"error": refusal.message, **refusal.more}, refusal.status, headers)
         if fault and fault.drop:
             self.close_connection = True
             return
@@ -643,7 +643,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Generation) -> None:
         status, headers, content = answer.status, dict(answer.headers), answer.content
         if isinstance(content, Path):
             content, status = self._part(content.read_bytes(), headers)

@@ -36,7 +36,7 @@ def train_flags(model: str, data: str, run_dir: Path) -> list[str]:
         *("--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(run_dir)),
         *("--run_name", "soak", "--max_train_samples", "0", "--lora_dropout", "0.2", "--precision", "fp32"),
         *("--system_prompt", "Say how the day is: negative, neutral or positive.", "--learning_rate", "1e-3"),
-        *("--max_steps", str(STEPS), "--logging_steps", "1", "--save_steps", "2", "--eval_samples", "12"),
+        *("--max_steps", str(STEPS), "--logging_steps", "1", "--save_steps", "2", "--max_eval_samples", "12"),
         *("--eval_steps", "4", "--max_new_tokens", "3", "--report_to", "none", "--disable_tqdm", "true"),
         *("--cpu_threads", "1"),
     ]

@@ -34,12 +34,12 @@ KINDS = {
 }
 
 
-def row(prompt: Sequence[int], answer: Sequence[int], row_id: int = 0) -> dict[str, Any]:
-    """A row as encode_rows makes it: loss on the answer only."""
+def row(prompt: Sequence[int], answer: Sequence[int], example_id: int = 0) -> dict[str, Any]:
+    """A row as tokenize_examples makes it: loss on the answer only."""
     return {
         "input_ids": [*prompt, *answer],
         "labels": [-100] * len(prompt) + list(answer),
-        "row_id": row_id,
+        "example_id": example_id,
     }
 
 
@@ -107,7 +107,7 @@ def one_by_one(model: PeftModel, rows: Sequence[dict[str, Any]]) -> dict[str, to
 
 def collated(model: PeftModel, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Loss and gradients of a batch of either form, in float64 (the trainer's own loss is float32)."""
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "row_ids")}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "example_ids")}
     logits = model(**inputs, use_cache=False).logits
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
     return loss_and_gradients(model, loss)
@@ -159,11 +159,13 @@ def test_packed_loss_and_gradients_are_those_of_separate_rows_for(rows, kind, ma
     assert_same(collated(adapted(make_model, kind, ATTENTION), PackedCollator()(rows)), expected)
 
 
-def test_packed_rows_of_a_real_data_set_give_the_loss_and_gradients_of_separate_rows(make_model, encoder, task):
-    from tweetdora.data import load_rows
-    from tweetdora.prompts import encode_rows
+def test_packed_rows_of_a_real_data_set_give_the_loss_and_gradients_of_separate_rows(
+    make_model, prompt_tokenizer, task
+):
+    from tweetdora.data import load_examples
+    from tweetdora.prompts import tokenize_examples
 
-    rows = encode_rows(load_rows(task, "train").head(8), encoder).examples
+    rows = tokenize_examples(load_examples(task, "train", None).head(8), prompt_tokenizer).features
     assert PackedCollator()(rows)["packing"]["prefix_length"] > 10
     expected = one_by_one(adapted(make_model, "llama", "sdpa"), rows)
     assert_same(collated(adapted(make_model, "llama", ATTENTION), PackedCollator()(rows)), expected)
@@ -174,7 +176,7 @@ def test_packed_logits_are_in_the_order_of_the_labels(make_model):
     plain, packed = adapted(make_model, "llama", "sdpa"), adapted(make_model, "llama", ATTENTION)
     batch = PackedCollator()(ROWS)
     labels = batch.pop("labels")
-    del batch["row_ids"]
+    del batch["example_ids"]
     with torch.no_grad():
         actual = packed(**batch, use_cache=False).logits[0].log_softmax(-1)[range(len(labels)), labels]
         expected = []
@@ -298,7 +300,9 @@ UNPACKABLE = {
 @pytest.mark.parametrize("kind", UNPACKABLE)
 def test_models_with_more_than_plain_attention_are_refused_with_the_flag_that_helps(kind, make_model):
     settings, reason = UNPACKABLE[kind]
-    with pytest.raises(InputError, match=f"^--batching packed does not fit {kind}: {reason}. Use --batching padded"):
+    with pytest.raises(
+        InputError, match=f"^--batching shared_prefix does not fit {kind}: {reason}. Use --batching padded"
+    ):
         check_packable(make_model(kind, **settings))
 
 

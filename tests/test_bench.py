@@ -1,15 +1,20 @@
 """The pure parts of bench/: counts by hand, medians, the table, the flags; no model, no TRL."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from sample_records import ENVIRONMENT
 
 from bench.__main__ import OUTPUT, PARTS, parse, stolen_share
-from bench.figures import ModelShape, format_spread, format_table, ratios, spread, step_operations
 from bench.generation import until_stop
 from bench.launch import import_seconds, train_flags
+from bench.record import BenchData, BenchPart, BenchRecord, read_bench, write_bench
 from bench.report import table
+from bench.settings import Settings
+from bench.stats import ModelShape, format_spread, format_table, ratios, spread, step_operations
 from tweetdora.cli import parse_train
+from tweetdora.errors import InputError
 
 
 def test_the_operations_of_a_tiny_step_are_those_counted_by_hand():
@@ -77,6 +82,31 @@ def test_import_times_are_summed_by_package():
     assert import_seconds(lines) == {"torch": 2.0, "numpy": 0.25}
 
 
+def part(**samples: Any) -> BenchPart:
+    """A part of a record with these samples, measured with the settings that are the defaults."""
+    return BenchPart(
+        created="2026-11-25T10:00:00Z",
+        command="python -m bench",
+        settings=Settings(),
+        data=BenchData("tweets", None, None, True, "train", num_examples=10_000, sha256="c"),
+        openmp={"OMP_WAIT_POLICY": None},
+        environment=ENVIRONMENT,
+        stolen_share=None,
+        samples=samples,
+    )
+
+
+def test_a_record_of_the_bench_is_read_back_as_it_was_written(tmp_path):
+    path = str(tmp_path / "cpu.json")
+    assert read_bench(path) == BenchRecord({})
+    record = BenchRecord({"training": part(fp32=training_sample())})
+    write_bench(path, record)
+    assert read_bench(path) == record
+    (tmp_path / "cpu.json").write_text('{"record_version": 9}')
+    with pytest.raises(InputError, match="has record version 9; python -m bench reads 1 and 2"):
+        read_bench(path)
+
+
 def training_sample() -> dict[str, Any]:
     """Two pairs of steps: TRL 6 and 8 s, ours 2 and 2 s, 3 Gop each on a machine of 6 Gop/s."""
     return {
@@ -91,8 +121,7 @@ def training_sample() -> dict[str, Any]:
 
 
 def test_the_training_lines_of_the_table_are_those_worked_out_by_hand():
-    settings = {"train_rows": 10_000, "batch_size": 16}  # 625 steps
-    text = table({"training": {"samples": {"fp32": training_sample()}, "settings": settings}})
+    text = table({"training": part(fp32=training_sample())})  # of 10,000 examples in batches of 16: 625 steps
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
     assert lines == [
         ["training step, fp32, TRL (trl)", "2.00 s [2.00, 2.00]", "7.00 s [6.50, 7.50]", "3.50 [3.25, 3.75]"],
@@ -104,9 +133,8 @@ def test_the_training_lines_of_the_table_are_those_worked_out_by_hand():
 
 
 def test_the_table_says_how_much_of_the_cores_the_host_took():
-    part = {"samples": {}, "settings": {}, "stolen_share": 0.125}
-    assert "host took, training | 12.5%" in table({"training": part})
-    assert "host took" not in table({"training": {**part, "stolen_share": None}})
+    assert "host took, training | 12.5%" in table({"training": replace(part(), stolen_share=0.125)})
+    assert "host took" not in table({"training": part()})
 
 
 def test_the_stolen_share_is_that_of_the_time_between():
@@ -122,7 +150,7 @@ def test_the_stolen_share_is_that_of_the_time_between():
 def test_memory_is_compared_within_a_precision():
     sizes = {"fp32:ours": 2e9, "fp32:trl": 5e9, "bf16:ours": 1e9, "bf16:trl": 4e9, "bf16:trl_bf16": 3e9}
     samples = {name: {"peak_bytes": size, "growth_bytes": size / 2} for name, size in sizes.items()}
-    text = table({"memory": {"samples": samples, "settings": {}}})
+    text = table({"memory": part(**samples)})
     ratio = [line.strip("| ").split("|")[-1].strip() for line in text.splitlines()[2:]]
     assert ratio == ["2.50", "2.50", "4.00", "4.00", "3.00", "3.00"]
 
@@ -139,5 +167,5 @@ def test_the_processes_of_train_py_get_flags_that_it_knows(tmp_path):
     """The published recipe's adapter, batch and learning rate are train.py's defaults, so no flag names them."""
     _, settings = parse([])
     task, model, training = parse_train([*train_flags(settings, str(tmp_path)), "--precision", "fp32"], "")
-    assert (task.max_train_samples, training.eval_samples, training.global_batch_size) == (10_000, 0, 16)
+    assert (task.max_train_samples, training.max_eval_samples, training.global_batch_size) == (10_000, 0, 16)
     assert (training.learning_rate, model.r, model.target_modules) == (3e-5, 8, ["k_proj", "v_proj"])

@@ -9,7 +9,7 @@ from bench import gpu
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's and the profiler's are not ours
-def test_every_part_runs_and_leaves_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_part_runs_and_leaves_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--out", str(tmp_path), "--tiny", "--device", "cpu"]) == 0
     record = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     parts = record["parts"]

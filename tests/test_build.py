@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tweetdora.build import check_output_dir, replace_folder
+from tweetdora.build import check_output_dir, staged_folder
 from tweetdora.errors import InputError
 
 
@@ -22,7 +22,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-BUILT = ("README.md", "config.json", "model.safetensors", "adapter/adapter_config.json", "figures/training.png")
+BUILT = ("README.md", "config.json", "model.safetensors", "adapter/adapter_config.json", "plots/training.png")
 
 
 # What a build may replace
@@ -54,7 +54,7 @@ def place(tmp_path, monkeypatch) -> Path:
             "thesis would be replaced, but is no earlier build of push_to_hub.py: it holds chapter.tex. Give an",
         ),
         ("runs/demo/adapter", "it holds adapter_config.json. Give another --output_dir"),
-        ("clone", "it holds .git, README.md, adapter, config.json, figures. Give another --output_dir"),
+        ("clone", "it holds .git, README.md, adapter, config.json, model.safetensors. Give another --output_dir"),
     ],
 )
 def test_a_folder_that_a_build_must_not_replace_is_refused(place, folder, message):
@@ -71,10 +71,11 @@ def test_the_working_folder_is_refused_where_the_run_lies_elsewhere(place, tmp_p
             check_output_dir(folder, str(run_dir))
 
 
-@pytest.mark.parametrize("folder", ["runs/demo/publish", "out/publish", "empty", "built", "built/"])
+@pytest.mark.parametrize("folder", ["runs/demo/publish", "out/publish", "empty", "built", "built/", "older"])
 def test_a_new_or_empty_folder_and_an_earlier_build_are_taken(place, folder):
     (place / "empty").mkdir()
     fill(place / "built", *BUILT)
+    fill(place / "older", *(name.replace("plots/", "figures/") for name in BUILT))
     check_output_dir(folder, "runs/demo")
     assert files_of(place / "runs") == ["demo/adapter/adapter_config.json", "demo/run.json"]
 
@@ -82,21 +83,20 @@ def test_a_new_or_empty_folder_and_an_earlier_build_are_taken(place, folder):
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_a_build_takes_the_place_of_the_old_one_and_leaves_nothing_beside(tmp_path, slash):
     folder = fill(tmp_path / "publish", "old")
-    assert replace_folder(f"{folder}{slash}", lambda beside: bool(fill(Path(beside), "new"))) is True
+    with staged_folder(f"{folder}{slash}") as beside:
+        fill(Path(beside), "new")
     assert files_of(tmp_path) == ["publish/new"]
     assert os.listdir(tmp_path) == ["publish"]
 
 
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_a_build_that_fails_leaves_the_old_one(tmp_path, slash):
+def test_a_build_that_fails_leaves_the_old_one(tmp_path, slash, error):
     folder = fill(tmp_path / "publish", "old")
 
-    def fail(beside: str) -> None:
+    with pytest.raises(error), staged_folder(f"{folder}{slash}") as beside:
         fill(Path(beside), "new")
-        raise InputError("no")
-
-    with pytest.raises(InputError, match="^no$"):
-        replace_folder(f"{folder}{slash}", fail)
+        raise error("no")
     assert files_of(tmp_path) == ["publish/old"] and os.listdir(tmp_path) == ["publish"]
 
 
@@ -110,6 +110,6 @@ def test_the_old_build_is_there_until_the_new_one_is_in_its_place(tmp_path, monk
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fail_to_publish)
-    with pytest.raises(PermissionError):
-        replace_folder(str(folder), lambda beside: fill(Path(beside), "new"))
+    with pytest.raises(PermissionError), staged_folder(str(folder)) as beside:
+        fill(Path(beside), "new")
     assert [Path(name).name for name in files_of(tmp_path)] == ["old", "new"]

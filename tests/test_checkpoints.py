@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sample_records import write_run
 
 from tweetdora import checkpoints
 from tweetdora.checkpoints import (
@@ -38,12 +39,12 @@ def names(run_dir: Path) -> list[str]:
 
 
 def test_a_checkpoint_is_put_in_its_place_with_its_sums_and_its_run(tmp_path):
-    (tmp_path / "run.json").write_text('{"status": "started"}')
+    run = write_run(tmp_path, status="started", result=None)
     folder = write(tmp_path, 40)
     assert sorted(os.listdir(folder)) == sorted([*FILES, CHECKSUMS, "run.json"])
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-40", "run.json"]
     assert find_damage(str(folder)) is None
-    assert saved_run(str(folder)) == {"status": "started"} and checkpoint_step(str(folder)) == 40
+    assert saved_run(str(folder)) == run and checkpoint_step(str(folder)) == 40
 
 
 def cut(path: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from tweetdora import cli, precision
+from tweetdora import cli, config, device
 from tweetdora.cli import parse_train, parse_with_target, read_task, run_script
 from tweetdora.config import (
     EvaluateConfig,
@@ -20,8 +21,8 @@ from tweetdora.config import (
     TrainConfig,
     is_published_run,
 )
-from tweetdora.errors import InputError
-from tweetdora.precision import decide_precision
+from tweetdora.device import decide_precision
+from tweetdora.errors import DivergedError, HubError, InputError, ResourceError, UserError, VerificationError
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPO_DIR / "recipes").rglob("*.yaml"))
@@ -32,7 +33,7 @@ RECIPES = [path for path in RECIPES if "accelerate" not in path.relative_to(REPO
 @pytest.fixture(autouse=True)
 def a_cpu_with_bf16(monkeypatch):
     """The same decision on every machine; tests of it set their own."""
-    monkeypatch.setattr(precision, "has_bf16", lambda device_type: True)
+    monkeypatch.setattr(device, "has_bf16", lambda device_type: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -100,7 +101,7 @@ def test_another_setting_is_not_the_published_run(flags):
         ("--gradient_accumulation_steps", "4"),
         ("--precision", "fp32"),
         ("--batching", "padded"),
-        ("--eval_samples", "0", "--save_steps", "7", "--report_to", "none", "--output_dir", "elsewhere"),
+        ("--max_eval_samples", "0", "--save_steps", "7", "--report_to", "none", "--output_dir", "elsewhere"),
     ],
 )
 def test_a_pinned_revision_or_another_machine_is_still_the_published_run(flags):
@@ -335,7 +336,7 @@ def test_a_truth_value_of_a_recipe_gives_way_to_the_flag(recipe):
         (["--lora_dropout", "-0.1"], "--lora_dropout is -0.1; expected 0 or more"),
         (["--push_to_hub", "true"], "--push_to_hub is not train.py's: train first, then python push_to_hub.py"),
         (["--hub_token", "hf_secret"], "--hub_token: a token in a flag ends up in logs; set HF_TOKEN or run"),
-        (["--eval_samples", "-1"], "--eval_samples is -1; expected 0 or more"),
+        (["--max_eval_samples", "-1"], "--max_eval_samples is -1; expected 0 or more"),
         (["--max_new_tokens", "0"], "--max_new_tokens is 0; expected 1 or more"),
         (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size is 0; expected 1 or more"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps is 0; expected 1 or more"),
@@ -345,7 +346,10 @@ def test_a_truth_value_of_a_recipe_gives_way_to_the_flag(recipe):
         (["--learning_rate", "nan"], "--learning_rate is nan; expected a number, 0 or more"),
         (["--logging_steps", "0"], "--logging_steps is 0.0; expected a number above 0"),
         (["--save_steps", "-5"], "--save_steps is -5.0; expected a number above 0"),
-        (["--eval_strategy", "epoch"], "--eval_strategy: validation is asked for by --eval_samples"),
+        (
+            ["--eval_strategy", "epoch"],
+            "--eval_strategy: --max_eval_samples .0: none. and --eval_steps ask for validation",
+        ),
         (["--seed", "-1"], "--seed is -1; expected 0 to 4294967295"),
         (["--data_seed", "4294967296"], "--data_seed is 4294967296; expected 0 to 4294967295"),
         (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha: .* Add --batching padded"),
@@ -374,13 +378,13 @@ def test_a_setting_that_cannot_be_is_refused(argv, message):
         ),
         (
             ["--auto_find_batch_size", "true"],
-            "is True, .*: a step always takes --global_batch_size rows; where memory",
+            "is True, .*: a step always takes --global_batch_size examples; where memory",
         ),
-        (["--accelerator_config", '{"split_batches": true}'], "is '.*', .*: how processes share the rows follows"),
+        (["--accelerator_config", '{"split_batches": true}'], "is '.*', .*: how processes share the examples follows"),
         (["--metric_for_best_model", "loss"], "is 'loss', .*: the adapter is that of the last step"),
         (["--load_best_model_at_end", "true"], "is True, .*: the adapter is that of the last step"),
         (["--save_only_model", "true"], "is True, .*: a run cannot go on from a checkpoint without its optimizer"),
-        (["--ignore_data_skip", "true"], "is True, .*: a resumed run would see rows twice and others never"),
+        (["--ignore_data_skip", "true"], "is True, .*: a resumed run would see examples twice and others never"),
         (["--use_liger_kernel", "true"], "is True, .*: it replaces layers of the model"),
         (["--bf16_full_eval", "true"], "is True, .*: validation computes in --precision"),
         (["--fp16_full_eval", "true"], "is True, .*: validation computes in --precision"),
@@ -434,7 +438,7 @@ def test_a_refused_token_is_not_repeated():
 def test_the_edges_of_what_can_be_are_accepted():
     task, model, training = parse(
         *("--max_train_samples", "1", "--r", "1", "--lora_alpha", "1", "--lora_dropout", "0"),
-        *("--eval_samples", "0", "--max_new_tokens", "1", "--hub_model_id", "me/mine", "--max_steps", "1"),
+        *("--max_eval_samples", "0", "--max_new_tokens", "1", "--hub_model_id", "me/mine", "--max_steps", "1"),
         *("--seed", "0", "--data_seed", "4294967295", "--neftune_noise_alpha", "5", "--batching", "padded"),
     )
     assert (task.max_train_samples, model.r, training.hub_model_id, training.max_steps) == (1, 1, "me/mine", 1)
@@ -497,7 +501,7 @@ def test_a_global_batch_that_cannot_be_shared_is_refused(size, accumulation):
 
 
 @pytest.mark.parametrize(
-    ("requested", "flags", "launcher", "device", "bf16_units", "expected"),
+    ("requested", "flags", "launcher", "device_type", "bf16_units", "expected"),
     [
         ("auto", (), None, "cpu", True, ("bf16", "this CPU computes in bf16")),
         ("auto", (), None, "cpu", False, ("fp32", "this CPU has no bf16 units")),
@@ -514,10 +518,10 @@ def test_a_global_batch_that_cannot_be_shared_is_refused(size, accumulation):
         ("bf16", ("bf16",), "bf16", "cpu", True, ("bf16", "asked for by --bf16 true")),
     ],
 )
-def test_precision_and_its_reason(monkeypatch, requested, flags, launcher, device, bf16_units, expected):
-    monkeypatch.setattr(precision, "has_bf16", lambda device_type: bf16_units)
+def test_precision_and_its_reason(monkeypatch, requested, flags, launcher, device_type, bf16_units, expected):
+    monkeypatch.setattr(device, "has_bf16", lambda device_type: bf16_units)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H0")
-    assert decide_precision(requested, set(flags), launcher, device) == expected
+    assert decide_precision(requested, set(flags), launcher, device_type) == expected
 
 
 @pytest.mark.parametrize(
@@ -549,7 +553,7 @@ def test_contradicting_precisions_are_refused_by_name(requested, flags, launcher
     ],
 )
 def test_a_precision_that_the_device_lacks_is_refused(monkeypatch, requested, launcher, bf16_units, message):
-    monkeypatch.setattr(precision, "has_bf16", lambda device_type: bf16_units)
+    monkeypatch.setattr(device, "has_bf16", lambda device_type: bf16_units)
     with pytest.raises(InputError, match=message):
         decide_precision(requested, set(), launcher, "cpu")
 
@@ -558,11 +562,11 @@ def test_bf16_units_are_what_the_device_says(monkeypatch):
     monkeypatch.undo()
     for capability in ("amx_bf16", "avx512_bf16", "bf16"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {"avx2": True, name: True})
-        assert precision.has_bf16("cpu")
+        assert device.has_bf16("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
-    assert not precision.has_bf16("cpu")
+    assert not device.has_bf16("cpu")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert not precision.has_bf16("cuda"), "emulated bf16 is slower than float32"
+    assert not device.has_bf16("cuda"), "emulated bf16 is slower than float32"
 
 
 def test_the_names_of_the_cpu_capabilities_exist_in_this_torch():
@@ -602,23 +606,26 @@ def test_the_trainers_own_flag_is_a_source_of_the_precision():
 
 
 def test_a_target_comes_with_its_flags():
-    config = parse_with_target(["runs/x", "--max_samples", "7"], EvaluateConfig, "Measure.", "Folder.")
-    assert (config.target, config.max_samples, config.split) == ("runs/x", 7, "test")
-    config = parse_with_target(["--dry_run", "true", "--private", "false", "runs/x"], PushConfig, "Push.", "Folder.")
-    assert (config.target, config.dry_run, config.private) == ("runs/x", True, False)
+    flags_read, target = parse_with_target(
+        ["runs/x", "--max_eval_samples", "7"], EvaluateConfig, "Measure.", "Folder."
+    )
+    assert (target, flags_read.max_eval_samples, flags_read.split) == ("runs/x", 7, "test")
+    flags = ["--dry_run", "true", "--private", "false", "runs/x"]
+    flags_read, target = parse_with_target(flags, PushConfig, "Push.", "Folder.")
+    assert (target, flags_read.dry_run, flags_read.private) == ("runs/x", True, False)
 
 
 def test_without_a_target_it_is_the_published_runs_folder():
-    assert parse_with_target([], EvaluateConfig, "Measure.", "Folder.").target == "runs/llm-course-hw3-dora"
+    assert parse_with_target([], EvaluateConfig, "Measure.", "Folder.")[1] == "runs/llm-course-hw3-dora"
 
 
 @pytest.mark.parametrize(
     ("config_class", "argv", "message"),
     [
         (EvaluateConfig, ["a", "b"], "unknown argument 'b'"),
-        (EvaluateConfig, ["--max_sample", "3"], "unknown argument '--max_sample'; did you mean --max_samples"),
+        (EvaluateConfig, ["--max_sample", "3"], "unknown argument '--max_sample'; did you mean --max_eval_samples"),
         (EvaluateConfig, ["--split", "dev"], "argument --split: invalid choice: 'dev'"),
-        (EvaluateConfig, ["--max_samples", "0"], "--max_samples is 0; expected 1 or more"),
+        (EvaluateConfig, ["--max_eval_samples", "0"], "--max_eval_samples is 0; expected 1 or more"),
         (EvaluateConfig, ["--batch_size", "0"], "--batch_size is 0; expected 1 or more"),
         (EvaluateConfig, ["--max_new_tokens", "-1"], "--max_new_tokens is -1; expected 1 or more"),
         (EvaluateConfig, ["--seed", "-1"], "--seed is -1; expected 0 or more"),
@@ -691,7 +698,7 @@ def silenced(monkeypatch) -> list[str]:
     """What run_script switches off for the whole process, noted instead."""
     noted = []
     for name in ("set_verbosity_error", "disable_progress_bar"):
-        monkeypatch.setattr(cli.logging, name, lambda name=name: noted.append(name))
+        monkeypatch.setattr(cli.transformers_logging, name, lambda name=name: noted.append(name))
     return noted
 
 
@@ -708,12 +715,17 @@ def test_a_script_ends_with_the_status_of_its_main(capsys, silenced):
     assert silenced == ["set_verbosity_error", "disable_progress_bar"] * 2
 
 
-def test_what_the_user_can_mend_is_a_message_without_a_traceback(capsys, silenced):
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [(InputError, 2), (ResourceError, 3), (DivergedError, 4), (HubError, 5), (VerificationError, 6), (UserError, 1)],
+)
+def test_what_the_user_can_mend_is_a_message_without_a_traceback_and_a_status_by_its_kind(
+    kind, status, capsys, silenced
+):
     def main() -> int:
-        raise InputError("--r is 0; give 1.")
+        raise kind("--r is 0; give 1.")
 
-    # A text as exit code is printed by the interpreter, and the status is 1.
-    assert end_of(main, capsys) == ("train.py: --r is 0; give 1.", "")
+    assert end_of(main, capsys) == (status, "train.py: --r is 0; give 1.\n")
 
 
 def test_ctrl_c_is_a_message_and_the_shells_status_for_it(capsys, silenced):
@@ -730,9 +742,13 @@ def test_a_disk_that_takes_no_more_is_a_message_that_names_the_file(code, capsys
     def main() -> int:
         raise OSError(code, os.strerror(code), "runs/demo/run.json")
 
-    said, _ = end_of(main, capsys)
-    assert said.startswith(f"train.py: [Errno {code}] ") and "'runs/demo/run.json'. M" in said
-    assert said.endswith(", or name another folder.") and ("Mend the rights" in said) == (code in (13, 30))
+    status, said = end_of(main, capsys)
+    assert (
+        status == ResourceError.exit_status
+        and said.startswith(f"train.py: [Errno {code}] ")
+        and "'runs/demo/run.json'. M" in said
+    )
+    assert said.endswith(", or name another folder.\n") and ("Mend the rights" in said) == (code in (13, 30))
 
 
 def test_another_failure_of_the_system_keeps_its_traceback(silenced):
@@ -749,3 +765,37 @@ def test_a_mistake_of_ours_keeps_its_traceback(silenced):
 
     with warnings.catch_warnings(), pytest.raises(ValueError, match="ours"):
         run_script(main, "train.py")
+
+
+# Where a flag is added
+
+
+def test_what_changes_the_result_is_recorded_and_what_may_differ_is_named():
+    """The three kinds by hand: a flag that is moved from one to another is seen here."""
+    rounding = {"world_size", "gradient_accumulation_steps", "batching"}
+    assert set(config.ROUNDING_ARGUMENTS) == rounding
+    assert set(config.RESULT_ARGUMENTS) - set(config.RECIPE_ARGUMENTS) - rounding == {
+        *("precision", "tf32", "full_determinism"),
+    }
+    assert {"learning_rate", "seed", "optim", "max_steps", "global_batch_size"} < set(config.RECIPE_ARGUMENTS)
+    assert not set(config.RECIPE_ARGUMENTS) & {"output_dir", "logging_steps", "max_eval_samples", "report_to"}
+
+
+def test_an_inherited_flag_keeps_the_trainers_default_and_help():
+    fields = {item.name: item for item in dataclasses.fields(TrainConfig)}
+    for item in dataclasses.fields(TrainingArguments):
+        of_ours = ("learning_rate", "num_train_epochs", "max_steps")
+        if item.name in config.RECIPE_ARGUMENTS and item.name not in of_ours:
+            assert (fields[item.name].default, fields[item.name].metadata) == (item.default, item.metadata), item.name
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
+def test_a_range_holds_no_nan_nothing_below_and_nothing_endless(value):
+    assert value not in config.AT_LEAST_0 and value not in config.ABOVE_0
+    assert 0 in config.AT_LEAST_0 and 0 not in config.ABOVE_0 and 0.5 in config.ABOVE_0
+
+
+def test_settings_are_not_changed_after_they_are_made():
+    for made in (TaskConfig(), ModelConfig(), EvaluateConfig(), PushConfig()):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, dataclasses.fields(made)[0].name, "other")

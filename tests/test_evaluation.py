@@ -8,7 +8,7 @@ import pytest
 from tweetdora import evaluation
 from tweetdora.config import DEFAULT_RUN_DIR, PUBLISHED_REPO, EvaluateConfig
 from tweetdora.errors import InputError
-from tweetdora.evaluation import find_target
+from tweetdora.evaluation import find_eval_target
 
 
 @pytest.fixture
@@ -18,9 +18,7 @@ def results_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "read_adapter_config", lambda name: None)
 
     def find(name: str) -> str:
-        config = EvaluateConfig()
-        config.target = name
-        target = find_target(config)
+        target = find_eval_target(name, EvaluateConfig())
         assert target.kind == "model"
         return target.results_dir
 
@@ -77,8 +75,6 @@ def test_an_adapter_folder_under_runs_is_an_adapter(tmp_path, monkeypatch):
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "owner/base", "r": 8}
     Path("runs/demo/adapter/adapter_config.json").write_text(json.dumps(settings))
     Path("runs/demo/adapter/adapter_model.safetensors").write_bytes(b"")
-    config = EvaluateConfig()
-    config.target = "runs/demo/adapter"
-    target = find_target(config)
+    target = find_eval_target("runs/demo/adapter", EvaluateConfig())
     assert (target.kind, target.base, target.adapter_dir) == ("adapter", "owner/base", "runs/demo/adapter")
     assert target.results_dir == "runs/evaluations/runs--demo--adapter"

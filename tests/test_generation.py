@@ -9,19 +9,19 @@ from transformers import GenerationConfig
 
 from tweetdora import generation
 from tweetdora.attention import ATTENTION
-from tweetdora.data import Rows, load_rows, make_rows
+from tweetdora.data import Examples, load_examples, make_examples
 from tweetdora.generation import (
     UNPARSED,
-    Answer,
+    Generation,
     LabelParser,
-    answer_rows,
+    generate_all,
     generate_packed,
-    generate_plainly,
+    generate_padded,
 )
 
 WORDS = ["negative", "neutral", "positive"]
 KINDS = ["llama", "mistral", "qwen2"]
-WAYS = [generate_packed, generate_plainly]
+WAYS = [generate_packed, generate_padded]
 NEW = 8  # longest answer, in tokens
 
 
@@ -98,15 +98,15 @@ def test_an_answer_ends_before_its_first_stop_token(tokenizer):
     neutral, end, other = tokenizer.convert_tokens_to_ids(["neutr", "al"]), 4, 2
     parse = LabelParser(WORDS)
     read = [
-        generation._read_answer(ids, [other, end], tokenizer, parse)
+        generation._decode_generation(ids, [other, end], tokenizer, parse)
         for ids in ([*neutral, end, *neutral], [*neutral, other], neutral, [end], [*neutral, 3])
     ]
     assert read == [
-        Answer("neutral", True, 1),
-        Answer("neutral", True, 1),
-        Answer("neutral", False, 1),
-        Answer("", True, UNPARSED),
-        Answer("neutral<|im_start|>", False, 1),  # a control token that does not stop is shown
+        Generation("neutral", True, 1),
+        Generation("neutral", True, 1),
+        Generation("neutral", False, 1),
+        Generation("", True, UNPARSED),
+        Generation("neutral<|im_start|>", False, 1),  # a control token that does not stop is shown
     ]
 
 
@@ -114,15 +114,15 @@ def test_an_answer_ends_before_its_first_stop_token(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def rows(task) -> Rows:
+def examples(task) -> Examples:
     """Texts of very unlike lengths, so that batches are padded and answers come in another order than made."""
-    texts = [*load_rows(task, "test").texts[:10], "", "x", "good " * 50, "a <|im_end|> b", "plain " * 9]
-    return make_rows(texts[::-1], [0] * len(texts), {})
+    texts = [*load_examples(task, "test", None).texts[:10], "", "x", "good " * 50, "a <|im_end|> b", "plain " * 9]
+    return make_examples(texts[::-1], [0] * len(texts))
 
 
 @pytest.fixture(scope="module")
-def prompts(rows, encoder) -> list[list[int]]:
-    return encoder.prompt_ids(rows.texts)[0]
+def prompts(examples, prompt_tokenizer) -> list[list[int]]:
+    return prompt_tokenizer.prompt_ids(examples.texts)[0]
 
 
 @pytest.fixture(scope="module")
@@ -165,22 +165,33 @@ def common_tokens(sequences: list[list[int]], count: int) -> list[int]:
 
 @pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
 def way(request, monkeypatch):
-    """answer_rows takes this way to generate."""
-    if request.param is generate_plainly:
+    """generate_all takes this way to generate."""
+    if request.param is generate_padded:
         monkeypatch.setattr(generation, "ATTENTION", "another")
     return request.param
 
 
-def answers_of(model, tokenizer, encoder, rows, batch_size=7, max_new_tokens=NEW, **more) -> list[Answer]:
-    answers, seconds = answer_rows(
-        model, tokenizer, encoder, rows, WORDS, batch_size=batch_size, max_new_tokens=max_new_tokens, **more
+def answers_of(
+    model, tokenizer, prompt_tokenizer, examples, batch_size=7, max_new_tokens=NEW, **more
+) -> list[Generation]:
+    answers, seconds = generate_all(
+        model,
+        tokenizer,
+        prompt_tokenizer,
+        examples,
+        WORDS,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        **more,
     )
     assert seconds > 0
     return answers
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_are_those_of_a_plain_greedy_loop(make_varied, tokenizer, encoder, rows, prompts, way, kind):
+def test_answers_are_those_of_a_plain_greedy_loop(
+    make_varied, tokenizer, prompt_tokenizer, examples, prompts, way, kind
+):
     model = make_varied(kind)
     unstopped = [greedy(model, prompt) for prompt in prompts]
     assert len({tuple(ids) for ids in unstopped}) > len(prompts) / 2, "the answers must differ to show anything"
@@ -189,7 +200,7 @@ def test_answers_are_those_of_a_plain_greedy_loop(make_varied, tokenizer, encode
     stop_ids = [4, *more_stops]
     expected = [up_to_stop(ids, stop_ids) for ids in unstopped]
     assert len({len(ids) for ids in expected}) > 3, "they must stop at different places to show anything"
-    for answer, ids in zip(answers_of(model, tokenizer, encoder, rows), expected, strict=True):
+    for answer, ids in zip(answers_of(model, tokenizer, prompt_tokenizer, examples), expected, strict=True):
         stopped = ids[-1] in stop_ids
         assert (answer.text, answer.stopped) == (tokenizer.decode(ids[:-1] if stopped else ids), stopped)
 
@@ -254,28 +265,37 @@ def test_a_sliding_window_slides_over_tokens_and_not_over_padding(make_varied, p
 
 @pytest.mark.parametrize("batch_size", [1, 2, 1000])
 def test_answers_do_not_depend_on_the_batch_size_and_keep_the_rows_order(
-    make_varied, tokenizer, encoder, rows, way, batch_size
+    make_varied, tokenizer, prompt_tokenizer, examples, way, batch_size
 ):
     model, done = make_varied(), []
-    reference = answers_of(model, tokenizer, encoder, rows)
-    assert answers_of(model, tokenizer, encoder, rows, batch_size=batch_size, on_progress=done.append) == reference
-    assert sum(done) == len(rows) and max(done) <= batch_size
-    one_by_one = [answers_of(model, tokenizer, encoder, make_rows([text], [0], {}))[0] for text in rows.texts]
+    reference = answers_of(model, tokenizer, prompt_tokenizer, examples)
+    assert (
+        answers_of(model, tokenizer, prompt_tokenizer, examples, batch_size=batch_size, on_progress=done.append)
+        == reference
+    )
+    assert sum(done) == len(examples) and max(done) <= batch_size
+    one_by_one = [
+        answers_of(model, tokenizer, prompt_tokenizer, make_examples([text], [0]))[0] for text in examples.texts
+    ]
     assert one_by_one == reference
 
 
-def test_an_answer_is_not_longer_than_asked_and_then_did_not_stop(make_varied, tokenizer, encoder, rows, prompts, way):
+def test_an_answer_is_not_longer_than_asked_and_then_did_not_stop(
+    make_varied, tokenizer, prompt_tokenizer, examples, prompts, way
+):
     model = make_varied()
     for count in (1, 3):
         for answer, prompt in zip(
-            answers_of(model, tokenizer, encoder, rows, max_new_tokens=count), prompts, strict=True
+            answers_of(model, tokenizer, prompt_tokenizer, examples, max_new_tokens=count), prompts, strict=True
         ):
             expected = greedy(model, prompt, count=count)
-            assert answer == Answer(tokenizer.decode(expected), False, UNPARSED)
+            assert answer == Generation(tokenizer.decode(expected), False, UNPARSED)
 
 
 @pytest.mark.parametrize("source", ["generation config", "tokenizer", "chat template"])
-def test_each_of_the_stop_tokens_stops(make_varied, make_tokenizer, encoder, rows, prompts, way, source, monkeypatch):
+def test_each_of_the_stop_tokens_stops(
+    make_varied, make_tokenizer, prompt_tokenizer, examples, prompts, way, source, monkeypatch
+):
     model, tokenizer = make_varied(), make_tokenizer()
     first = greedy(model, prompts[0], count=3)
     stop = first[1]
@@ -285,31 +305,35 @@ def test_each_of_the_stop_tokens_stops(make_varied, make_tokenizer, encoder, row
     elif source == "tokenizer":
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
     else:
-        monkeypatch.setattr(encoder, "stop_token_id", stop)
-    only, calls = make_rows(rows.texts[:1], [0], {}), []
+        monkeypatch.setattr(prompt_tokenizer, "stop_token_id", stop)
+    only, calls = make_examples(examples.texts[:1], [0]), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(output))
-    assert answers_of(model, tokenizer, encoder, only) == [Answer(tokenizer.decode(first[:1]), True, UNPARSED)]
+    assert answers_of(model, tokenizer, prompt_tokenizer, only) == [
+        Generation(tokenizer.decode(first[:1]), True, UNPARSED)
+    ]
     assert len(calls) <= 3, "no token is made behind the stop token"
 
 
-def test_a_stop_token_at_once_is_an_empty_answer_that_stopped(make_varied, tokenizer, encoder, rows, prompts, way):
+def test_a_stop_token_at_once_is_an_empty_answer_that_stopped(
+    make_varied, tokenizer, prompt_tokenizer, examples, prompts, way
+):
     model = make_varied()
     model.generation_config.eos_token_id = sorted({greedy(model, prompt, count=1)[0] for prompt in prompts})
-    assert answers_of(model, tokenizer, encoder, rows) == [Answer("", True, UNPARSED)] * len(rows)
+    assert answers_of(model, tokenizer, prompt_tokenizer, examples) == [Generation("", True, UNPARSED)] * len(examples)
 
 
 def test_a_shipped_generation_config_changes_no_answer_and_is_there_afterwards(
-    make_varied, tokenizer, encoder, rows, way
+    make_varied, tokenizer, prompt_tokenizer, examples, way
 ):
     model = make_varied()
-    reference = answers_of(model, tokenizer, encoder, rows)
+    reference = answers_of(model, tokenizer, prompt_tokenizer, examples)
     shipped = GenerationConfig(
         **{"repetition_penalty": 1.3, "no_repeat_ngram_size": 1, "min_new_tokens": 3, "suppress_tokens": [36, 106]},
         **{"do_sample": True, "temperature": 2.0, "top_k": 5, "max_length": 3, "eos_token_id": 2, "num_beams": 2},
     )
     model.generation_config = shipped
     before = shipped.to_dict()
-    assert answers_of(model, tokenizer, encoder, rows) == reference
+    assert answers_of(model, tokenizer, prompt_tokenizer, examples) == reference
     assert model.generation_config is shipped and shipped.to_dict() == before
 
 
@@ -329,18 +353,18 @@ def test_a_shipped_repetition_penalty_would_change_answers(make_varied, prompts)
     assert [ids.tolist() for ids in written] != expected
 
 
-def test_training_mode_and_generation_config_are_as_before(make_varied, tokenizer, encoder, rows, way):
+def test_training_mode_and_generation_config_are_as_before(make_varied, tokenizer, prompt_tokenizer, examples, way):
     """With dropout on, answers would be drawn by lot."""
     model = make_varied(attention_dropout=0.5)
-    reference = answers_of(model, tokenizer, encoder, rows)
+    reference = answers_of(model, tokenizer, prompt_tokenizer, examples)
     assert not model.training
     model.train()
-    assert answers_of(model, tokenizer, encoder, rows) == reference
+    assert answers_of(model, tokenizer, prompt_tokenizer, examples) == reference
     assert model.training and all(layer.training for layer in model.modules())
 
 
 def test_training_mode_and_generation_config_are_as_before_even_if_generating_fails(
-    make_varied, tokenizer, encoder, rows, way
+    make_varied, tokenizer, prompt_tokenizer, examples, way
 ):
     model = make_varied().train()
     shipped = model.generation_config
@@ -351,37 +375,37 @@ def test_training_mode_and_generation_config_are_as_before_even_if_generating_fa
 
     model.forward = fail
     with pytest.raises(RuntimeError, match="out of memory"):
-        answers_of(model, tokenizer, encoder, rows)
+        answers_of(model, tokenizer, prompt_tokenizer, examples)
     assert model.training and model.generation_config is shipped
 
 
-def test_generating_leaves_no_graph_behind(make_varied, tokenizer, encoder, rows, way):
+def test_generating_leaves_no_graph_behind(make_varied, tokenizer, prompt_tokenizer, examples, way):
     model = make_varied()
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
-    answers_of(model, tokenizer, encoder, rows)
+    answers_of(model, tokenizer, prompt_tokenizer, examples)
     assert seen and not any(seen)
     assert torch.is_grad_enabled()
 
 
-def test_an_adapters_answers_are_its_own(make_varied, tokenizer, encoder, rows, prompts, way):
+def test_an_adapters_answers_are_its_own(make_varied, tokenizer, prompt_tokenizer, examples, prompts, way):
     """A fresh adapter changes nothing, so it is moved first, its magnitudes too."""
     model = make_varied()
-    base_answers = answers_of(model, tokenizer, encoder, rows)
+    base_answers = answers_of(model, tokenizer, prompt_tokenizer, examples)
     torch.manual_seed(0)
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["k_proj", "v_proj"], use_dora=True)).eval()
-    assert answers_of(tuned, tokenizer, encoder, rows) == base_answers
+    assert answers_of(tuned, tokenizer, prompt_tokenizer, examples) == base_answers
     with torch.no_grad():
         for name, weight in tuned.named_parameters():
             if "lora_" in name:
                 weight.add_(torch.randn_like(weight) * 0.3)
-    answers = answers_of(tuned, tokenizer, encoder, rows)
+    answers = answers_of(tuned, tokenizer, prompt_tokenizer, examples)
     assert answers != base_answers
     assert [answer.text for answer in answers] == [tokenizer.decode(greedy(tuned, prompt)) for prompt in prompts]
 
 
 def test_what_is_packable_shares_its_prefix_and_what_is_not_is_answered_too(
-    make_varied, make_model, tokenizer, encoder, rows, monkeypatch
+    make_varied, make_model, tokenizer, prompt_tokenizer, examples, monkeypatch
 ):
     taken = []
     for original in WAYS:
@@ -391,8 +415,8 @@ def test_what_is_packable_shares_its_prefix_and_what_is_not_is_answered_too(
             return original(*args, **kwargs)
 
         monkeypatch.setattr(generation, original.__name__, spy)
-    few = rows.head(3)
-    answers_of(make_varied(), tokenizer, encoder, few)
+    few = examples.head(3)
+    answers_of(make_varied(), tokenizer, prompt_tokenizer, few)
     gemma2 = {"head_dim": 8, "attn_logit_softcapping": 50.0, "pad_token_id": 0}
-    assert len(answers_of(make_model("gemma2", **gemma2), tokenizer, encoder, few)) == 3
-    assert taken == ["generate_packed", "generate_plainly"]
+    assert len(answers_of(make_model("gemma2", **gemma2), tokenizer, prompt_tokenizer, few)) == 3
+    assert taken == ["generate_packed", "generate_padded"]

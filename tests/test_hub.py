@@ -1,16 +1,16 @@
 """What is asked of the Hub before anything is loaded; the test Hub itself is test_hub_server.py's."""
 
-import runpy
-from pathlib import Path
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
+from sample_records import sample_run
 
 from tweetdora import hub
+from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.hub import pin_revision
-
-ROOT = Path(__file__).resolve().parent.parent
+from tweetdora.resume import Commits, pin_commits
 
 
 def test_a_local_path_has_no_revision(tmp_path):
@@ -27,39 +27,29 @@ def test_a_name_that_is_not_on_the_hub_is_not_asked_for(monkeypatch):
 @pytest.fixture
 def moving_hub(monkeypatch) -> None:
     """A Hub that is at another commit each time that it is asked."""
-    commits = iter(letter * 40 for letter in "abcdef")
+    commits = iter(letter * 40 for letter in "cdef")
 
     class MovingHub:
         def resolve_revision(self, name: str, **settings: str) -> SimpleNamespace:
             return SimpleNamespace(resolved=next(commits))
 
-    monkeypatch.setattr(hub, "_commits", {})
     monkeypatch.setattr(hub, "HfApi", MovingHub)
 
 
-def test_a_revision_is_asked_for_once_in_a_process(moving_hub):
-    """The Hub may move on between two splits of a data set."""
-    assert pin_revision("someone/moving", None) == pin_revision("someone/moving", None) == "a" * 40
-    assert pin_revision("someone/moving", None, "dataset") == "b" * 40
-    assert pin_revision("someone/moving", "v2") == "c" * 40
+PUBLISHED = TaskConfig(dataset_name="someone/tweets"), ModelConfig(model_name_or_path="someone/base")
+
+
+def test_a_new_run_is_of_the_commits_that_the_hub_has_now(moving_hub):
+    assert pin_commits(*PUBLISHED, None) == Commits(base="c" * 40, data="d" * 40)
 
 
 def test_a_run_that_goes_on_keeps_its_commits_whatever_the_hub_has_now(moving_hub):
-    keep_commits = runpy.run_path(str(ROOT / "train.py"))["keep_commits"]
-    saved = {
-        "task": {"dataset_name": "someone/tweets", "dataset_revision": None},
-        "model": {"model_name_or_path": "someone/base", "model_revision": "v2"},
-        "base": {"revision": "base then"},
-        "train_data": {"revision": "data then"},
-    }
-    keep_commits(saved)
-    assert pin_revision("someone/base", "v2") == "base then"
-    assert pin_revision("someone/tweets", None, "dataset") == "data then"
-    assert pin_revision("someone/base", None) == "a" * 40
-    saved["base"]["revision"] = saved["train_data"]["revision"] = None  # local folders have none
-    saved["model"]["model_name_or_path"] = "someone/other"
-    keep_commits(saved)
-    assert pin_revision("someone/other", "v2") == "b" * 40
+    saved = sample_run(task=PUBLISHED[0], model=PUBLISHED[1])  # its base is of commit a…, its data of b…
+    assert pin_commits(*PUBLISHED, saved) == Commits(base="a" * 40, data="b" * 40)
+    moved = dataclasses.replace(PUBLISHED[1], model_revision="v2")
+    assert pin_commits(PUBLISHED[0], moved, saved) == Commits(base="c" * 40, data="b" * 40)
+    other = dataclasses.replace(PUBLISHED[0], dataset_name="someone/other")
+    assert pin_commits(other, PUBLISHED[1], saved) == Commits(base="a" * 40, data="d" * 40)
 
 
 def test_without_the_hub_a_revision_stays_as_it_is():

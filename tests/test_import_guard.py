@@ -62,7 +62,7 @@ def test_here_it_is_the_library():
     assert is_library(metrics.evaluate.__file__)
     assert sys.modules["evaluate"] is metrics.evaluate
     assert metrics.evaluate.__version__ == importlib.metadata.version("evaluate")
-    assert issubclass(metrics.AnswerScores, metrics.evaluate.Metric)
+    assert issubclass(metrics.ClassificationScores, metrics.evaluate.Metric)
 
 
 def test_the_folder_with_the_script_comes_last_on_the_path_and_the_others_keep_their_order(monkeypatch, tmp_path):

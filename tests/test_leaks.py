@@ -36,8 +36,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in ("README.md", "config.json", "chat_template.jinja", "adapter/adapter_config.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("first line\nsecond line\n")
-    (folder / "figures").mkdir()
-    (folder / "figures/training.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    (folder / "plots").mkdir()
+    (folder / "plots/training.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     save_file({"weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -61,7 +61,7 @@ def test_a_secret_is_known_by_its_form_and_is_not_repeated(folder, secret, what)
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "config.json", "chat_template.jinja", "adapter/adapter_config.json", "figures/training.png"]
+    "name", ["README.md", "config.json", "chat_template.jinja", "adapter/adapter_config.json", "plots/training.png"]
 )
 def test_no_file_is_left_out(folder, name):
     with open(folder / name, "ab") as stream:

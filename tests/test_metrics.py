@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,33 +11,36 @@ import scipy.stats
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from tweetdora import metrics
-from tweetdora.generation import UNPARSED, Answer
+from tweetdora.generation import UNPARSED, Generation
 from tweetdora.metrics import (
     INTERVAL_METRICS,
-    AnswerScores,
+    ClassificationScores,
     accuracy_by_length,
+    baselines,
     bootstrap_intervals,
+    compute_metrics,
     confusion_matrix,
     mcnemar_p_value,
-    measure,
     paired_difference,
     proportion_interval,
-    reference_lines,
     scores,
 )
+from tweetdora.records import Bootstrap, Intervals, McNemar, MetricDifference, Metrics, decode
 
 WORDS = ["negative", "neutral", "positive"]
 
 
-def answers_with(predictions: list[int]) -> list[Answer]:
-    return [Answer(WORDS[label] if label >= 0 else "?", True, label) for label in predictions]
+def answers_with(predictions: list[int]) -> list[Generation]:
+    return [Generation(WORDS[label] if label >= 0 else "?", True, label) for label in predictions]
 
 
-def random_answers(seed: int, rows: int, classes: int = 3, unparsed: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+def random_answers(seed: int, rows: int, num_labels: int = 3, unparsed: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """True classes, and predictions that are right in about half of the rows; some are unparsed."""
     draw = np.random.default_rng(seed)
-    references = draw.choice(classes, size=rows, p=np.arange(1, classes + 1) / np.arange(1, classes + 1).sum())
-    predictions = np.where(draw.random(rows) < 0.4, references, draw.integers(0, classes, rows))
+    references = draw.choice(
+        num_labels, size=rows, p=np.arange(1, num_labels + 1) / np.arange(1, num_labels + 1).sum()
+    )
+    predictions = np.where(draw.random(rows) < 0.4, references, draw.integers(0, num_labels, rows))
     return references, np.where(draw.random(rows) < unparsed, UNPARSED, predictions)
 
 
@@ -51,40 +55,40 @@ def test_an_example_by_hand():
     positive  1 hit, 1 called so, 2 there: precision 1,   recall 1/2, F1 2/3
     """
     answers = [
-        Answer("negative", True, 0),
-        Answer("neutral", True, 1),
-        Answer("Neutral", True, 1),
-        Answer("neutral", True, 1),
-        Answer("positive, I think", False, 2),
-        Answer("no idea", True, UNPARSED),
+        Generation("negative", True, 0),
+        Generation("neutral", True, 1),
+        Generation("Neutral", True, 1),
+        Generation("neutral", True, 1),
+        Generation("positive, I think", False, 2),
+        Generation("no idea", True, UNPARSED),
     ]
-    figures = measure([0, 0, 1, 1, 2, 2], answers, WORDS)
-    assert figures["confusion_matrix"] == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 1, 1]]
-    assert figures["macro_f1"] == pytest.approx((2 / 3 + 4 / 5 + 2 / 3) / 3)
-    assert figures["macro_recall"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
-    assert figures["accuracy"] == pytest.approx(4 / 6)
-    assert figures["per_class"] == {
+    computed = compute_metrics([0, 0, 1, 1, 2, 2], answers, WORDS)
+    assert computed.confusion_matrix == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 1, 1]]
+    assert computed.macro_f1 == pytest.approx((2 / 3 + 4 / 5 + 2 / 3) / 3)
+    assert computed.macro_recall == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    assert computed.accuracy == pytest.approx(4 / 6)
+    assert {w: asdict(s) for w, s in computed.per_label.items()} == {
         "negative": {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2},
         "neutral": {"precision": pytest.approx(2 / 3), "recall": 1.0, "f1": pytest.approx(4 / 5), "support": 2},
         "positive": {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2},
     }
-    assert figures["n"] == 6
-    assert figures["parse_rate"] == pytest.approx(5 / 6)
-    assert figures["exact_rate"] == pytest.approx(3 / 6)
-    assert figures["stop_rate"] == pytest.approx(5 / 6)
+    assert computed.num_examples == 6
+    assert computed.parse_rate == pytest.approx(5 / 6)
+    assert computed.exact_match == pytest.approx(3 / 6)
+    assert computed.eos_rate == pytest.approx(5 / 6)
 
 
-def test_the_figures_are_ready_for_a_record():
-    figures = measure([0, 1, 2], answers_with([0, 1, UNPARSED]), WORDS)
-    assert json.loads(json.dumps(figures)) == figures
+def test_the_metrics_are_ready_for_a_record():
+    computed = compute_metrics([0, 1, 2], answers_with([0, 1, UNPARSED]), WORDS)
+    assert decode(Metrics, json.loads(json.dumps(asdict(computed))), "x") == computed
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("classes", [2, 3, 5])
-def test_scores_are_scikit_learns_with_the_classes_fixed(seed, classes):
-    references, predictions = random_answers(seed, 60, classes)
-    found = scores(confusion_matrix(references, predictions, classes))
-    fixed = {"labels": list(range(classes)), "zero_division": 0}
+@pytest.mark.parametrize("num_labels", [2, 3, 5])
+def test_scores_are_scikit_learns_with_the_classes_fixed(seed, num_labels):
+    references, predictions = random_answers(seed, 60, num_labels)
+    found = scores(confusion_matrix(references, predictions, num_labels))
+    fixed = {"labels": list(range(num_labels)), "zero_division": 0}
     assert UNPARSED in predictions
     for name, score in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
         assert found[name] == pytest.approx(score(references, predictions, average=None, **fixed)), name
@@ -111,13 +115,13 @@ def test_an_unparsed_answer_is_wrong_and_not_dropped():
     assert found["macro_f1"] == pytest.approx(2 / 3)
     assert (found["macro_recall"], found["accuracy"]) == (0.5, 0.5)
     assert found["precision"].tolist() == [1, 1, 1], "no class is blamed for an unparsed answer"
-    assert measure(references, answers_with(unparsed), WORDS)["accuracy"] == 0.5
+    assert compute_metrics(references, answers_with(unparsed), WORDS).accuracy == 0.5
 
 
 def test_nothing_parsed_scores_nothing():
-    figures = measure([0, 1, 2], answers_with([UNPARSED] * 3), WORDS)
-    assert [figures[name] for name in (*INTERVAL_METRICS, "parse_rate", "exact_rate")] == [0, 0, 0, 0, 0]
-    assert figures["confusion_matrix"] == [[0, 0, 0, 1]] * 3
+    computed = compute_metrics([0, 1, 2], answers_with([UNPARSED] * 3), WORDS)
+    assert [getattr(computed, name) for name in (*INTERVAL_METRICS, "parse_rate", "exact_match")] == [0, 0, 0, 0, 0]
+    assert computed.confusion_matrix == [[0, 0, 0, 1]] * 3
 
 
 def test_the_confusion_matrix_has_true_classes_in_rows_and_unparsed_last():
@@ -140,8 +144,8 @@ def test_stacked_matrices_are_scored_one_by_one():
 
 def test_the_metric_is_the_librarys_and_computes_without_the_network():
     """conftest.py refuses every connection; evaluate.load would need one."""
-    assert issubclass(AnswerScores, metrics.evaluate.Metric)
-    computed = AnswerScores().compute(predictions=[0, 1, -1], references=[0, 0, 2], classes=3)
+    assert issubclass(ClassificationScores, metrics.evaluate.Metric)
+    computed = ClassificationScores().compute(predictions=[0, 1, -1], references=[0, 0, 2], num_labels=3)
     # negative: 1 hit, 1 called so, 2 there; neutral: 1 called so, none there; positive: none called so.
     assert computed["confusion_matrix"] == [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert computed["macro_f1"] == pytest.approx(2 / 9)
@@ -149,12 +153,14 @@ def test_the_metric_is_the_librarys_and_computes_without_the_network():
 
 def test_the_metric_can_be_fed_in_batches():
     references, predictions = random_answers(3, 50)
-    whole = AnswerScores(experiment_id="whole").compute(predictions=predictions, references=references, classes=3)
-    metric = AnswerScores(experiment_id="batches")
+    whole = ClassificationScores(experiment_id="whole").compute(
+        predictions=predictions, references=references, num_labels=3
+    )
+    metric = ClassificationScores(experiment_id="batches")
     for start in range(0, 50, 20):
         part = slice(start, start + 20)
         metric.add_batch(predictions=predictions[part], references=references[part])
-    assert metric.compute(classes=3) == whole
+    assert metric.compute(num_labels=3) == whole
     assert whole["macro_f1"] == pytest.approx(
         f1_score(references, predictions, labels=[0, 1, 2], average="macro", zero_division=0)
     )
@@ -163,10 +169,10 @@ def test_the_metric_can_be_fed_in_batches():
 # Intervals
 
 
-def plain_scores(truth: np.ndarray, answers: np.ndarray, classes: int) -> list[float]:
+def plain_scores(truth: np.ndarray, answers: np.ndarray, num_labels: int) -> list[float]:
     """INTERVAL_METRICS, counted class by class."""
     f1, recall = [], []
-    for label in range(classes):
+    for label in range(num_labels):
         hits, there, called = (
             ((truth == label) & (answers == label)).sum(),
             (truth == label).sum(),
@@ -174,14 +180,14 @@ def plain_scores(truth: np.ndarray, answers: np.ndarray, classes: int) -> list[f
         )
         recall.append(hits / there if there else 0.0)
         f1.append(2 * hits / (there + called) if there + called else 0.0)
-    return [sum(f1) / classes, sum(recall) / classes, (truth == answers).mean()]
+    return [sum(f1) / num_labels, sum(recall) / num_labels, (truth == answers).mean()]
 
 
-def naive_bootstrap(references, predictions, classes: int, samples: int, seed: int) -> dict[str, np.ndarray]:
+def naive_bootstrap(references, predictions, num_labels: int, samples: int, seed: int) -> dict[str, np.ndarray]:
     """The second way: draw rows with replacement, and score each draw."""
     draw = np.random.default_rng(seed)
     picked = draw.integers(0, len(references), (samples, len(references)))
-    drawn = np.array([plain_scores(references[rows], predictions[rows], classes) for rows in picked])
+    drawn = np.array([plain_scores(references[rows], predictions[rows], num_labels) for rows in picked])
     return dict(zip(INTERVAL_METRICS, drawn.T, strict=True))
 
 
@@ -193,19 +199,20 @@ def quantile_error(values: np.ndarray) -> float:
 
 def test_intervals_agree_with_drawing_row_by_row():
     references, predictions = random_answers(0, 80)
-    found = bootstrap_intervals(references, predictions, 3, samples=20_000, seed=1)
+    found = bootstrap_intervals(references, predictions, 3, Bootstrap(20_000, 1))
     naive = naive_bootstrap(references, predictions, 3, samples=1500, seed=2)
     for name in INTERVAL_METRICS:
         expected = np.quantile(naive[name], [0.025, 0.975])
         # Accuracy moves in steps of 1/80.
         tolerance = quantile_error(naive[name]) + 1 / 160
-        assert found[name] == pytest.approx(expected, abs=tolerance), name
-        assert found[name][1] - found[name][0] > 3 * tolerance, "the tolerance must not swallow the interval"
+        low, high = getattr(found, name)
+        assert (low, high) == pytest.approx(expected, abs=tolerance), name
+        assert high - low > 3 * tolerance, "the tolerance must not swallow the interval"
 
 
 def test_intervals_of_each_class_agree_with_drawing_row_by_row():
     references, predictions = random_answers(0, 80)
-    found = bootstrap_intervals(references, predictions, 3, samples=20_000, seed=1)["per_class_f1"]
+    found = bootstrap_intervals(references, predictions, 3, Bootstrap(20_000, 1)).per_label_f1
     picked = np.random.default_rng(2).integers(0, 80, (1500, 80))
     every = {"labels": [0, 1, 2], "average": None}
     drawn = np.array([f1_score(references[rows], predictions[rows], **every) for rows in picked])
@@ -227,35 +234,38 @@ def test_accuracy_by_length_takes_the_rows_in_quarters_from_short_to_long():
     wrong = {9: False, 1: True, 30: True}
     predictions = [1 if wrong.get(len(text)) else 0 for text in texts]
     parts = accuracy_by_length(texts, [0] * 9, predictions)
-    assert [(part["characters"], part["n"]) for part in parts] == [([1, 3], 3), ([4, 4], 2), ([5, 7], 2), ([9, 30], 2)]
-    assert [part["accuracy"] for part in parts] == [pytest.approx(2 / 3), 1.0, 1.0, 0.5]
-    assert parts[3]["interval"] == proportion_interval(1, 2)
-    assert json.loads(json.dumps(parts)) == parts
+    assert [(part.characters, part.num_examples) for part in parts] == [
+        ((1, 3), 3),
+        ((4, 4), 2),
+        ((5, 7), 2),
+        ((9, 30), 2),
+    ]
+    assert [part.accuracy for part in parts] == [pytest.approx(2 / 3), 1.0, 1.0, 0.5]
+    assert parts[3].interval == proportion_interval(1, 2)
 
 
 def test_accuracy_by_length_of_fewer_than_four_rows_has_no_empty_part():
-    assert [part["n"] for part in accuracy_by_length(["a", "bb"], [0, 0], [0, -1])] == [1, 1]
+    assert [part.num_examples for part in accuracy_by_length(["a", "bb"], [0, 0], [0, -1])] == [1, 1]
 
 
 def test_an_interval_of_the_accuracy_is_that_of_a_share():
     """By the normal approximation: 0.7 of 4,000 rows has a standard error of sqrt(0.7 · 0.3 / 4000) = 0.00725."""
     references = [0] * 2000 + [1] * 2000
     predictions = ([0] * 1400 + [1] * 600) + ([1] * 1400 + [0] * 600)
-    low, high = bootstrap_intervals(references, predictions, 2, samples=20_000, seed=0)["accuracy"]
+    low, high = bootstrap_intervals(references, predictions, 2, Bootstrap(20_000, 0)).accuracy
     assert (low, high) == (pytest.approx(0.7 - 1.96 * 0.007246, abs=0.001), pytest.approx(0.7142, abs=0.001))
 
 
 def test_intervals_are_the_seeds():
     references, predictions = random_answers(0, 50)
-    first = bootstrap_intervals(references, predictions, 3, samples=200, seed=3)
-    assert bootstrap_intervals(references, predictions, 3, samples=200, seed=3) == first
-    assert bootstrap_intervals(references, predictions, 3, samples=200, seed=4) != first
-    assert json.loads(json.dumps(first)) == first
+    first = bootstrap_intervals(references, predictions, 3, Bootstrap(200, 3))
+    assert bootstrap_intervals(references, predictions, 3, Bootstrap(200, 3)) == first
+    assert bootstrap_intervals(references, predictions, 3, Bootstrap(200, 4)) != first
 
 
 def test_perfect_answers_have_no_spread():
-    found = bootstrap_intervals([0, 1, 2] * 20, [0, 1, 2] * 20, 3, samples=500, seed=0)
-    assert found == {name: [1.0, 1.0] for name in INTERVAL_METRICS} | {"per_class_f1": [[1.0, 1.0]] * 3}
+    found = bootstrap_intervals([0, 1, 2] * 20, [0, 1, 2] * 20, 3, Bootstrap(500, 0))
+    assert found == Intervals(**{name: (1.0, 1.0) for name in INTERVAL_METRICS}, per_label_f1=[(1.0, 1.0)] * 3)
 
 
 def test_nineteen_of_twenty_intervals_hold_the_true_value():
@@ -267,9 +277,9 @@ def test_nineteen_of_twenty_intervals_hold_the_true_value():
     for seed in range(300):
         rows = [cells[cell] for cell in draw.choice(12, size=400, p=true_matrix.ravel())]
         references, predictions = zip(*rows, strict=True)
-        intervals = bootstrap_intervals(references, predictions, 3, samples=300, seed=seed)
+        intervals = bootstrap_intervals(references, predictions, 3, Bootstrap(300, seed))
         for name in INTERVAL_METRICS:
-            low, high = intervals[name]
+            low, high = getattr(intervals, name)
             inside[name] += low <= truth[name] <= high
     for name, count in inside.items():
         assert 0.90 < count / 300 < 0.99, name
@@ -282,22 +292,22 @@ def test_the_difference_agrees_with_drawing_pairs_of_rows():
     references, before = random_answers(0, 80)
     _, other = random_answers(1, 80)
     after = np.where(np.random.default_rng(5).random(80) < 0.5, references, np.where(before >= 0, before, other))
-    found = paired_difference(references, before, after, 3, samples=20_000, seed=1)
+    found = paired_difference(references, before, after, 3, Bootstrap(20_000, 1))
     naive_before = naive_bootstrap(references, before, 3, samples=1500, seed=2)
     naive_after = naive_bootstrap(references, after, 3, samples=1500, seed=2)  # the same seed draws the same rows
     for name, score in (("macro_f1", f1_score), ("macro_recall", recall_score)):
         fixed = {"labels": [0, 1, 2], "average": "macro", "zero_division": 0}
         point = score(references, after, **fixed) - score(references, before, **fixed)
-        assert found[name]["difference"] == pytest.approx(point)
+        assert getattr(found, name).difference == pytest.approx(point)
     point = accuracy_score(references, after) - accuracy_score(references, before)
-    assert found["accuracy"]["difference"] == pytest.approx(point)
+    assert found.accuracy.difference == pytest.approx(point)
     for name in INTERVAL_METRICS:
         differences = naive_after[name] - naive_before[name]
         expected = np.quantile(differences, [0.025, 0.975])
         tolerance = quantile_error(differences) + 1 / 160
-        assert found[name]["interval"] == pytest.approx(expected, abs=tolerance), name
+        assert getattr(found, name).interval == pytest.approx(expected, abs=tolerance), name
         unpaired = np.quantile(naive_after[name] - np.roll(naive_before[name], 1), [0.025, 0.975])
-        assert np.diff(unpaired) > 1.2 * np.diff(found[name]["interval"]), "pairs share what makes rows hard"
+        assert np.diff(unpaired) > 1.2 * np.diff(getattr(found, name).interval), "pairs share what makes rows hard"
 
 
 def test_fixed_and_broken_rows_are_counted_by_hand():
@@ -305,36 +315,35 @@ def test_fixed_and_broken_rows_are_counted_by_hand():
     before = [0, 1, 1, UNPARSED, 0, 2, 1]
     after = [0, 0, 2, 1, UNPARSED, 2, 2]
     # Rows 1 and 3 are fixed, row 2 is broken; rows 4 and 6 stay wrong, 0 and 5 right.
-    found = paired_difference(references, before, after, 3, samples=50, seed=0)
-    assert found["mcnemar"] == {"fixed": 2, "broken": 1, "p_value": 1.0}
-    assert found["accuracy"]["difference"] == pytest.approx(1 / 7)
-    assert json.loads(json.dumps(found)) == found
+    found = paired_difference(references, before, after, 3, Bootstrap(50, 0))
+    assert found.mcnemar == McNemar(fixed=2, broken=1, p_value=1.0)
+    assert found.accuracy.difference == pytest.approx(1 / 7)
 
 
 def test_unparsed_answers_before_and_after_keep_their_columns_apart():
     """Before: all unparsed. After: all right. Every draw then has the difference 1, in every metric."""
     references = [0, 1, 2] * 20
-    found = paired_difference(references, [UNPARSED] * 60, references, 3, samples=200, seed=0)
-    assert found["mcnemar"]["fixed"] == 60
+    found = paired_difference(references, [UNPARSED] * 60, references, 3, Bootstrap(200, 0))
+    assert found.mcnemar.fixed == 60
     for name in INTERVAL_METRICS:
-        assert found[name] == {"difference": 1.0, "interval": [1.0, 1.0]}
-    back = paired_difference(references, references, [UNPARSED] * 60, 3, samples=200, seed=0)
-    assert back["accuracy"] == {"difference": -1.0, "interval": [-1.0, -1.0]}
+        assert getattr(found, name) == MetricDifference(1.0, (1.0, 1.0))
+    back = paired_difference(references, references, [UNPARSED] * 60, 3, Bootstrap(200, 0))
+    assert back.accuracy == MetricDifference(-1.0, (-1.0, -1.0))
 
 
 def test_the_same_answers_differ_in_nothing():
     references, predictions = random_answers(0, 50)
-    found = paired_difference(references, predictions, predictions, 3, samples=100, seed=0)
-    assert found["mcnemar"] == {"fixed": 0, "broken": 0, "p_value": 1.0}
-    assert found["macro_f1"] == {"difference": 0.0, "interval": [0.0, 0.0]}
+    found = paired_difference(references, predictions, predictions, 3, Bootstrap(100, 0))
+    assert found.mcnemar == McNemar(fixed=0, broken=0, p_value=1.0)
+    assert found.macro_f1 == MetricDifference(0.0, (0.0, 0.0))
 
 
 def test_differences_are_the_seeds():
     references, before = random_answers(0, 50)
     _, after = random_answers(1, 50)
-    first = paired_difference(references, before, after, 3, samples=100, seed=3)
-    assert paired_difference(references, before, after, 3, samples=100, seed=3) == first
-    assert paired_difference(references, before, after, 3, samples=100, seed=4) != first
+    first = paired_difference(references, before, after, 3, Bootstrap(100, 3))
+    assert paired_difference(references, before, after, 3, Bootstrap(100, 3)) == first
+    assert paired_difference(references, before, after, 3, Bootstrap(100, 4)) != first
 
 
 @pytest.mark.parametrize(
@@ -372,23 +381,25 @@ def test_mcnemar_is_the_exact_binomial_test_also_where_coefficients_overflow(fix
 def test_always_the_largest_class_by_hand():
     """TweetEval's test split: 5,937 of 12,284 are neutral, so F1 of neutral is 2 · 5937 / (12284 + 5937) = 0.6517."""
     references = np.repeat([0, 1, 2], [3972, 5937, 2375])
-    lines = reference_lines(references, WORDS)
-    majority = lines["majority"]
-    assert majority["label"] == "neutral"
-    assert majority["macro_f1"] == pytest.approx(2 * 5937 / (12284 + 5937) / 3) == pytest.approx(0.217, abs=5e-4)
-    assert (majority["macro_recall"], majority["accuracy"]) == (pytest.approx(1 / 3), pytest.approx(5937 / 12284))
+    lines = baselines(references, WORDS)
+    majority = lines.majority
+    assert majority.label == "neutral"
+    assert majority.macro_f1 == pytest.approx(2 * 5937 / (12284 + 5937) / 3) == pytest.approx(0.217, abs=5e-4)
+    assert (majority.macro_recall, majority.accuracy) == (pytest.approx(1 / 3), pytest.approx(5937 / 12284))
     # Uniform guesses call 12284 / 3 rows each class, and a third of its own rows are hits.
     by_hand = [2 * support / 3 / (support + 12284 / 3) for support in (3972, 5937, 2375)]
-    assert lines["uniform"]["macro_f1"] == pytest.approx(sum(by_hand) / 3) == pytest.approx(0.3225, abs=5e-5)
-    assert json.loads(json.dumps(lines)) == lines
+    assert lines.uniform.macro_f1 == pytest.approx(sum(by_hand) / 3) == pytest.approx(0.3225, abs=5e-5)
 
 
 def test_the_line_of_the_largest_class_is_what_such_answers_score():
     references, _ = random_answers(0, 200)
     largest = int(np.bincount(references).argmax())
-    figures = measure(references.tolist(), answers_with([largest] * 200), WORDS)
-    line = reference_lines(references, WORDS)["majority"]
-    assert line == {"label": WORDS[largest], **{name: pytest.approx(figures[name]) for name in INTERVAL_METRICS}}
+    computed = compute_metrics(references.tolist(), answers_with([largest] * 200), WORDS)
+    line = baselines(references, WORDS).majority
+    assert vars(line) == {
+        "label": WORDS[largest],
+        **{name: pytest.approx(getattr(computed, name)) for name in INTERVAL_METRICS},
+    }
 
 
 def test_the_line_of_uniform_guesses_is_what_guesses_score_on_average():
@@ -396,16 +407,16 @@ def test_the_line_of_uniform_guesses_is_what_guesses_score_on_average():
     references = np.repeat([0, 1, 2], [300, 700, 500])
     guesses = np.random.default_rng(0).integers(0, 3, (2000, 1500))
     simulated = scores(np.stack([confusion_matrix(references, guess, 3) for guess in guesses]))
-    line = reference_lines(references, WORDS)["uniform"]
+    line = baselines(references, WORDS).uniform
     for name in INTERVAL_METRICS:
-        assert line[name] == pytest.approx(simulated[name].mean(), abs=1e-3), name
-    assert line["macro_recall"] == pytest.approx(1 / 3) == pytest.approx(line["accuracy"])
+        assert getattr(line, name) == pytest.approx(simulated[name].mean(), abs=1e-3), name
+    assert line.macro_recall == pytest.approx(1 / 3) == pytest.approx(line.accuracy)
 
 
 def test_a_class_without_rows_has_its_place_in_the_lines():
     """Rows: two negative, one neutral. Uniform guesses call one row each class: F1 4/9, 1/3 and 0."""
-    lines = reference_lines([0, 0, 1], WORDS)
-    assert lines["uniform"]["macro_f1"] == pytest.approx((2 * (2 / 3) / 3 + 2 * (1 / 3) / 2 + 0) / 3)
+    lines = baselines([0, 0, 1], WORDS)
+    assert lines.uniform.macro_f1 == pytest.approx((2 * (2 / 3) / 3 + 2 * (1 / 3) / 2 + 0) / 3)
     # Always negative: 2 hits, 3 called so, 2 there.
-    assert lines["majority"]["label"] == "negative"
-    assert lines["majority"]["macro_f1"] == pytest.approx(4 / 5 / 3)
+    assert lines.majority.label == "negative"
+    assert lines.majority.macro_f1 == pytest.approx(4 / 5 / 3)

@@ -1,12 +1,16 @@
 """The model card, rendered whole from records made here and parsed back."""
 
 import copy
+import json
 import re
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from sample_records import WORDS, sample_evaluation, sample_predictions, sample_run
 
-from tweetdora.card_facts import Publication, Records, card_base_name, choose_samples, recipe
+from tweetdora.card_facts import Publication, Records, choose_samples, make_records, recipe
 from tweetdora.errors import InputError
 from tweetdora.model_card import (
     LICENSES,
@@ -18,178 +22,45 @@ from tweetdora.model_card import (
     render_card,
     table_cell,
 )
+from tweetdora.records import (
+    BaseModelCard,
+    Comparison,
+    EvaluationRecord,
+    PredictionRecord,
+    RunRecord,
+    decode,
+)
 
-WORDS = ["bad", "good"]
-
-
-def figures(macro_f1, matrix, parse_rate=1.0):
-    per_class = {
-        word: {"precision": 0.5, "recall": 0.25 * (1 + n), "f1": 0.4, "support": 2 + n} for n, word in enumerate(WORDS)
-    }
-    return {
-        "n": 5,
-        "macro_f1": macro_f1,
-        "macro_recall": 0.375,
-        "accuracy": 0.3331,
-        "parse_rate": parse_rate,
-        "exact_rate": 0.5,
-        "stop_rate": 0.75,
-        "intervals": {
-            "macro_f1": [0.1111, 0.8888],
-            "macro_recall": [0.2222, 0.7777],
-            "per_class_f1": [[0.1234, 0.5678], [0.2345, 0.6789]],
-        },
-        "by_length": [
-            {"characters": [4, 5], "n": 3, "accuracy": 2 / 3, "interval": [0.2077, 0.9385]},
-            {"characters": [5, 1500], "n": 2, "accuracy": 0.0, "interval": [0.0, 0.6576]},
-        ],
-        "per_class": per_class,
-        "confusion_matrix": matrix,
-    }
+CHECK = Comparison(num_examples=32, equal_generations=31, max_logit_difference=4.6e-05)
 
 
 @pytest.fixture
-def records():
-    """Run, evaluation, predictions and merge check of a small run, as the scripts write them."""
-    base = {
-        "name_or_path": "OuteAI/Lite-Oute-1-300M-Instruct",
-        "revision": "a" * 40,
-        "architecture": "M",
-        "parameters": 1_000_000,
-        "weights_sha256": None,
+def records() -> dict[str, Any]:
+    """Run, evaluation and predictions of a small run as JSON, which a test may change."""
+    found = {"run": sample_run(), "evaluation": sample_evaluation()}
+    texts = {name: json.dumps(asdict(record)) for name, record in found.items()}
+    return {name: json.loads(text) for name, text in texts.items()} | {
+        "predictions": [asdict(line) for line in sample_predictions()]
     }
-    prompt_format = {
-        "head": "h",
-        "tail": "t",
-        "answers": WORDS,
-        "stop_token": "<|im_end|>",
-        "system_in_user_turn": False,
-    }
-    data = {
-        "name": "cardiffnlp/tweet_eval",
-        "config": "sentiment",
-        "revision": "b" * 40,
-        "local": False,
-        "sha256": "c",
-    }
-    run = {
-        "record_version": 2,
-        "name": "small",
-        "command": "accelerate launch train.py --max_steps 3",
-        "task": {
-            "dataset_name": "cardiffnlp/tweet_eval",
-            "dataset_config": "sentiment",
-            "dataset_revision": None,
-            "test_split": "test",
-            "label_words": WORDS,
-            "system_prompt": 'Say "bad" or "good".',
-            "max_length": 512,
-        },
-        "model": {
-            "model_name_or_path": "OuteAI/Lite-Oute-1-300M-Instruct",
-            "model_revision": None,
-            "method": "dora",
-            "r": 8,
-            "lora_alpha": 16,
-            "lora_dropout": 0.0,
-            "target_modules": ["k_proj", "v_proj"],
-        },
-        "device": "cpu",
-        "training": {
-            "world_size": 1,
-            "global_batch_size": 16,
-            "learning_rate": 3e-5,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 0,
-            "optim": "adamw_torch_fused",
-            "weight_decay": 0.0,
-            "max_grad_norm": 1.0,
-            "precision": "bf16",
-            "seed": 42,
-        },
-        "base": base,
-        "base_card": {"license": "apache-2.0", "language": ["en"]},
-        "prompt_format": prompt_format,
-        "adapter": {"trainable_parameters": 448_000, "sha256": "d"},
-        "train_data": {
-            **data,
-            "split": "train",
-            "rows": 10_000,
-            "class_counts": {"bad": 4_000, "good": 6_000},
-            "tokens": 830_000,
-            "supervised_tokens": 20_000,
-            "row_tokens": {"shortest": 51, "median": 81, "95_percent": 96, "longest": 1024},
-            "cut_texts": 7,
-            "examples": {"bad": "so *sad*", "good": "joy"},
-        },
-        "changes": [],
-        "validation_data": {**data, "split": "validation", "rows": 200, "class_counts": {"bad": 90, "good": 110}},
-        "result": {
-            "steps": 625,
-            "seconds": 754.2,
-            "train_loss": 0.61234,
-            "peak_memory_bytes": {"process": 2_700_000_000},
-        },
-        "environment": {
-            "packages": {"torch": "2.13.0", "peft": "0.21.2"},
-            "hardware": {"cpu": "Fast CPU", "cores": 2, "gpus": []},
-            "git": {"commit": "e" * 40, "dirty": False},
-        },
-    }
-    evaluation = {
-        "record_version": 2,
-        "command": "python evaluate.py runs/small",
-        "adapter_sha256": "d",
-        "base": base,
-        "label_words": WORDS,
-        "prompt_format": prompt_format,
-        "data": {**data, "split": "test", "rows": 5, "class_counts": {"bad": 2, "good": 3}},
-        "precision": "bf16",
-        "max_new_tokens": 16,
-        "bootstrap": {"samples": 10_000, "seed": 0},
-        "before": figures(0.0606, [[0, 0, 2], [0, 0, 3]], parse_rate=1 / 6),
-        "after": figures(0.4646, [[1, 1, 0], [1, 1, 1]], parse_rate=4 / 5),
-        "difference": {
-            "macro_f1": {"difference": 0.404, "interval": [0.2, 0.6]},
-            "mcnemar": {"fixed": 3, "broken": 1, "p_value": 0.625},
-        },
-        "reference_lines": {
-            "uniform": {"macro_f1": 0.5012, "macro_recall": 0.5, "accuracy": 0.5},
-            "majority": {"label": "good", "macro_f1": 0.3337, "macro_recall": 0.5, "accuracy": 0.5},
-        },
-    }
-    predictions = [
-        prediction(*row)
-        for row in (
-            ("first\nbad | row", "bad", "The tweet <b>", "good"),
-            ("fine", "good", "good", "good"),
-            ("awful", "bad", "", "bad"),
-            ("so-so", "good", "hm", "bad\n\nralitive"),
-            ("nice", "good", "", "The `tweet`"),
-        )
-    ]
-    evaluation["data"]["sha256"] = Records(run, evaluation, predictions).rows().source["sha256"]
-    return {"run": run, "evaluation": evaluation, "predictions": predictions}
 
 
-def prediction(text, label, before, after):
-    found = re.search("bad|good", after)
-    answers = {
-        "before": {"answer": before, "predicted": None},
-        "after": {"answer": after, "predicted": found and found[0]},
-    }
-    return {"text": text, "label": label, **answers}
+def made(records: dict[str, Any]) -> Records:
+    """The records, as push_to_hub.py reads them."""
+    run = decode(RunRecord, records["run"], "run.json")
+    evaluation = decode(EvaluationRecord, records["evaluation"], "test.json")
+    return make_records(run, evaluation, [decode(PredictionRecord, line, "line") for line in records["predictions"]])
 
 
-CHECK = {"dtype": "float32", "rows": 32, "equal_answers": 31, "max_logit_difference": 4.6e-05}
+def base_card(**fields: str) -> dict[str, Any]:
+    """What a base model's own card says, as a record holds it."""
+    return asdict(BaseModelCard(**fields))
 
 
 def render(records, hub_model_id="owner/small-dora", license="apache-2.0", folder="runs/small/publish", **more):
     commands = [records["run"]["command"], records["evaluation"]["command"], "python push_to_hub.py runs/small"]
-    answers = [row["after"]["answer"] for row in records["predictions"]]
-    return render_card(
-        Records(**records), Publication(hub_model_id, folder, license, commands, **more), CHECK, answers
-    )
+    generations = [line["finetuned"]["text"] for line in records["predictions"]]
+    publication = Publication(hub_model_id, folder, license, commands, **more)
+    return render_card(made(records), publication, "float32", CHECK, generations)
 
 
 def test_metadata_parses_back_to_the_records(records):
@@ -212,31 +83,32 @@ def test_metadata_parses_back_to_the_records(records):
 @pytest.mark.parametrize(
     "line",
     [
-        "On 5 rows of cardiffnlp/tweet_eval (sentiment), test, answered by greedy generation, macro-F1 went from "
+        "On 5 examples of cardiffnlp/tweet_eval (sentiment), test, answered by greedy generation, macro-F1 went from "
         "**0.061** (95 % interval [0.111, 0.889]) to **0.465** ([0.111, 0.889]).",
-        "| before (OuteAI/Lite-Oute-1-300M-Instruct) | 0.061 | [0.111, 0.889] | 0.375 | [0.222, 0.778] | 0.333 |",
-        "| **after** (this model) | **0.465** | [0.111, 0.889] | 0.375 | [0.222, 0.778] | 0.333 |",
+        "| base (OuteAI/Lite-Oute-1-300M-Instruct) | 0.061 | [0.111, 0.889] | 0.375 | [0.222, 0.778] | 0.333 |",
+        "| **fine-tuned** (this model) | **0.465** | [0.111, 0.889] | 0.375 | [0.222, 0.778] | 0.333 |",
         "| uniform guessing | 0.501 | | 0.500 | | 0.500 |",
         '| always "good" | 0.334 | | 0.500 | | 0.500 |',
-        "| before | 16.7% | 50.0% | 75.0% |",
-        "| after | 80.0% | 50.0% | 75.0% |",
+        "| base | 16.7% | 50.0% | 75.0% |",
+        "| fine-tuned | 80.0% | 50.0% | 75.0% |",
         "| good | 3 | 0.500 | 0.500 | 0.400 | [0.234, 0.679] | 0.400 |",
-        "The difference in macro-F1 is +0.404 (95 % interval [+0.200, +0.600], paired). 3 rows became right and 1 "
+        "The difference in macro-F1 is +0.404 (95 % interval [+0.200, +0.600], paired). 3 examples became right and 1 "
         "became wrong (McNemar's exact test, p = 0.62).",
         "| trainable parameters | 448,000 of 1,000,000 (44.800%) |",
-        "| steps | 625 of 16 rows, one pass over the training rows |",
+        "| steps | 625 of 16 examples, one pass over the training examples |",
         "| learning rate | 3e-05, linear |",
         "| loss | on the answer and its stop token only: 20,000 of 830,000 tokens; mean over training 0.612 |",
         "| time | 12.6 minutes on 2 cores of Fast CPU |",
         "| peak memory | 2.7 GB of one process's memory |",
         "| `train` | 10,000 | 4,000 | 6,000 |",
-        "7 texts were cut to fit 512 tokens.",
+        "7 texts were truncated to fit 512 tokens.",
         "31 of 32 answers equal token for token, largest difference of a logit 4.6e-05.",
-        "- The weakest class is bad: 25% of its rows are found (recall 0.250).",
-        "- 1 of 2 rows labelled bad are answered good (50.0%).\n- 1 of 3 rows labelled good are answered bad (33.3%).",
+        "- The weakest label is bad: 25% of its examples are found (recall 0.250).",
+        "- 1 of 2 examples labelled bad are answered good (50.0%).\n"
+        "- 1 of 3 examples labelled good are answered bad (33.3%).",
         "- 1 of 5 answers name no label word, such as `` The `tweet` ``.",
         "| 5 to 1,500 | 2 | 0.000 | [0.000, 0.658] |",
-        "a training row has 51 to 1,024 tokens, in the median 81; 95 % have at most 96.",
+        "a training example has 51 to 1,024 tokens, in the median 81; 95 % have at most 96.",
         "| bad | so \\*sad\\* |\n| good | joy |",
         f"configuration `sentiment`, revision `{'b' * 40}`. The base model is revision `{'a' * 40}`.",
         "TweetEval's official score for sentiment",
@@ -255,8 +127,8 @@ def test_no_placeholder_no_none_no_double_blank_line(records):
     assert "\n\n\n" not in card and card.endswith("\n") and not re.search(r"[ \t]\n", card)
 
 
-def test_samples_are_the_first_right_and_the_first_wrong_of_each_label(records):
-    chosen = [(row["label"], row["text"], row["wrong"]) for row in choose_samples(records["predictions"], WORDS)]
+def test_samples_are_the_first_right_and_the_first_wrong_of_each_label():
+    chosen = [(row["label"], row["text"], row["wrong"]) for row in choose_samples(sample_predictions(), WORDS)]
     assert chosen == [
         ("bad", "awful", False),
         ("bad", "first\nbad | row", True),
@@ -288,8 +160,9 @@ def test_inline_code_holds_anything(text, expected):
 
 def test_a_missing_fact_leaves_its_sentence_out(records):
     run = records["run"]
-    run["base_card"], run["base"]["revision"], run["environment"]["git"], run["validation_data"] = {}, None, None, None
-    run["train_data"] |= {"cut_texts": 0, "revision": None}
+    run["base_model_card"] = base_card()
+    run["base_model"]["revision"] = run["environment"]["git"] = run["validation_data"] = None
+    run["train_data"] |= {"truncated": 0, "revision": None}
     run["model"]["method"] = "lora"
     card = render(records, license=None)
     for absent in (
@@ -297,7 +170,7 @@ def test_a_missing_fact_leaves_its_sentence_out(records):
         "language:",
         "The base model is revision",
         "at commit",
-        "were cut",
+        "were truncated",
         "magnitude",
         "`validation`",
     ):
@@ -309,7 +182,11 @@ def test_local_folders_do_not_pass_for_hub_ids(records, tmp_path):
     folder = tmp_path / "base"
     folder.mkdir()
     for record in (records["run"], records["evaluation"]):
-        record["base"] = {**record["base"], "name_or_path": str(folder), "weights_sha256": {"model.safetensors": "f"}}
+        record["base_model"] = {
+            **record["base_model"],
+            "name_or_path": str(folder),
+            "weights_sha256": {"model.safetensors": "f"},
+        }
     records["run"]["train_data"] |= {"name": str(folder), "local": True}
     records["evaluation"]["data"] |= {"name": str(folder), "local": True}
     text = render(records, hub_model_id=None)
@@ -328,41 +205,37 @@ def test_a_data_file_is_one_although_it_is_not_there_any_more(records):
 
 def test_a_run_that_went_on_otherwise_says_so(records):
     assert "went on otherwise" not in render(records)
-    records["run"]["changes"] = ["code: was 'a|b', now 'c' (another state)"]
+    records["run"]["mismatches"] = ["code: was 'a|b', now 'c' (another state)"]
     assert (
         "- The run was interrupted and went on otherwise: code: was 'a\\|b', now 'c' (another state).\n- One"
         in render(records)
     )
 
 
-def test_the_weakest_class_is_one_that_has_rows(records):
-    records["evaluation"]["after"]["per_class"]["bad"] |= {"support": 0, "recall": 0.0}
-    assert "The weakest class is good: 50% of its rows" in render(records)
+def test_the_weakest_label_is_one_that_has_examples(records):
+    records["evaluation"]["finetuned"]["per_label"]["bad"] |= {"support": 0, "recall": 0.0}
+    assert "The weakest label is good: 50% of its examples" in render(records)
 
 
-def use_local_base(records, **base_card):
-    """Let the run's base be the local folder copies/Tiny-Instruct, whose own card holds `base_card`."""
+def use_local_base(records, **fields):
+    """Let the run's base be the local folder copies/Tiny-Instruct, whose own card holds `fields`."""
     for record in (records["run"], records["evaluation"]):
-        record["base"] = {
-            **record["base"], "name_or_path": "copies/Tiny-Instruct", "weights_sha256": {"model.safetensors": "f"}
-        }  # fmt: skip
-    records["run"]["base_card"] = base_card
+        record["base_model"] |= {"name_or_path": "copies/Tiny-Instruct", "weights_sha256": {"model.safetensors": "f"}}
+    records["run"]["base_model_card"] = base_card(**fields)
 
 
-@pytest.mark.parametrize("parent", ["owner/Tiny", ["owner/Tiny"]])
-def test_a_local_base_is_named_after_its_folder_not_after_its_parent(records, parent):
-    """The card of an ordinary Instruct model names as its base_model the model that it was tuned from."""
-    use_local_base(records, base_model=parent)
+def test_a_local_base_is_named_after_its_folder(records):
+    use_local_base(records)
     text = render(records)
-    assert ModelCard(text).data.base_model is None and "owner/Tiny" not in text
-    assert card_base_name(records["run"]) == "Tiny-Instruct"
+    assert ModelCard(text).data.base_model is None
+    assert made(records).run.base_display_name == "Tiny-Instruct"
     assert "`Tiny-Instruct` fine-tuned with" in text
 
 
 def test_a_local_base_that_is_a_conversion_says_of_what_and_by_way_of_what(records):
     use_local_base(records, converted_from="owner/Tiny-Instruct", converted_file="Tiny.Q4_1.gguf")
     text = render(records)
-    assert ModelCard(text).data.base_model == card_base_name(records["run"]) == "owner/Tiny-Instruct"
+    assert ModelCard(text).data.base_model == made(records).run.base_display_name == "owner/Tiny-Instruct"
     link = "[owner/Tiny-Instruct](https://huggingface.co/owner/Tiny-Instruct)"
     assert f"{link}, here converted from `Tiny.Q4_1.gguf` and so not equal to the original, fine-tuned" in text
 
@@ -420,25 +293,25 @@ def test_the_trainer_reads_warm_up_so_too(tmp_path):
             "its adapter is 'other', the run's 'd'. Run evaluate.py",
         ),
         (lambda r: r["evaluation"].update(label_words=["a", "b"]), "its label words is"),
-        (lambda r: r["evaluation"].update(prompt_format={}), "its prompt is"),
-        (lambda r: r["evaluation"].update(base={}), "its base model is"),
+        (lambda r: r["evaluation"]["prompt_format"].update(tail=""), "its prompt is"),
+        (lambda r: r["evaluation"]["base_model"].update(parameters=3), "its base model is"),
         (lambda r: r["predictions"].pop(), "its number of predictions is 4, the run's 5"),
         (lambda r: r["predictions"][1].update(label="bad"), "its hash of the predictions' texts and labels is"),
         (lambda r: r["predictions"][1].update(label="fair"), "its hash of the predictions' texts and labels is"),
-        (lambda r: r["evaluation"].update(record_version=1), "record version 1, the run's is 2. Run evaluate.py"),
+        (lambda r: r["evaluation"].update(kind="model", finetuned=None), "the evaluation is of a model; expected one"),
     ],
 )
 def test_contradicting_records_stop_the_card(records, change, message):
-    check_records(Records(**records))
+    check_records(made(records))
     change(records)
     with pytest.raises(InputError, match=re.escape(message)):
-        check_records(Records(**records))
+        check_records(made(records))
 
 
 def test_every_number_of_the_results_follows_the_record(records):
     """The companion of test_the_card_says: other records, another card."""
     other = copy.deepcopy(records)
-    other["evaluation"]["after"]["macro_f1"] = 0.7777
+    other["evaluation"]["finetuned"]["macro_f1"] = 0.7777
     assert "**0.778**" in render(other) and "**0.465**" not in render(other)
 
 
@@ -449,7 +322,7 @@ def test_the_example_is_one_that_the_saved_model_answers_so(records):
         (["good", "bad", "bad"], "awful", "`bad`"),  # its answer to "fine" in the record is right
         (["good", "bad"], "first\\nbad | row", "`good`"),
     ):
-        card = render_card(Records(**records), publication, CHECK, answers)
+        card = render_card(made(records), publication, "float32", CHECK, answers)
         assert f'"content": "{text}"' in card and f"It prints {printed}. Generation" in card
 
 
@@ -463,7 +336,7 @@ def test_the_usage_snippet_is_python(records):
 
 
 @pytest.mark.parametrize(
-    ("license", "base_card", "message"),
+    ("license", "card", "message"),
     [
         ("apache2", {}, "the Hub knows no licence 'apache2'; expected one of its identifiers, such as apache-2.0"),
         ("", {}, "the Hub knows no licence ''; expected one of its identifiers (huggingface"),
@@ -471,18 +344,18 @@ def test_the_usage_snippet_is_python(records):
         ("other", {"license_name": "mine"}, "the licence is `other`, which on the Hub needs license_name and"),
     ],
 )
-def test_a_licence_that_the_hub_would_not_take_is_refused(license, base_card, message):
+def test_a_licence_that_the_hub_would_not_take_is_refused(license, card, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        check_license(license, base_card)
+        check_license(license, BaseModelCard(**card))
 
 
 def test_the_base_models_own_licence_goes_on_the_card(records):
-    base_card = {"license": "other", "license_name": "mine", "license_link": "LICENSE"}
-    for license, card in ((None, {}), ("apache-2.0", {}), ("other", base_card), (LICENSES[-1], base_card)):
-        check_license(license, card)
-    records["run"]["base_card"] = base_card
+    fields = {"license": "other", "license_name": "mine", "license_link": "LICENSE"}
+    for license, card in ((None, {}), ("apache-2.0", {}), ("other", fields), (LICENSES[-1], fields)):
+        check_license(license, BaseModelCard(**card))
+    records["run"]["base_model_card"] = base_card(**fields)
     data = ModelCard(render(records, license="other")).data.to_dict()
-    assert {name: data[name] for name in base_card} == base_card
+    assert {name: data[name] for name in fields} == fields
     assert "license_name" not in ModelCard(render(records, license="mit")).data.to_dict()
 
 
@@ -497,16 +370,16 @@ def test_the_widget_shows_right_answers_with_the_prompt(records):
         {"role": "user", "content": "fine"},
     ]
     for row in records["predictions"]:
-        row["after"]["answer"] += "!"
+        row["finetuned"]["text"] += "!"
     assert "widget" not in ModelCard(render(records)).data.to_dict()
 
 
 # What is there only sometimes
 
 
-def test_the_figures_of_others_stand_on_the_whole_test_split_only(records):
+def test_the_scores_of_others_stand_on_the_whole_test_split_only(records):
     assert "BERTweet" not in render(records)
-    records["evaluation"]["data"]["rows"] = 12_284
+    records["evaluation"]["data"]["num_examples"] = 12_284
     card = render(records)
     row = "| BERTweet, by [TweetEval's leaderboard](https://github.com/cardiffnlp/tweeteval) |  | | 0.734 | | |"
     assert row in card and "| LoRA model of the same owner, by its card | 0.51 | |  | | |" in card
@@ -521,9 +394,10 @@ def test_the_figures_of_others_stand_on_the_whole_test_split_only(records):
 
 def test_a_run_that_is_followed_online_is_linked(records):
     assert "Weights & Biases" not in render(records)
-    records["run"]["tracker"] = {"url": "https://wandb.ai/o/p/runs/1"}
+    tracker = {"id": "1", "mode": "online", "url": "https://wandb.ai/o/p/runs/1", "project": "p", "entity": "o"}
+    records["run"]["tracker"] = tracker
     assert "| curves and samples | [Weights & Biases](https://wandb.ai/o/p/runs/1) |" in render(records)
-    records["run"]["tracker"] = {"url": None}
+    tracker["url"] = None
     assert "Weights & Biases" not in render(records)
 
 
@@ -544,11 +418,11 @@ def test_the_card_of_an_adapter_alone(records):
 
 
 def test_the_recipe_holds_all_settings_and_the_commits(records):
-    found = recipe(records["run"])
+    found = recipe(made(records).run)
     assert (found["model_revision"], found["dataset_revision"]) == ("a" * 40, "b" * 40)
     assert found["learning_rate"] == 3e-5 and "world_size" not in found and None not in found.values()
     records["run"]["task"]["dataset_name"] = "/srv/someone/data"
-    assert recipe(records["run"])["dataset_name"] == "data"
+    assert recipe(made(records).run)["dataset_name"] == "data"
 
 
 @pytest.mark.parametrize(("text", "marks"), [("a: b", "```"), ("a: ```` b", "`````")])
@@ -584,7 +458,7 @@ def test_every_number_on_the_card_stands_in_the_records(records):
         own = numbers(re.sub(r"\{\{.*?\}\}|\{%.*?%\}", " ", stream.read()))
     divided = {"44.800%", "12.6", "2.7", "50.0%", "33.3%"}  # parameters, minutes, gigabytes, shares of mistakes
     text = render(records).split("\n---\n", 1)[1]
-    recorded = written([*records.values(), CHECK, {"r": len(WORDS)}])
+    recorded = written([*records.values(), asdict(CHECK), {"r": len(WORDS)}])
     strange = numbers(text) - recorded - own - divided
     assert strange == set()
     assert len(numbers(text) - own) > 50

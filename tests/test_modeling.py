@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tweetdora import modeling
 from tweetdora.config import ModelConfig
-from tweetdora.errors import InputError
+from tweetdora.errors import HubError, InputError
 from tweetdora.modeling import (
     adapter_folder,
     attach_adapter,
@@ -37,6 +37,7 @@ from tweetdora.modeling import (
     save_merged,
     trainable_parameters,
 )
+from tweetdora.records import BaseModelCard, BaseModelRecord
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 40, 41, 42, 43, 9, 10], [3, 50, 51, 42, 60, 9, 10]])
@@ -410,13 +411,13 @@ def test_identity_of_a_folder_names_architecture_size_and_weights(model_dir):
 
     sha256 = hashlib.sha256((Path(model_dir) / "model.safetensors").read_bytes()).hexdigest()
     base = base_of(model_dir)
-    assert base_identity(base, model_dir, None) == {
-        "name_or_path": model_dir,
-        "revision": None,
-        "architecture": "LlamaForCausalLM",
-        "parameters": sum(len(weight.flatten()) for weight in base.state_dict().values()),
-        "weights_sha256": {"model.safetensors": sha256},
-    }
+    assert base_identity(base, model_dir, None) == BaseModelRecord(
+        name_or_path=model_dir,
+        revision=None,
+        architecture="LlamaForCausalLM",
+        parameters=sum(len(weight.flatten()) for weight in base.state_dict().values()),
+        weights_sha256={"model.safetensors": sha256},
+    )
 
 
 def test_identity_changes_when_a_weight_changes(model_dir, tmp_path):
@@ -424,14 +425,14 @@ def test_identity_changes_when_a_weight_changes(model_dir, tmp_path):
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 0.001
     model.save_pretrained(tmp_path)
-    before, after = (base_identity(base_of(folder), folder, None) for folder in (model_dir, str(tmp_path)))
+    before, after = (vars(base_identity(base_of(folder), folder, None)) for folder in (model_dir, str(tmp_path)))
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"name_or_path", "weights_sha256"}
 
 
 def test_identity_of_a_hub_model_is_its_commit(make_model):
     identity = base_identity(make_model(), "someone/tiny", "0123abcd" * 5)
-    assert (identity["revision"], identity["weights_sha256"]) == ("0123abcd" * 5, None)
+    assert (identity.revision, identity.weights_sha256) == ("0123abcd" * 5, None)
 
 
 # Loading a base
@@ -473,14 +474,14 @@ def test_a_missing_quickstart_model_is_told_how_to_make(tmp_path, monkeypatch):
 @pytest.mark.parametrize("load", [base_of, load_tokenizer])
 def test_without_the_hub_the_way_without_it_is_named(load):
     with pytest.raises(
-        InputError,
+        HubError,
         match="^--model_name_or_path someone/tiny: the Hugging Face Hub cannot be reached .*`make demo` runs",
     ):
         load("someone/tiny")
 
 
 def test_the_revision_is_named_with_the_model():
-    with pytest.raises(InputError, match="^--model_name_or_path someone/tiny, revision v1: the Hugging Face Hub"):
+    with pytest.raises(HubError, match="^--model_name_or_path someone/tiny, revision v1: the Hugging Face Hub"):
         load_base("someone/tiny", "v1", torch.float32, CPU)
 
 
@@ -550,13 +551,15 @@ def test_a_base_whose_attention_is_more_than_ours_keeps_its_own(kind, settings, 
 
 def test_the_base_card_gives_licence_and_languages(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- x\n---\n# A model\n")
-    assert read_base_card(str(tmp_path), None) == {"license": "apache-2.0", "language": ["en"]}
+    assert read_base_card(str(tmp_path), None) == BaseModelCard(license="apache-2.0", language=["en"])
 
 
 def test_the_base_card_gives_what_it_is_a_conversion_of_and_not_its_parent(tmp_path):
     card = "---\nbase_model: owner/parent\nconverted_from: owner/tiny\nconverted_file: tiny.gguf\n---\n# A model\n"
     (tmp_path / "README.md").write_text(card)
-    assert read_base_card(str(tmp_path), None) == {"converted_from": "owner/tiny", "converted_file": "tiny.gguf"}
+    assert read_base_card(str(tmp_path), None) == BaseModelCard(
+        converted_from="owner/tiny", converted_file="tiny.gguf"
+    )
 
 
 def test_a_folder_without_a_card_has_none_and_nothing_is_looked_up(model_dir, monkeypatch):
@@ -566,22 +569,22 @@ def test_a_folder_without_a_card_has_none_and_nothing_is_looked_up(model_dir, mo
     monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", refuse)
     monkeypatch.setattr(modeling, "hf_hub_download", refuse)
     monkeypatch.chdir(os.path.dirname(model_dir))
-    assert read_base_card(os.path.basename(model_dir), None) == {}
+    assert read_base_card(os.path.basename(model_dir), None) == BaseModelCard()
 
 
 @pytest.mark.parametrize("text", ["no metadata", "---\nlicense: [\n---\n", "---\n- a\n- list\n---\n"])
 def test_a_card_that_cannot_be_read_is_no_card(text, tmp_path):
     (tmp_path / "README.md").write_text(text)
-    assert read_base_card(str(tmp_path), None) == {}
+    assert read_base_card(str(tmp_path), None) == BaseModelCard()
 
 
 def test_the_card_of_a_hub_model_that_cannot_be_reached_is_no_card():
-    assert read_base_card("someone/tiny", None) == {}
+    assert read_base_card("someone/tiny", None) == BaseModelCard()
 
 
 def test_adapter_settings_of_a_hub_repository_that_cannot_be_reached_are_unknown_not_none():
     """None would have the adapter measured as if it were a model."""
-    with pytest.raises(InputError, match="^model or adapter someone/tiny: the Hugging Face Hub cannot be reached"):
+    with pytest.raises(HubError, match="^model or adapter someone/tiny: the Hugging Face Hub cannot be reached"):
         read_adapter_config("someone/tiny")
 
 
@@ -604,9 +607,9 @@ def test_only_a_repository_that_has_no_adapter_config_has_no_adapter(monkeypatch
 
     answer(hub_answer(RemoteEntryNotFoundError))
     assert read_adapter_config("someone/tiny") is None
-    for error in (hub_answer(RepositoryNotFoundError), httpx2.ProxyError("refused")):
+    for error, kind in ((hub_answer(RepositoryNotFoundError), InputError), (httpx2.ProxyError("refused"), HubError)):
         answer(error)
-        with pytest.raises(InputError, match="^model or adapter someone/tiny: "):
+        with pytest.raises(kind, match="^model or adapter someone/tiny: "):
             read_adapter_config("someone/tiny")
 
 
@@ -635,7 +638,7 @@ def test_an_adapter_that_names_no_base_is_refused(tmp_path):
 
 
 def test_an_adapter_of_the_hub_that_cannot_be_reached_is_named():
-    with pytest.raises(InputError, match="^adapter someone/tiny: the Hugging Face Hub cannot be reached"):
+    with pytest.raises(HubError, match="^adapter someone/tiny: the Hugging Face Hub cannot be reached"):
         adapter_folder("someone/tiny")
 
 

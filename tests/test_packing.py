@@ -9,9 +9,9 @@ import torch
 from tweetdora.packing import PackedCollator, PaddedCollator, shared_prefix_length, token_count
 
 
-def row(prompt: list[int], answer: list[int], row_id: int = 0) -> dict[str, Any]:
-    """A row as encode_rows makes it: loss on the answer only."""
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "row_id": row_id}
+def row(prompt: list[int], answer: list[int], example_id: int = 0) -> dict[str, Any]:
+    """A row as tokenize_examples makes it: loss on the answer only."""
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "example_id": example_id}
 
 
 def as_lists(batch: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def test_packed_batch_is_the_one_of_the_docstring():
         "attention_mask": [[[[1.0]]]],
         "logits_to_keep": [2, 3, 5, 6],
         "labels": [8, 2, 9, 2],
-        "row_ids": [4, 7],
+        "example_ids": [4, 7],
         "packing": {
             "prefix_length": 2,
             "row_count": 2,
@@ -63,7 +63,7 @@ def test_packed_rows_that_share_nothing_have_no_prefix():
         "attention_mask": [[[[1.0]]]],
         "logits_to_keep": [1, 2, 4, 5],
         "labels": [8, 2, 9, 2],
-        "row_ids": [0, 0],
+        "example_ids": [0, 0],
         "packing": {
             "prefix_length": 0,
             "row_count": 2,
@@ -82,7 +82,7 @@ def test_packed_single_row_keeps_the_token_before_its_answer_out_of_the_prefix()
         "attention_mask": [[[[1.0]]]],
         "logits_to_keep": [2, 3],
         "labels": [8, 2],
-        "row_ids": [3],
+        "example_ids": [3],
         "packing": {
             "prefix_length": 2,
             "row_count": 1,
@@ -101,7 +101,7 @@ def test_packed_identical_rows_each_keep_the_token_before_their_answer():
         "attention_mask": [[[[1.0]]]],
         "logits_to_keep": [2, 3, 4, 5],
         "labels": [8, 2, 8, 2],
-        "row_ids": [0, 0],
+        "example_ids": [0, 0],
         "packing": {
             "prefix_length": 2,
             "row_count": 2,
@@ -120,7 +120,7 @@ def test_packed_answers_of_different_lengths_each_keep_their_own_loss():
         "attention_mask": [[[[1.0]]]],
         "logits_to_keep": [1, 2, 3, 4, 5, 6],
         "labels": [8, 2, 9, 4, 3, 2],
-        "row_ids": [0, 0],
+        "example_ids": [0, 0],
         "packing": {
             "prefix_length": 1,
             "row_count": 2,
@@ -209,7 +209,7 @@ def test_padded_batch_is_the_one_of_the_docstring():
         "position_ids": [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]],
         "logits_to_keep": [2, 3],
         "labels": [[8, 2], [9, 2]],
-        "row_ids": [4, 7],
+        "example_ids": [4, 7],
     }
 
 
@@ -221,7 +221,7 @@ def test_padded_single_row_has_no_padding():
         "position_ids": [[0, 1, 2, 3, 4]],
         "logits_to_keep": [2, 3],
         "labels": [[8, 2]],
-        "row_ids": [3],
+        "example_ids": [3],
     }
 
 
@@ -233,7 +233,7 @@ def test_padded_shorter_answer_has_no_loss_in_the_columns_of_the_longer():
         "position_ids": [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]],
         "logits_to_keep": [1, 2, 3],
         "labels": [[-100, 8, 2], [9, 4, 2]],
-        "row_ids": [0, 0],
+        "example_ids": [0, 0],
     }
 
 

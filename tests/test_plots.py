@@ -15,7 +15,7 @@ from tweetdora.plots import plot_confusion, plot_training
 WORDS = ["negative", "neutral", "positive"]
 MATRIX = [[5, 1, 0, 0], [2, 3, 1, 1], [0, 0, 9, 0]]
 LOSSES = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}]
-VALIDATION = {"step": 20, "eval_loss": 1.5, "eval_macro_f1": 0.5, "eval_parse_rate": 0.9, "eval_stop_rate": 0.8}
+VALIDATION = {"step": 20, "eval_loss": 1.5, "eval_macro_f1": 0.5, "eval_parse_rate": 0.9, "eval_eos_rate": 0.8}
 
 
 def picture(path: Path) -> np.ndarray:
@@ -30,7 +30,7 @@ def training(tmp_path: Path, history: list[dict[str, Any]], title: str = "a run"
     return picture(tmp_path / "training.png")
 
 
-def confusion(tmp_path: Path, matrix: Any, words: list[str] = WORDS, title: str = "after") -> np.ndarray:
+def confusion(tmp_path: Path, matrix: Any, words: list[str] = WORDS, title: str = "finetuned") -> np.ndarray:
     plot_confusion(matrix, words, str(tmp_path / "confusion.png"), title)
     return picture(tmp_path / "confusion.png")
 
@@ -79,7 +79,7 @@ def test_pictures_are_neither_empty_nor_transparent(make, tmp_path):
         pytest.param([*LOSSES, {**VALIDATION, "eval_loss": 1.4}], id="validation loss"),
         pytest.param([*LOSSES, {**VALIDATION, "eval_macro_f1": 0.6}], id="macro-F1"),
         pytest.param([*LOSSES, {**VALIDATION, "eval_parse_rate": 0.6}], id="parse rate"),
-        pytest.param([*LOSSES, {**VALIDATION, "eval_stop_rate": 0.6}], id="stop rate"),
+        pytest.param([*LOSSES, {**VALIDATION, "eval_eos_rate": 0.6}], id="stop rate"),
         pytest.param([*LOSSES, {**VALIDATION, "step": 15}], id="step"),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_class_without_rows_is_drawn_without_dividing_by_its_zero(tmp_path):
     confusion(tmp_path, [[0, 0, 0, 0], [1, 2, 0, 0], [0, 0, 3, 1]])
 
 
-def test_figures_are_closed(tmp_path):
+def test_plots_are_closed(tmp_path):
     plt.close("all")
     training(tmp_path, LOSSES)
     confusion(tmp_path, MATRIX)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tweetdora.cli import parse_train, read_task
 from tweetdora.config import TaskConfig
-from tweetdora.data import load_rows
+from tweetdora.data import load_examples
 from tweetdora.errors import InputError
+from tweetdora.files import read_json, write_json
 from tweetdora.generation import UNPARSED, LabelParser
 from tweetdora.packing import PackedCollator, pack
-from tweetdora.records import read_json, write_json
 
 WORDS = ["negative", "neutral", "positive"]
 # One folder serves all examples of a test: each writes its file anew.
@@ -98,12 +98,12 @@ def test_the_supervised_tokens_of_a_packed_batch_are_those_of_the_rows(case, dat
     examples, expected = [], []
     for number, tail in enumerate(tails):
         ids, count = [*prefix, *tail], data.draw(st.integers(1, len(tail)))
-        examples.append({"input_ids": ids, "labels": [-100] * (len(ids) - count) + ids[-count:], "row_id": number})
+        examples.append({"input_ids": ids, "labels": [-100] * (len(ids) - count) + ids[-count:], "example_id": number})
         expected += [(ids[place - 1], ids[place]) for place in range(len(ids) - count, len(ids))]
     batch = PackedCollator()(examples)
     kept = batch["input_ids"][0, batch["logits_to_keep"]].tolist()
     assert list(zip(kept, batch["labels"].tolist(), strict=True)) == expected
-    assert batch["row_ids"].tolist() == list(range(len(tails)))
+    assert batch["example_ids"].tolist() == list(range(len(tails)))
 
 
 # Recipes
@@ -170,10 +170,10 @@ def loaded(path: Path) -> list[tuple[str, int]] | str:
     """Texts and classes of a file, or what was said of it."""
     task = TaskConfig(dataset_name=str(path), dataset_config=None, max_train_samples=None)
     try:
-        rows = load_rows(task, "train")
+        rows = load_examples(task, "train", None)
     except InputError as error:
         return str(error)
-    return list(zip(rows.texts, rows.classes, strict=True))
+    return list(zip(rows.texts, rows.labels, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

@@ -16,7 +16,7 @@ from hub_server import Fault, Hub, User
 from huggingface_hub import constants
 from transformers.utils import hub as transformers_hub
 
-from tweetdora.errors import InputError
+from tweetdora.errors import InputError, UserError
 from tweetdora.model_card import inline_code
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,7 @@ def trained(make_model: Callable, tokenizer, data_dir: str, tmp_path_factory) ->
     folder = tmp_path_factory.mktemp("desk")
     with Hub(folder / "hub") as hub:
         hub.tokens[TOKEN] = User(REPO.split("/")[0])
-        put_base(hub, make_model, tokenizer, folder / "base")
+        put_base(hub, make_model, tokenizer, folder / "base_model")
         put_data(hub, Path(data_dir))
         desk = Desk(hub, folder, "xet", [])
         desk.printed.append(desk.run("-m", "accelerate.commands.launch", str(ROOT / "train.py")))
@@ -158,7 +158,7 @@ def test_the_publish_says_and_records_what_it_read_back(desk: Desk):
     head = desk.hub.store.repositories["models", REPO].commit_of("main")
     assert record["published"]["commit"] == head.oid
     assert record["read_back"]["files"] == len(head.files) - 1  # without .gitattributes, the Hub's own
-    assert record["read_back"]["equal_answers"] == record["read_back"]["rows"] == 24
+    assert record["read_back"]["equal_generations"] == record["read_back"]["num_examples"] == 24
     assert record["read_back"]["max_logit_difference"] == 0.0
     assert f"Published: {desk.hub.endpoint}/{REPO}/commit/{head.oid}" in desk.printed[0]
     assert "24 of 24 answers equal, largest logit difference 0.0e+00." in desk.printed[0]
@@ -168,7 +168,7 @@ def test_the_publish_says_and_records_what_it_read_back(desk: Desk):
 def test_the_run_names_the_revisions_that_it_used(desk: Desk):
     run = json.loads((desk.folder / "runs/llm-course-hw3-dora/run.json").read_text())
     repositories = desk.hub.store.repositories
-    assert run["base"]["revision"] == repositories["models", BASE].commit_of("main").oid
+    assert run["base_model"]["revision"] == repositories["models", BASE].commit_of("main").oid
     assert run["train_data"]["revision"] == repositories["datasets", DATA].commit_of("main").oid
 
 
@@ -286,7 +286,7 @@ def push(trained: Desk, monkeypatch, tmp_path: Path, capsys) -> Callable[..., st
 
 
 def refused(push: Callable, *words: str) -> str:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         push(*words)
     return str(caught.value)
 

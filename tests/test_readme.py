@@ -62,7 +62,15 @@ def test_the_tree_is_the_repositorys():
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     tracked = done.stdout.split()
     modules = {Path(path).name for path in tracked if path.startswith("tweetdora/")} - {"__init__.py"}
-    known = {"README.md", "LICENSE", "CITATION.cff", "Makefile", "pyproject.toml", ".gitignore"}
+    known = {
+        "README.md",
+        "LICENSE",
+        "CITATION.cff",
+        "Makefile",
+        "pyproject.toml",
+        ".gitignore",
+        ".pre-commit-config.yaml",
+    }
     top = {path for path in tracked if "/" not in path} - known
     assert modules | top <= {Path(name).name for name in named}
     missing = [

@@ -1,135 +1,280 @@
-"""Records: written whole or not at all, read with reasons, and nothing in them that names a user or a machine."""
+"""Records: what their dataclasses say and nothing else, read back as they were written, the version before too."""
 
-import getpass
-import hashlib
 import json
-import os
-import platform
 import re
-import socket
-import subprocess
-import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from sample_records import ENVIRONMENT, sample_evaluation, sample_predictions, sample_run, write_run
 
-from tweetdora import records
+from bench.record import read_bench
+from tweetdora.config import TrainConfig, flags_of
 from tweetdora.errors import InputError
 from tweetdora.records import (
-    command_line,
-    cpu_cores,
-    environment,
-    file_sha256,
-    git_state,
-    hardware,
-    peak_memory_bytes,
-    read_json,
+    RECORD_VERSION,
+    Bootstrap,
+    EvaluationRecord,
+    LengthBand,
+    PredictionRecord,
+    Published,
+    PublishRecord,
+    ReadBack,
+    RunRecord,
+    TrackerRecord,
+    decode,
+    read_predictions,
+    read_record,
     read_run,
-    tensors_sha256,
-    use_cpu_threads,
-    utc_now,
-    write_json,
+    run_status,
+    training_settings,
+    write_predictions,
+    write_record,
 )
 
-# Writing
+ROOT = Path(__file__).resolve().parent.parent
+TRACKER = TrackerRecord("id", "online", "https://wandb.test/id", "tweetdora", None)
+PUBLISHED = PublishRecord(
+    created="2026-11-25T11:00:00Z",
+    command="python push_to_hub.py runs/small",
+    published=Published("me/small", "f" * 40, "https://hub.test/me/small", True, None, ["old.json"], []),
+    read_back=ReadBack(num_examples=32, equal_generations=32, max_logit_difference=0.0, files=12),
+    environment=ENVIRONMENT,
+)
+RECORDS = [
+    sample_run(),
+    sample_run(status="started", result=None, tracker=TRACKER, validation_data=None, mismatches=["code: was"]),
+    sample_evaluation(),
+    sample_evaluation(kind="model", adapter_sha256=None, finetuned=None, difference=None),
+    PUBLISHED,
+    replace(PUBLISHED, read_back=None),
+]
+
+# Written and read back
 
 
-def test_a_record_is_read_back_as_it_was_written(tmp_path):
-    record = {"text": "größer 🌞", "number": 0.1, "none": None, "list": [1, [True]]}
-    write_json(str(tmp_path / "run.json"), record)
-    assert read_json(str(tmp_path / "run.json")) == record
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_is_read_back_as_it_was_written(record, tmp_path):
+    write_record(str(tmp_path / "record.json"), record)
+    assert read_record(type(record), str(tmp_path / "record.json")) == record
+    assert json.loads((tmp_path / "record.json").read_text())["record_version"] == RECORD_VERSION
 
 
-def test_a_record_is_readable_text_with_a_newline_at_its_end(tmp_path):
-    write_json(str(tmp_path / "run.json"), {"word": "größer", "steps": 3})
-    assert (tmp_path / "run.json").read_text(encoding="utf-8") == '{\n  "word": "größer",\n  "steps": 3\n}\n'
+def test_predictions_are_read_back_as_they_were_written(tmp_path):
+    alone = replace(sample_predictions()[0], finetuned=None)
+    for predictions in (sample_predictions(), [alone], []):
+        write_predictions(str(tmp_path / "predictions.jsonl"), predictions)
+        assert read_predictions(str(tmp_path / "predictions.jsonl")) == predictions
 
 
-def test_missing_folders_are_made(tmp_path):
-    write_json(str(tmp_path / "new" / "folder" / "run.json"), {})
-    assert read_json(str(tmp_path / "new" / "folder" / "run.json")) == {}
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"example_id": 0', "has a line that is not JSON .*; it was cut.$"),
+        ('{"example_id": 0}', "line 1 has no base, finetuned, label, text; expected exactly the fields of Prediction"),
+    ],
+)
+def test_a_broken_line_of_predictions_is_named(content, message, tmp_path):
+    (tmp_path / "predictions.jsonl").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_predictions(str(tmp_path / "predictions.jsonl"))
 
 
-def test_a_name_without_a_folder_is_written_here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_json("run.json", {"steps": 3})
-    assert json.loads((tmp_path / "run.json").read_text()) == {"steps": 3}
+def test_the_settings_of_a_training_are_the_flags_that_change_its_result():
+    """A flag is added by its field: the record follows."""
+    affecting = {name for name, flag in flags_of(TrainConfig).items() if flag.affects}
+    settings = training_settings(TrainConfig(output_dir="runs/x", precision="fp32", report_to=[]))
+    assert set(vars(settings)) == affecting | {"world_size"}
 
 
-def test_a_dump_that_fails_leaves_the_old_record(tmp_path):
-    """The list is written before the set, which JSON has no form for, is met."""
-    path = tmp_path / "run.json"
-    write_json(str(path), {"status": "started"})
-    with pytest.raises(TypeError, match="set is not JSON serializable"):
-        write_json(str(path), {"history": list(range(100_000)), "bad": set()})
-    assert read_json(str(path)) == {"status": "started"}
+# Strict
 
 
-def test_a_process_killed_while_writing_leaves_the_old_record(tmp_path, monkeypatch):
-    """All is written but the new file is not yet in the old one's place."""
-    path = tmp_path / "run.json"
-    write_json(str(path), {"status": "started"})
-
-    def killed(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(str(path), {"status": "finished"})
-    assert read_json(str(path)) == {"status": "started"}
+def changed_record(change: Any) -> dict[str, Any]:
+    record = json.loads(json.dumps(asdict(sample_evaluation())))
+    change(record)
+    return record
 
 
-def test_the_new_record_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
-    """Else a machine that loses power may have neither."""
-    order = []
-    sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), sync(number)))
-    monkeypatch.setattr(os, "replace", lambda old, new: (order.append("replace"), replace(old, new)))
-    write_json(str(tmp_path / "run.json"), {})
-    assert order == ["fsync", "replace"]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda record: record.pop("split"),
+            "test.json has no split; expected exactly the fields of EvaluationRecord",
+        ),
+        (
+            lambda record: record["base"].pop("seconds"),
+            "test.json.base has no seconds; expected exactly the fields of",
+        ),
+        (lambda record: record.update(extra=1, more=2), "test.json has unknown extra, more; expected exactly the"),
+        (
+            lambda record: record["data"].update(label_counts={"bad": "2"}),
+            "test.json.data.label_counts.bad is '2'; expected int. The file was changed, or other code wrote it.",
+        ),
+        (lambda record: record["data"].update(local=0), "test.json.data.local is 0; expected bool"),
+        (lambda record: record["bootstrap"].update(seed=True), "test.json.bootstrap.seed is True; expected int"),
+        (lambda record: record["bootstrap"].update(seed=1.0), "test.json.bootstrap.seed is 1.0; expected int"),
+        (lambda record: record.update(kind="robot"), "test.json.kind is 'robot'; expected typing.Literal['run',"),
+        (lambda record: record.update(base=None), "test.json.base is None; expected ModelMetrics"),
+        (lambda record: record.update(label_words="bad"), "test.json.label_words is 'bad'; expected list[str]"),
+        (
+            lambda record: record["base"]["confusion_matrix"][1].append(None),
+            "confusion_matrix[1][3] is None; expected",
+        ),
+        (
+            lambda record: record["base"]["intervals"].update(macro_f1=[0.1]),
+            "intervals.macro_f1 is [0.1]; expected tup",
+        ),
+        (lambda record: record["data"].update(revision=3), "test.json.data.revision is 3; expected str"),
+    ],
+)
+def test_a_record_that_is_not_what_its_dataclass_says_is_refused_by_name(change, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        decode(EvaluationRecord, changed_record(change), "test.json")
 
 
-def test_a_written_record_leaves_no_part_behind(tmp_path):
-    write_json(str(tmp_path / "run.json"), {})
-    assert os.listdir(tmp_path) == ["run.json"]
+def test_what_other_programs_write_alike_is_taken():
+    """JSON has one kind of number, and no tuple."""
+    assert decode(LengthBand, json.loads(json.dumps({**asdict(BAND), "accuracy": 1})), "x") == replace(
+        BAND, accuracy=1.0
+    )
+    card = {**asdict(sample_run().base_model_card), "license": ["mit", "apache-2.0"], "language": "en"}
+    assert decode(type(sample_run().base_model_card), card, "x").license == ["mit", "apache-2.0"]
+    assert decode(Bootstrap, {"seed": 0, "samples": 10}, "x") == Bootstrap(10, 0)
 
 
-def test_a_dump_that_fails_leaves_no_part_behind(tmp_path):
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        write_json(str(tmp_path / "run.json"), {"bad": set()})
-    assert os.listdir(tmp_path) == []
+BAND = LengthBand((1, 2), num_examples=3, accuracy=0.5, interval=(0.1, 0.9))
 
 
-# Reading
+# The version before
+
+V2 = {
+    "num_examples": "rows", "label_counts": "class_counts", "truncated": "cut_texts", "sequence_lengths": "row_tokens",
+    "first_texts": "examples", "completions": "answers", "base_model": "base", "base_model_card": "base_card",
+    "mismatches": "changes", "exact_match": "exact_rate", "eos_rate": "stop_rate", "per_label": "per_class",
+    "samples_per_second": "tweets_per_second", "baselines": "reference_lines", "per_label_f1": "per_class_f1",
+    "base": "before", "finetuned": "after", "example_id": "row", "equal_generations": "equal_answers",
+}  # fmt: skip
 
 
-def test_a_missing_record_is_named(tmp_path):
-    with pytest.raises(InputError, match=f"^{tmp_path}/run.json is missing.$"):
-        read_json(str(tmp_path / "run.json"))
+def in_version_2(value: Any, keep: bool = False) -> Any:
+    """A record under the names of version 2, as the code of that time wrote it; label words keep theirs."""
+    if isinstance(value, list):
+        return [in_version_2(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    by_label = ("label_counts", "first_texts", "per_label")
+    return {
+        name if keep else V2.get(name, name): in_version_2(item, not keep and name in by_label)
+        for name, item in value.items()
+    }
 
 
-@pytest.mark.parametrize("content", [b'{"steps": ', b"", b"\xff\xfe"])
-def test_a_broken_record_is_named(content, tmp_path):
-    (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(
-        InputError, match=rf"^{tmp_path}/run.json is not readable JSON \(.*\); it was changed or cut.$"
-    ):
-        read_json(str(tmp_path / "run.json"))
+def plain(record: Any) -> Any:
+    return json.loads(json.dumps(asdict(record)))
+
+
+def words_that_are_names(record: Any) -> Any:
+    """The record with the label words "rows" and "base", which are names of fields too."""
+    text = json.dumps(asdict(record)).replace('"bad"', '"rows"').replace('"good"', '"base"')
+    return decode(type(record), json.loads(text), "x")
+
+
+def test_a_run_of_the_version_before_is_read(run_dir):
+    expected = words_that_are_names(sample_run(adapter=replace(sample_run().adapter, sha256=SHA256)))
+    old = in_version_2(plain(expected))
+    old["training"]["batching"] = "packed"
+    old["base_card"] = {name: value for name, value in old["base_card"].items() if value}
+    del old["tracker"]
+    old["result"]["log_history"] = [{"step": 1, "eval_stop_rate": 0.5, "eval_exact_rate": 0.25, "loss": 2.0}]
+    (run_dir / "run.json").write_text(json.dumps({"record_version": 2, **old}))
+    history = [{"step": 1, "eval_eos_rate": 0.5, "eval_exact_match": 0.25, "loss": 2.0}]
+    assert read_run(str(run_dir)) == replace(expected, result=replace(expected.result, log_history=history))
+
+
+def test_a_run_of_the_version_before_that_was_stopped_is_read_as_unfinished(tmp_path):
+    expected = sample_run(status="interrupted", result=None)
+    old = in_version_2(plain(replace(expected, adapter=replace(expected.adapter, sha256=None))))
+    del old["result"], old["tracker"], old["adapter"]["sha256"]
+    (tmp_path / "run.json").write_text(json.dumps({"record_version": 2, **old}))
+    with pytest.raises(InputError, match="is interrupted, not finished. Go on with"):
+        read_run(str(tmp_path))
+    with pytest.raises(InputError, match="has record version 2; this code reads version 3. Use the state of"):
+        read_record(RunRecord, str(tmp_path / "run.json"), oldest_version=RECORD_VERSION)
+
+
+def as_version_2_counted(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Scores had `n` where data had `rows`."""
+    for name in ("before", "after"):
+        if evaluation.get(name):
+            for part in (evaluation[name], *evaluation[name]["by_length"]):
+                part["n"] = part.pop("rows")
+    return evaluation
+
+
+def test_an_evaluation_of_the_version_before_is_read(tmp_path):
+    expected = words_that_are_names(sample_evaluation())
+    old = as_version_2_counted(in_version_2(plain(expected)))
+    (tmp_path / "test.json").write_text(json.dumps({"record_version": 2, **old}))
+    assert read_record(EvaluationRecord, str(tmp_path / "test.json")) == expected
+
+
+def test_a_model_alone_was_what_came_after(tmp_path):
+    expected = sample_evaluation(kind="model", adapter_sha256=None, finetuned=None, difference=None)
+    old = as_version_2_counted(in_version_2(plain(expected)))
+    old["after"] = old.pop("before")
+    del old["difference"]
+    (tmp_path / "test.json").write_text(json.dumps({"record_version": 2, **old}))
+    assert read_record(EvaluationRecord, str(tmp_path / "test.json")) == expected
+
+
+def test_predictions_of_the_version_before_are_read(tmp_path):
+    def old(line: PredictionRecord) -> dict[str, Any]:
+        found = {"before": asdict(line.base), "after": asdict(line.finetuned)}
+        for answer in found.values():
+            answer["answer"] = answer.pop("text")
+        return {"row": line.example_id, "text": line.text, "label": line.label, **found}
+
+    lines = [json.dumps(old(line)) for line in sample_predictions()]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
+    assert read_predictions(str(tmp_path / "predictions.jsonl")) == sample_predictions()
+
+
+# Those of the repository
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("cpu.json")), ids=lambda path: path.name)
+def test_every_record_of_the_repository_loads(path):
+    if path.parent.name == "bench":
+        assert read_bench(str(path)).parts
+    elif path.suffix == ".jsonl":
+        assert read_predictions(str(path))
+    else:
+        record = read_record(RunRecord if path.name == "run.json" else EvaluationRecord, str(path))
+        assert record.environment.git.commit and not record.environment.git.dirty
+
+
+# A run folder
+
+# printf weights | sha256sum
+SHA256 = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
 
 
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
     """A finished run as far as read_run looks."""
     folder = tmp_path / "runs" / "mine"
-    (folder / "adapter").mkdir(parents=True)
+    write_run(folder, adapter=replace(sample_run().adapter, sha256=SHA256))
+    (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-    # printf weights | sha256sum
-    sha256 = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
-    run = {"record_version": records.RECORD_VERSION, "status": "finished", "adapter": {"sha256": sha256}}
-    (folder / "run.json").write_text(json.dumps(run))
     return folder
+
+
+def test_the_status_of_a_run_is_told_whatever_its_version(run_dir, tmp_path):
+    change(run_dir, record_version=1, status="diverged")
+    assert (run_status(str(run_dir)), run_status(str(tmp_path))) == ("diverged", None)
 
 
 def change(run_dir: Path, **changes: Any) -> None:
@@ -138,7 +283,7 @@ def change(run_dir: Path, **changes: Any) -> None:
 
 
 def test_a_finished_run_is_read(run_dir):
-    assert read_run(str(run_dir))["status"] == "finished"
+    assert read_run(str(run_dir)).status == "finished"
 
 
 def test_a_folder_that_is_no_run_is_refused_with_the_run_folders_there_are(run_dir, monkeypatch):
@@ -171,10 +316,10 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
         read_run(str(run_dir))
 
 
-@pytest.mark.parametrize("version", [0, 1, None])
+@pytest.mark.parametrize("version", [0, 1, RECORD_VERSION + 1, None, "3"])
 def test_a_record_of_another_version_is_refused(version, run_dir):
     change(run_dir, record_version=version)
-    message = f"^{run_dir}/run.json has record version {version}; this code reads version {records.RECORD_VERSION}.$"
+    message = f"^{run_dir}/run.json has record version {version}; this code reads version 3 and version 2. Use the"
     with pytest.raises(InputError, match=message):
         read_run(str(run_dir))
 
@@ -194,200 +339,3 @@ def test_a_run_whose_adapter_was_changed_is_refused(run_dir):
         match=f"adapter_model.safetensors is not the adapter that {run_dir}/run.json describes: its SHA-256",
     ):
         read_run(str(run_dir))
-
-
-# Hashes
-
-
-def test_hash_of_a_file_is_that_of_its_bytes(tmp_path):
-    (tmp_path / "file").write_bytes(b"weights" * 100_000)
-    assert file_sha256(str(tmp_path / "file")) == hashlib.sha256(b"weights" * 100_000).hexdigest()
-
-
-TENSORS = [("a", torch.tensor([1.0, 2.0])), ("b", torch.tensor([[3.0]]))]
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        pytest.param([("a", torch.tensor([1.0, 2.5])), TENSORS[1]], id="value"),
-        pytest.param([("aa", TENSORS[0][1]), TENSORS[1]], id="name"),
-        pytest.param([("a", torch.tensor([[1.0, 2.0]])), TENSORS[1]], id="shape"),
-        pytest.param([("a", torch.tensor([1.0, 2.0]).view(torch.int32)), TENSORS[1]], id="kind of number"),
-        pytest.param(TENSORS[:1], id="one less"),
-        pytest.param([("a", TENSORS[0][1]), ("b", torch.tensor([[-3.0]]))], id="sign"),
-    ],
-)
-def test_hash_of_tensors_changes_with(other):
-    assert tensors_sha256(other) != tensors_sha256(TENSORS)
-
-
-def test_hash_of_tensors_does_not_depend_on_their_order():
-    assert tensors_sha256(TENSORS[::-1]) == tensors_sha256(TENSORS)
-
-
-def test_hash_of_tensors_does_not_depend_on_how_they_lie_in_memory():
-    matrix = torch.arange(6.0).view(2, 3)
-    assert tensors_sha256([("a", matrix.T.contiguous().T)]) == tensors_sha256([("a", matrix)])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_hash_of_tensors_takes_every_kind_of_number(dtype):
-    weight = torch.nn.Parameter(torch.ones(3, dtype=dtype))
-    assert len(tensors_sha256([("a", weight)])) == 64
-
-
-# What a record says of machine and command
-
-
-def test_environment_names_neither_user_nor_machine_nor_path():
-    said = json.dumps(environment())
-    for secret in {getpass.getuser(), socket.gethostname(), platform.node(), os.path.expanduser("~"), os.getcwd()}:
-        assert f'"{secret}' not in said and f"{secret}/" not in said, secret
-    assert not [word for word in said.split('"') if word.startswith("/")]
-
-
-def test_environment_has_versions_hardware_and_state_of_the_code():
-    found = environment()
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["packages"]["torch"] == torch.__version__
-    assert set(found["packages"]) == {
-        *("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "wandb"),
-    }
-    assert set(found) == {"python", "platform", "packages", "hardware", "git"}
-
-
-def test_hardware_is_this_machines():
-    found = hardware()
-    assert found["cores"] == cpu_cores() == len(os.sched_getaffinity(0))
-    assert found["cpu"]
-    with open("/proc/meminfo") as stream:
-        kibibytes = int(stream.readline().split()[1])
-    assert found["memory_bytes"] == pytest.approx(kibibytes * 1024, rel=0.01)
-    assert found["gpus"] == []
-
-
-PLAIN = dict.fromkeys(("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "environment", "expected"),
-    [
-        (["--r", "4"], {}, "python train.py --r 4"),
-        (["--system_prompt", 'It\'s $1, "now"'], {}, "python train.py --system_prompt 'It'\"'\"'s $1, \"now\"'"),
-        (["--output_dir", f"{os.getcwd()}/runs/x"], {}, "python train.py --output_dir runs/x"),
-        (["--output_dir=/home/somebody/x/", "a/b"], {}, "python train.py --output_dir=x a/b"),
-        (["--system_prompt", "/s = sarcasm"], {}, "python train.py --system_prompt '/s = sarcasm'"),
-        ([], {"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch train.py"),
-        (
-            [],
-            {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "1"},
-            "accelerate launch --mixed_precision bf16 train.py",
-        ),
-        ([], {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "4"}, "accelerate launch --num_processes 4 train.py"),
-        (
-            [],
-            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-            "torchrun --nproc_per_node 2 train.py",
-        ),
-    ],
-)
-def test_command_is_one_that_can_be_typed_again_without_the_paths_to_the_programs(
-    arguments, environment, expected, monkeypatch
-):
-    for name, value in {**PLAIN, **environment}.items():
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["/home/somebody/tweetdora/train.py", *arguments])
-    assert command_line() == expected
-
-
-def git(folder: Path, *words: str) -> str:
-    settings = ["-c", "user.name=T", "-c", "user.email=t@example.org"]
-    done = subprocess.run(["git", "-C", folder, *settings, *words], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch) -> Path:
-    """A git checkout in which records.py seems to lie."""
-    (tmp_path / "tweetdora").mkdir()
-    (tmp_path / "tweetdora" / "records.py").write_text("")
-    git(tmp_path, "init", "--quiet")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "--quiet", "-m", "Start")
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "tweetdora" / "records.py"))
-    return tmp_path
-
-
-def test_git_state_is_the_commit(checkout):
-    assert git_state() == {"commit": git(checkout, "rev-parse", "HEAD"), "dirty": False, "changes_sha256": None}
-
-
-def test_git_state_knows_that_the_work_tree_differs(checkout):
-    (checkout / "tweetdora" / "records.py").write_text("changed")
-    first = git_state()
-    assert first["dirty"] is True and re.fullmatch("[0-9a-f]{64}", first["changes_sha256"])
-    (checkout / "tweetdora" / "records.py").write_text("changed again")
-    assert git_state()["changes_sha256"] != first["changes_sha256"]
-
-
-def test_outside_a_checkout_there_is_no_git_state(tmp_path, monkeypatch):
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "tweetdora" / "records.py"))
-    assert git_state() is None
-
-
-def test_without_git_there_is_no_git_state(checkout, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert git_state() is None
-
-
-def test_peak_memory_is_at_least_what_was_used():
-    held = bytearray(300_000_000)
-    held[::4096] = b"x" * len(held[::4096])
-    assert peak_memory_bytes()["process"] > 300_000_000
-
-
-def test_peak_memory_is_the_largest_of_all_processes(monkeypatch):
-    monkeypatch.setattr(
-        records,
-        "gather_object",
-        lambda own: [{"process": 5, "gpu0": 7, "gpu1": 0}, {"process": 6, "gpu0": 0, "gpu1": 8}],
-    )
-    assert peak_memory_bytes() == {"process": 6, "gpu0": 7, "gpu1": 8}
-
-
-def test_time_is_utc_to_the_second(monkeypatch):
-    monkeypatch.setattr("time.gmtime", lambda: (2026, 3, 4, 5, 6, 7, 2, 63, 0))
-    assert utc_now() == "2026-03-04T05:06:07Z"
-
-
-# Threads
-
-
-@pytest.mark.parametrize(
-    ("cores", "processes", "local", "threads", "expected"),
-    [
-        (8, 1, None, 0, 8),
-        (8, 2, None, 0, 4),
-        (8, 16, "4", 0, 2),  # 16 processes on several machines, four of them here
-        (3, 2, None, 0, 1),
-        (2, 4, None, 0, 1),
-        (8, 2, None, 3, 3),  # asked for
-    ],
-)
-def test_processes_share_the_cores(cores, processes, local, threads, expected, monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if local is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    monkeypatch.setattr(records, "cpu_cores", lambda: cores)
-    assert use_cpu_threads(torch.device("cpu"), processes, threads) == expected
-    assert torch.get_num_threads() == expected
-
-
-def test_on_a_gpu_the_threads_are_left_alone(monkeypatch):
-    before = torch.get_num_threads()
-    monkeypatch.setattr(records, "cpu_cores", lambda: before + 5)
-    assert use_cpu_threads(torch.device("cuda"), 1) == before

@@ -16,9 +16,9 @@ import torch
 from soak import STEPS, outcome, same, train_flags
 
 from tweetdora.checkpoints import SAVING_DIR, all_checkpoints, find_damage
-from tweetdora.errors import InputError
+from tweetdora.errors import InputError, ResourceError
 from tweetdora.modeling import load_base
-from tweetdora.prompts import Encoder
+from tweetdora.prompts import PromptTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIES = int(os.environ.get("TWEETDORA_SOAK", "2"))  # `make soak` says more
@@ -79,7 +79,7 @@ def stopped(teachable_dir, data_dir, tmp_path, monkeypatch) -> tuple[Path, list[
         def cut_off(self, *arguments):
             raise KeyboardInterrupt
 
-        patch.setattr("tweetdora.callbacks.StopOnBrokenGradient.on_pre_optimizer_step", after(6, cut_off))
+        patch.setattr("tweetdora.callbacks.StopOnNonFiniteGradient.on_pre_optimizer_step", after(6, cut_off))
         with pytest.raises(KeyboardInterrupt):
             train(flags)
     assert [os.path.basename(path) for path in all_checkpoints(str(run_dir))] == ["checkpoint-6", "checkpoint-4"]
@@ -119,15 +119,16 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_the_steps_since_the_one_be
 def test_the_record_says_what_was_allowed_to_differ(stopped, capsys):
     run_dir, command = stopped
     with pytest.raises(
-        InputError, match=r"training.batching: was 'packed', now 'padded' \(--allow_changes training.bat"
+        InputError, match=r"training.batching: was 'shared_prefix', now 'padded' \(--allow_mismatch training.bat"
     ):
         train([*command, "--batching", "padded"])
-    assert train([*command, "--batching", "padded", "--allow_changes", "training.batching"]) == 0
+    assert train([*command, "--batching", "padded", "--allow_mismatch", "training.batching"]) == 0
     assert (
-        "note: resumed with training.batching: was 'packed', now 'padded' (sums are taken" in capsys.readouterr().out
+        "note: resumed with training.batching: was 'shared_prefix', now 'padded' (sums are taken"
+        in capsys.readouterr().out
     )
-    (change,) = json.loads((run_dir / "run.json").read_text())["changes"]
-    assert change.startswith("training.batching: was 'packed', now 'padded' (")
+    (change,) = json.loads((run_dir / "run.json").read_text())["mismatches"]
+    assert change.startswith("training.batching: was 'shared_prefix', now 'padded' (")
 
 
 # From step 4 on no file may grow beyond 5 kB, which the adapter does.
@@ -135,12 +136,12 @@ FULL_DISK = """
 import resource, runpy, signal, sys
 from tweetdora import trainer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = trainer.AnswerTrainer._save_checkpoint
+save = trainer.ClassificationTrainer._save_checkpoint
 def full(self, *arguments):
     if self.state.global_step >= 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     save(self, *arguments)
-trainer.AnswerTrainer._save_checkpoint = full
+trainer.ClassificationTrainer._save_checkpoint = full
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -150,7 +151,7 @@ def test_a_full_disk_during_a_save_costs_that_checkpoint_only(teachable_dir, dat
     run_dir = tmp_path / "run"
     flags = train_flags(teachable_dir, data_dir, run_dir)
     done = start("-c", FULL_DISK, str(ROOT / "train.py"), *flags, folder=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout[-2000:]
+    assert done.returncode == 3 and "Traceback" not in done.stdout, done.stdout[-2000:]
     message = f"train.py: the checkpoint of step 4 could not be written to {run_dir} ("
     assert message in done.stdout and f"{run_dir}/checkpoint-2 is whole. Make room" in done.stdout
     assert find_damage(str(run_dir / "checkpoint-2")) is None and not (run_dir / "checkpoint-4").exists()
@@ -163,12 +164,12 @@ def test_a_full_disk_during_a_save_costs_that_checkpoint_only(teachable_dir, dat
 FULL_IN_ONE = """
 import errno, os, runpy, sys
 from tweetdora import trainer
-save = trainer.AnswerTrainer._save_rng_state
+save = trainer.ClassificationTrainer._save_rng_state
 def full(self, folder):
     if os.environ["RANK"] == "1" and self.state.global_step == 4:
         raise OSError(errno.ENOSPC, "no room here")
     save(self, folder)
-trainer.AnswerTrainer._save_rng_state = full
+trainer.ClassificationTrainer._save_rng_state = full
 sys.argv[0] = "train.py"
 sys.exit(runpy.run_path({root!r} + "/train.py")["main"]())
 """
@@ -182,7 +183,7 @@ def test_a_save_that_fails_in_one_process_is_the_end_of_all_with_the_same_words(
     done = start(*launch, "--log-dir", str(logs), str(script), *flags, folder=tmp_path)
     assert done.returncode == 1
     said = [path.read_text() for path in logs.rglob("stderr.log")]
-    message = f"InputError: the checkpoint of step 4 could not be written to {run_dir} ([Errno 28] no room here); "
+    message = f"ResourceError: the checkpoint of step 4 could not be written to {run_dir} ([Errno 28] no room here); "
     assert len(said) == 2 and all(f"{message}{run_dir}/checkpoint-2 is whole." in text for text in said)
     assert [os.path.basename(path) for path in all_checkpoints(str(run_dir))] == ["checkpoint-2"]
     assert not (run_dir / SAVING_DIR).exists()
@@ -192,7 +193,9 @@ def test_a_folder_that_takes_no_checkpoint_is_said(teachable_dir, data_dir, tmp_
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / SAVING_DIR).write_text("in the way")  # as root, who runs CI, no right is missing
-    with pytest.raises(InputError, match="the checkpoint of step 2 could not be written to .*there is none before it"):
+    with pytest.raises(
+        ResourceError, match="the checkpoint of step 2 could not be written to .*there is none before it"
+    ):
         train(train_flags(teachable_dir, data_dir, run_dir))
 
 
@@ -202,7 +205,7 @@ def test_a_full_disk_during_evaluation_leaves_the_older_results(straight, tmp_pa
     assert start(*words, folder=tmp_path).returncode == 0
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     done = start(str(ROOT / "tests/small_files.py"), "1000", *words, folder=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert done.returncode == 3 and "Traceback" not in done.stdout
     assert re.search(r"^evaluate.py: \[Errno 27\] File too large.*Make room, or name another", done.stdout, re.M)
     (left,) = set(results.rglob("*.part"))
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file() and path != left} == before
@@ -212,12 +215,14 @@ def test_a_full_disk_during_evaluation_leaves_the_older_results(straight, tmp_pa
 SIGNAL_IN_VALIDATION = """
 import os, runpy, signal, sys
 from tweetdora import trainer
-answer_rows = trainer.answer_rows
+from tweetdora.cli import show_log
+show_log()
+generate_all = trainer.generate_all
 def answer(*arguments, **more):
     if os.environ["RANK"] == "1":
         signal.raise_signal(signal.SIGTERM)
-    return answer_rows(*arguments, **more)
-trainer.answer_rows = answer
+    return generate_all(*arguments, **more)
+trainer.generate_all = answer
 sys.argv[0] = "train.py"
 sys.exit(runpy.run_path({root!r} + "/train.py")["main"]())
 """
@@ -276,11 +281,11 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=["injection", "turns", "system", "template", "control", "1 MB"])
-def test_a_hostile_text_is_a_text(text, encoder: Encoder, tokenizer):
+def test_a_hostile_text_is_a_text(text, prompt_tokenizer: PromptTokenizer, tokenizer):
     """Between head and tail of the prompt there is no control token, and nothing else is moved by it."""
     began = time.monotonic()
-    (plain, hostile), _ = encoder.prompt_ids(["day", text])
-    assert time.monotonic() - began < 10 and len(hostile) <= encoder.max_prompt_length
+    (plain, hostile), _ = prompt_tokenizer.prompt_ids(["day", text])
+    assert time.monotonic() - began < 10 and len(hostile) <= prompt_tokenizer.max_prompt_length
     control = set(tokenizer.all_special_ids)
     text_begins = next(place for place, (a, b) in enumerate(zip(plain, hostile, strict=False)) if a != b)
     tail = next(n for n in range(len(plain)) if plain[-1 - n] != hostile[-1 - n])

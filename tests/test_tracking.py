@@ -15,20 +15,21 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from tweetdora.callbacks import TrackAnswers
-from tweetdora.data import Rows, make_rows
-from tweetdora.generation import UNPARSED, Answer
+from tweetdora.callbacks import LogGenerations
+from tweetdora.data import Examples, make_examples
+from tweetdora.generation import UNPARSED, Generation
 from tweetdora.plan import _tracker_line
-from tweetdora.tracking import SAMPLE_ROWS, finish_wandb, log_answers, start_wandb, wandb_mode
+from tweetdora.records import TrackerRecord
+from tweetdora.tracking import SAMPLE_ROWS, finish_wandb, log_generations, start_wandb, wandb_mode
 
 WORDS = ["negative", "neutral", "positive"]
-ROWS = make_rows(["awful", "fine", "a table", "great", "?"], [0, 2, 1, 2, 1], {})
+EXAMPLES = make_examples(["awful", "fine", "a table", "great", "?"], [0, 2, 1, 2, 1])
 ANSWERS = [
-    Answer("negative", True, 0),
-    Answer("positive", True, 2),
-    Answer("negative", True, 0),
-    Answer("I think it is", False, UNPARSED),
-    Answer("Neutral.", True, 1),
+    Generation("negative", True, 0),
+    Generation("positive", True, 2),
+    Generation("negative", True, 0),
+    Generation("I think it is", False, UNPARSED),
+    Generation("Neutral.", True, 1),
 ]
 
 
@@ -180,7 +181,7 @@ def table(run_dir: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+def tracked(tmp_path_factory) -> tuple[Path, TrackerRecord]:
     """A run folder with a finished offline run, and what start_wandb returned."""
     run_dir = tmp_path_factory.mktemp("tracked")
     with pytest.MonkeyPatch.context() as patch:
@@ -189,21 +190,21 @@ def tracked(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
             patch.setenv(name, str(run_dir / "home"))
         started = start_wandb(str(run_dir), "a run", {"task": {"label_words": WORDS}, "steps": 12})
         wandb.log({"train/loss": 0.5, "train/global_step": 1})
-        log_answers("validation", ROWS, ANSWERS, WORDS, step=7)
+        log_generations("validation", EXAMPLES, ANSWERS, WORDS, step=7)
         finish_wandb({"adapter_sha256": "0123"})
     return run_dir, started
 
 
 def test_what_the_record_keeps_is_id_mode_project_entity_and_no_address(tracked):
     run_dir, started = tracked
-    expected = {"id": started["id"], "mode": "offline", "url": None, "project": "tweetdora", "entity": None}
+    expected = TrackerRecord(id=started.id, mode="offline", url=None, project="tweetdora", entity=None)
     assert started == expected
-    assert [path.name for path in log_files(run_dir)] == [f"run-{started['id']}.wandb"]
+    assert [path.name for path in log_files(run_dir)] == [f"run-{started.id}.wandb"]
 
 
 def test_the_run_on_disk_has_name_project_and_the_whole_configuration(tracked):
     (run,) = (record.run for record in log_of(tracked[0]) if record.HasField("run"))
-    assert (run.run_id, run.display_name, run.project) == (tracked[1]["id"], "a run", "tweetdora")
+    assert (run.run_id, run.display_name, run.project) == (tracked[1].id, "a run", "tweetdora")
     config = as_dict(run.config.update)
     assert (config["task"], config["steps"]) == ({"label_words": WORDS}, 12)
 
@@ -215,14 +216,14 @@ def test_the_run_on_disk_has_the_logged_loss(tracked):
 
 def test_the_run_on_disk_has_answers_and_matrix_at_the_step_of_the_validation(tracked):
     history = [as_dict(record.history.item) for record in log_of(tracked[0]) if record.HasField("history")]
-    (line,) = (line for line in history if "validation/answers/nrows" in line)
-    assert (line["train/global_step"], line["validation/answers/nrows"]) == (7, 5)
+    (line,) = (line for line in history if "validation/generations/nrows" in line)
+    assert (line["train/global_step"], line["validation/generations/nrows"]) == (7, 5)
     assert line["validation/confusion_matrix_table/_type"] == "table-file"
 
 
 def test_the_table_of_answers_has_the_right_rows(tracked):
-    answers = table(tracked[0], "validation/answers")
-    assert answers["columns"] == ["row", "text", "label", "answer", "predicted", "stopped"]
+    answers = table(tracked[0], "validation/generations")
+    assert answers["columns"] == ["example_id", "text", "label", "generation", "predicted", "stopped"]
     assert answers["data"] == [
         [0, "awful", "negative", "negative", "negative", True],
         [1, "fine", "positive", "positive", "positive", True],
@@ -266,12 +267,12 @@ def test_the_run_is_closed(tracked):
 
 def test_a_long_table_of_answers_is_cut_and_the_matrix_is_not(tmp_path):
     count = SAMPLE_ROWS + 10
-    rows = make_rows([f"text {number}" for number in range(count)], [1] * count, {})
+    examples = make_examples([f"text {number}" for number in range(count)], [1] * count)
     start_wandb(str(tmp_path), "long", {})
-    log_answers("test", rows, [Answer("neutral", True, 1)] * count, WORDS, step=1)
+    log_generations("test", examples, [Generation("neutral", True, 1)] * count, WORDS, step=1)
     finish_wandb()
     log_files(tmp_path)  # waits until all is written
-    assert [row[0] for row in table(tmp_path, "test/answers")["data"]] == list(range(50))
+    assert [row[0] for row in table(tmp_path, "test/generations")["data"]] == list(range(50))
     assert sum(row[2] for row in table(tmp_path, "test/confusion_matrix_table")["data"]) == 60
 
 
@@ -281,30 +282,24 @@ def test_a_run_goes_on_under_its_own_id(tmp_path):
     again = start_wandb(str(tmp_path), "a run", {}, tracker=first)
     finish_wandb()
     ids = [record.run.run_id for path in log_files(tmp_path) for record in read_log(path) if record.HasField("run")]
-    assert again["id"] == first["id"]
-    assert set(ids) == {first["id"]}
+    assert again.id == first.id
+    assert set(ids) == {first.id}
 
 
 def test_a_run_goes_on_in_its_own_project_and_entity(tmp_path, monkeypatch):
     """Whatever the environment says later: the same id elsewhere would be another run."""
     monkeypatch.setenv("WANDB_PROJECT", "other")
-    saved = {"id": "0a1b2c3d", "mode": "offline", "url": None, "project": "first", "entity": "team"}
+    saved = TrackerRecord(id="0a1b2c3d", mode="offline", url=None, project="first", entity="team")
     assert start_wandb(str(tmp_path), "a run", {}, tracker=saved) == saved
     finish_wandb()
     (run,) = (record.run for record in log_of(tmp_path) if record.HasField("run"))
     assert (run.run_id, run.project, run.entity) == ("0a1b2c3d", "first", "team")
 
 
-def test_a_record_that_keeps_no_entity_goes_on_in_its_project(tmp_path):
-    saved = {"id": "0a1b2c3e", "mode": "offline", "url": None, "project": "first"}
-    assert start_wandb(str(tmp_path), "a run", {}, tracker=saved) == {**saved, "entity": None}
-    finish_wandb()
-
-
 def test_another_run_has_another_id(tmp_path):
     ids = set()
     for _ in range(2):
-        ids.add(start_wandb(str(tmp_path), "a run", {})["id"])
+        ids.add(start_wandb(str(tmp_path), "a run", {}).id)
         finish_wandb()
     assert len(ids) == 2
 
@@ -319,7 +314,7 @@ def test_the_project_is_the_one_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     started = start_wandb(str(tmp_path), "a run", {})
     finish_wandb()
-    assert started["project"] == "mine"
+    assert started.project == "mine"
 
 
 # A server that fails
@@ -405,8 +400,8 @@ def test_a_server_that_is_down_at_the_start_leaves_an_offline_run_and_a_line(ser
     tracker = start_wandb(str(tmp_path), "a run", {})
     wandb.log({"loss": 1.5})
     finish_wandb()
-    assert (tracker["mode"], tracker["url"]) == ("offline", None)
-    said = capsys.readouterr().out
+    assert (tracker.mode, tracker.url) == ("offline", None)
+    said = capsys.readouterr().err
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert said.startswith("note: W&B does not take the run (") and f"`wandb sync {folder}` sends it." in said
     assert said.count("\n") == 1 and "1.5" in saved_loss(folder)
@@ -415,7 +410,7 @@ def test_a_server_that_is_down_at_the_start_leaves_an_offline_run_and_a_line(ser
 def test_a_server_that_goes_down_in_the_middle_leaves_a_whole_run_and_a_line(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tweetdora.tracking._FINISH_SECONDS", 3.0)
     tracker = start_wandb(str(tmp_path), "a run", {})
-    assert tracker["mode"] == "online" and tracker["url"] == f"{server.address}/me/tweetdora/runs/{tracker['id']}"
+    assert tracker.mode == "online" and tracker.url == f"{server.address}/me/tweetdora/runs/{tracker.id}"
     wandb.log({"loss": 1.5})
     server.state = "down"
     wandb.log({"loss": 2.5})
@@ -425,7 +420,7 @@ def test_a_server_that_goes_down_in_the_middle_leaves_a_whole_run_and_a_line(ser
     (folder,) = tmp_path.glob("wandb/run-*")
     assert (
         f"note: W&B did not take all of the run in 3 s. It is whole here; `wandb sync {folder}`"
-        in capsys.readouterr().out
+        in capsys.readouterr().err
     )
     deadline = time.monotonic() + 20
     while not {"1.5", "2.5"} <= set(saved_loss(folder)) and time.monotonic() < deadline:
@@ -440,8 +435,8 @@ def test_a_run_that_is_gone_on_with_while_the_server_is_down_keeps_its_id(server
     server.state = "down"
     again = start_wandb(str(tmp_path), "a run", {}, tracker=first)
     finish_wandb()
-    assert (again["id"], again["mode"]) == (first["id"], "offline")
-    assert "note: W&B does not take the run (" in capsys.readouterr().out
+    assert (again.id, again.mode) == (first.id, "offline")
+    assert "note: W&B does not take the run (" in capsys.readouterr().err
 
 
 def test_a_slow_server_keeps_no_step_waiting(server, tmp_path):
@@ -458,15 +453,15 @@ def test_a_slow_server_keeps_no_step_waiting(server, tmp_path):
 def test_an_online_run_goes_on_under_its_own_id(server, tmp_path):
     first = start_wandb(str(tmp_path), "a run", {})
     finish_wandb(exit_code=130)
-    assert start_wandb(str(tmp_path), "a run", {}, tracker=first)["id"] == first["id"]
+    assert start_wandb(str(tmp_path), "a run", {}, tracker=first).id == first.id
     finish_wandb()
-    assert set(server.names) == {first["id"]} and len(server.names) >= 2
+    assert set(server.names) == {first.id} and len(server.names) >= 2
 
 
 def test_a_disabled_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     start_wandb(str(tmp_path), "a run", {})
-    log_answers("validation", ROWS, ANSWERS, WORDS, step=1)
+    log_generations("validation", EXAMPLES, ANSWERS, WORDS, step=1)
     finish_wandb()
     assert list(tmp_path.rglob("*.wandb")) == []
 
@@ -480,7 +475,7 @@ def test_finishing_without_a_run_is_nothing():
 
 
 class Logged:
-    """In the place of log_answers."""
+    """In the place of log_generations."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -492,22 +487,24 @@ class Logged:
 @pytest.fixture
 def logged(monkeypatch) -> Logged:
     logged = Logged()
-    monkeypatch.setattr("tweetdora.callbacks.log_answers", logged)
+    monkeypatch.setattr("tweetdora.callbacks.log_generations", logged)
     return logged
 
 
-def after_validation(rows: Rows) -> None:
+def after_validation(examples: Examples) -> None:
     """Call the callback as the Trainer does at step 40."""
-    trainer = SimpleNamespace(validation_rows=rows, last_answers=ANSWERS, task=SimpleNamespace(label_words=WORDS))
-    TrackAnswers(trainer).on_evaluate(None, SimpleNamespace(global_step=40), None)
+    trainer = SimpleNamespace(
+        validation_examples=examples, last_generations=ANSWERS, task=SimpleNamespace(label_words=WORDS)
+    )
+    LogGenerations(trainer).on_evaluate(None, SimpleNamespace(global_step=40), None)
 
 
 def test_each_validation_logs_its_answers(logged, monkeypatch):
     monkeypatch.setattr(wandb, "run", object())
-    after_validation(ROWS)
-    assert logged.calls == [("validation", ROWS, ANSWERS, WORDS, 40)]
+    after_validation(EXAMPLES)
+    assert logged.calls == [("validation", EXAMPLES, ANSWERS, WORDS, 40)]
 
 
 def test_without_a_tracker_nothing_is_logged(logged):
-    after_validation(ROWS)
+    after_validation(EXAMPLES)
     assert logged.calls == []

@@ -27,19 +27,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from tweetdora import precision
+from tweetdora import device
 from tweetdora import trainer as trainer_module
-from tweetdora.callbacks import EvaluationStopped, StopOnSignal, TrainingDiverged, after_divergence
+from tweetdora.callbacks import EvaluationStopped, StopOnSignal, after_divergence
 from tweetdora.checkpoints import SAVING_DIR, find_damage, publish_checkpoint
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
-from tweetdora.data import Rows, load_rows
-from tweetdora.errors import InputError
+from tweetdora.data import Examples, load_examples
+from tweetdora.errors import DivergedError, InputError
 from tweetdora.generation import LabelParser
 from tweetdora.modeling import DTYPES, attach_adapter, load_base
 from tweetdora.packing import PackedCollator, PaddedCollator
-from tweetdora.prompts import Encoder, encode_rows
+from tweetdora.prompts import PromptTokenizer, tokenize_examples
 from tweetdora.trainer import (
-    AnswerTrainer,
+    ClassificationTrainer,
     mean_loss,
     supervised_loss_sum,
     training_seconds,
@@ -59,13 +59,13 @@ def quick_collection() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def train_rows(task) -> Rows:
-    return load_rows(task, "train")
+def train_examples(task) -> Examples:
+    return load_examples(task, "train", None)
 
 
 @pytest.fixture(scope="module")
-def validation_rows(task) -> Rows:
-    return load_rows(task, "validation")
+def validation_examples(task) -> Examples:
+    return load_examples(task, "validation", None)
 
 
 @pytest.fixture(scope="module")
@@ -83,20 +83,20 @@ class Laboratory:
 
     model_dir: str
     task: TaskConfig
-    encoder: Encoder
+    prompt_tokenizer: PromptTokenizer
     tokenizer: Any
-    rows: Rows
+    rows: Examples
     folder: Path
     count: int = 0
 
     def trainer(
         self,
-        rows: Rows | None = None,
-        validation: Rows | None = None,
+        rows: Examples | None = None,
+        validation: Examples | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         adapter: dict[str, Any] | None = None,
         **settings: Any,
-    ) -> AnswerTrainer:
+    ) -> ClassificationTrainer:
         self.count += 1
         defaults = {
             "output_dir": str(self.folder / f"run{self.count}"),
@@ -106,7 +106,7 @@ class Laboratory:
             "max_steps": 3,
             "logging_steps": 1,
             "save_strategy": "no",
-            "eval_samples": 12 if validation else 0,
+            "max_eval_samples": 12 if validation else 0,
             "report_to": [],
             "disable_tqdm": True,
         }
@@ -114,28 +114,28 @@ class Laboratory:
         base = load_base(self.model_dir, None, DTYPES[training.precision], torch.device("cpu"))
         torch.manual_seed(1)
         model = attach_adapter(base, ModelConfig(**{"model_name_or_path": self.model_dir, **(adapter or {})}))
-        return AnswerTrainer(
+        return ClassificationTrainer(
             task=self.task,
-            encoder=self.encoder,
-            validation_rows=validation,
+            prompt_tokenizer=self.prompt_tokenizer,
+            validation_examples=validation,
             model=model,
             args=training,
-            train_dataset=encode_rows(rows or self.rows, self.encoder).examples,
+            train_dataset=tokenize_examples(rows or self.rows, self.prompt_tokenizer).features,
             processing_class=self.tokenizer,
             callbacks=list(callbacks),
         )
 
-    def train(self, **settings: Any) -> AnswerTrainer:
+    def train(self, **settings: Any) -> ClassificationTrainer:
         trainer = self.trainer(**settings)
         trainer.train()
         return trainer
 
-    def hand_loss(self, rows: Rows) -> float:
+    def hand_loss(self, rows: Examples) -> float:
         """Mean over the supervised tokens of `rows`, each row alone in transformers' own model."""
         model = AutoModelForCausalLM.from_pretrained(self.model_dir).eval()
         losses = []
         with torch.no_grad():
-            for example in encode_rows(rows, self.encoder).examples:
+            for example in tokenize_examples(rows, self.prompt_tokenizer).features:
                 scores = model(input_ids=torch.tensor([example["input_ids"]])).logits[0].double().log_softmax(-1)
                 for place, label in enumerate(example["labels"]):
                     if label != -100:
@@ -144,22 +144,22 @@ class Laboratory:
 
 
 @pytest.fixture
-def laboratory(sharp_dir, task, encoder, tokenizer, train_rows, tmp_path, capfd) -> Laboratory:
+def laboratory(sharp_dir, task, prompt_tokenizer, tokenizer, train_examples, tmp_path, capfd) -> Laboratory:
     """Its prints (Trainer's log lines) are swallowed."""
-    return Laboratory(sharp_dir, task, encoder, tokenizer, train_rows, tmp_path)
+    return Laboratory(sharp_dir, task, prompt_tokenizer, tokenizer, train_examples, tmp_path)
 
 
-def losses(trainer: AnswerTrainer) -> list[float]:
+def losses(trainer: ClassificationTrainer) -> list[float]:
     """The logged training losses."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def weights(trainer: AnswerTrainer) -> dict[str, torch.Tensor]:
+def weights(trainer: ClassificationTrainer) -> dict[str, torch.Tensor]:
     """All weights by name, as they are now."""
     return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
 
 
-def adapter(trainer: AnswerTrainer) -> dict[str, torch.Tensor]:
+def adapter(trainer: ClassificationTrainer) -> dict[str, torch.Tensor]:
     """The adapter's weights by name."""
     return {name: weight for name, weight in weights(trainer).items() if "lora_" in name}
 
@@ -198,7 +198,7 @@ def test_training_lowers_the_loss(laboratory):
 # The loss
 
 
-@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
 def test_first_loss_is_the_mean_over_supervised_tokens(batching, laboratory):
     """A fresh adapter changes nothing, and one step takes all rows, so their order does not matter."""
     trainer = laboratory.train(max_steps=1, global_batch_size=48, batching=batching)
@@ -226,12 +226,12 @@ def test_an_uneven_last_batch_is_a_mean_over_its_own_rows(laboratory):
     trainer = laboratory.trainer(rows=rows, learning_rate=0.0, max_steps=2, callbacks=[Watch()])
     step = trainer.training_step
     trainer.training_step = lambda model, inputs, *rest: (
-        batches.extend(inputs["row_ids"].tolist()),
+        batches.extend(inputs["example_ids"].tolist()),
         step(model, inputs, *rest),
     )[1]
     trainer.train()
     assert [len(batch) for batch in seen] == [16, 3]
-    last = Rows([rows.texts[row] for row in seen[1]], [rows.classes[row] for row in seen[1]], seen[1], {})
+    last = Examples([rows.texts[row] for row in seen[1]], [rows.labels[row] for row in seen[1]], seen[1], {})
     assert losses(trainer)[1] == pytest.approx(laboratory.hand_loss(last), rel=1e-6)
     assert sorted(seen[0] + seen[1]) == list(range(19))
 
@@ -241,11 +241,11 @@ def test_an_epoch_ends_with_its_uneven_batch(laboratory):
     assert (trainer.state.global_step, trainer.state.epoch) == (4, 2)
 
 
-@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
 def test_loss_sum_of_either_form_is_that_of_separate_rows(batching, laboratory):
     rows = laboratory.rows.head(7)
-    examples = encode_rows(rows, laboratory.encoder).examples
-    collate = PackedCollator() if batching == "packed" else PaddedCollator(pad_token_id=4)
+    examples = tokenize_examples(rows, laboratory.prompt_tokenizer).features
+    collate = PackedCollator() if batching == "shared_prefix" else PaddedCollator(pad_token_id=4)
     model = load_base(laboratory.model_dir, None, torch.float32, torch.device("cpu"))
     supervised = sum(label != -100 for example in examples for label in example["labels"])
     expected = laboratory.hand_loss(rows) * supervised
@@ -254,12 +254,12 @@ def test_loss_sum_of_either_form_is_that_of_separate_rows(batching, laboratory):
 
 def test_loss_is_float32_on_a_bf16_base(laboratory):
     model = load_base(laboratory.model_dir, None, torch.bfloat16, torch.device("cpu"))
-    batch = PackedCollator()(encode_rows(laboratory.rows.head(4), laboratory.encoder).examples)
+    batch = PackedCollator()(tokenize_examples(laboratory.rows.head(4), laboratory.prompt_tokenizer).features)
     assert supervised_loss_sum(model, batch).dtype == torch.float32
 
 
 def test_bf16_training_has_nearly_the_loss_of_float32(laboratory, monkeypatch):
-    monkeypatch.setattr(precision, "has_bf16", lambda device_type: True)
+    monkeypatch.setattr(device, "has_bf16", lambda device_type: True)
     half, full = (losses(laboratory.train(precision=name)) for name in ("bf16", "fp32"))
     assert half == pytest.approx(full, rel=0.02)
     assert half != full
@@ -275,13 +275,13 @@ def test_a_setting_that_the_loss_leaves_out_is_refused(tmp_path):
 
 
 def test_packed_training_is_padded_training(laboratory):
-    packed, padded = (laboratory.train(batching=name, max_steps=6) for name in ("packed", "padded"))
+    packed, padded = (laboratory.train(batching=name, max_steps=6) for name in ("shared_prefix", "padded"))
     assert losses(packed) == pytest.approx(losses(padded), abs=1e-5)
     assert_close(adapter(packed), adapter(padded), 1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [2, 4, 16])
-@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
 def test_accumulated_training_is_training_on_whole_batches(accumulation, batching, laboratory):
     """41 rows: the third step of 16 has only nine, in one to nine parts."""
     whole, parts = (
@@ -294,15 +294,15 @@ def test_accumulated_training_is_training_on_whole_batches(accumulation, batchin
 
 def test_a_model_that_cannot_be_packed_is_refused_before_it_trains(laboratory, monkeypatch):
     monkeypatch.setattr("transformers.LlamaForCausalLM._supports_sdpa", False)
-    with pytest.raises(InputError, match="^--batching packed does not fit llama: .*Use --batching padded"):
+    with pytest.raises(InputError, match="^--batching shared_prefix does not fit llama: .*Use --batching padded"):
         laboratory.trainer()
 
 
 def test_a_model_that_cannot_be_packed_trains_and_validates_on_padded_batches(
-    laboratory, validation_rows, monkeypatch
+    laboratory, validation_examples, monkeypatch
 ):
     """With transformers' own attention, so nearly the same losses."""
-    settings = {"batching": "padded", "validation": validation_rows, "eval_steps": 3, "max_new_tokens": 1}
+    settings = {"batching": "padded", "validation": validation_examples, "eval_steps": 3, "max_new_tokens": 1}
     usual = laboratory.train(**settings).state.log_history
     monkeypatch.setattr("transformers.LlamaForCausalLM._supports_sdpa", False)
     own = laboratory.train(**settings).state.log_history
@@ -320,8 +320,8 @@ def test_a_loss_that_is_nan_stops_the_training_and_names_step_and_rows(laborator
     with torch.no_grad():
         next(weight for name, weight in trainer.model.named_parameters() if "lora_B" in name).fill_(float("nan"))
     with pytest.raises(
-        TrainingDiverged,
-        match=r"^the loss is nan in step 1, training rows \[(\d, ){4}\d\]. "
+        DivergedError,
+        match=r"^the loss is nan in step 1, training examples \[(\d, ){4}\d\]. "
         r"Start anew in another --output_dir with a lower --learning_rate.$",
     ):
         trainer.train()
@@ -330,7 +330,7 @@ def test_a_loss_that_is_nan_stops_the_training_and_names_step_and_rows(laborator
 @pytest.mark.parametrize(("precision_name", "also"), [("fp32", ""), ("bf16", " or with --precision fp32")])
 def test_advice_after_a_divergence_is_what_can_be_done(precision_name, also, tmp_path, monkeypatch):
     """A resumed run must have the same settings; a checkpoint is spoken of only if there is one."""
-    monkeypatch.setattr(precision, "has_bf16", lambda device_type: True)
+    monkeypatch.setattr(device, "has_bf16", lambda device_type: True)
     training = TrainConfig(output_dir=str(tmp_path), precision=precision_name, report_to=[])
     start = f"Start anew in another --output_dir with a lower --learning_rate{also}"
     assert after_divergence(training) == f"{start}."
@@ -344,7 +344,7 @@ def test_advice_after_a_divergence_is_what_can_be_done(precision_name, also, tmp
 
 
 def test_a_learning_rate_that_blows_up_is_noticed(laboratory):
-    with pytest.raises(TrainingDiverged, match="in step [23]"):
+    with pytest.raises(DivergedError, match="in step [23]"):
         laboratory.train(learning_rate=1e38, adapter={"method": "lora"}, max_steps=4)
 
 
@@ -353,9 +353,9 @@ def test_a_gradient_that_is_nan_stops_the_training_before_it_reaches_the_weights
     trainer = laboratory.trainer()
     weight = next(weight for name, weight in trainer.model.named_parameters() if "lora_B" in name)
     weight.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(TrainingDiverged, match=r"in step 1, training rows \[[0-9, ]+\]\. Start anew") as stopped:
+    with pytest.raises(DivergedError, match=r"in step 1, training examples \[[0-9, ]+\]\. Start anew") as stopped:
         trainer.train()
-    rows = json.loads(re.search(r"training rows (\[.*?\])", str(stopped.value))[1])
+    rows = json.loads(re.search(r"training examples (\[.*?\])", str(stopped.value))[1])
     assert len(set(rows)) == 16 and set(rows) <= set(range(48))
     assert all(torch.isfinite(weight).all() for weight in adapter(trainer).values())
 
@@ -363,9 +363,9 @@ def test_a_gradient_that_is_nan_stops_the_training_before_it_reaches_the_weights
 # Validation
 
 
-def test_validation_figures_are_those_of_rows_answered_one_by_one(laboratory, validation_rows):
+def test_validation_scores_are_those_of_rows_answered_one_by_one(laboratory, validation_examples):
     """Second way: merged model, one prompt at a time, transformers' generate(); scores counted here."""
-    rows = validation_rows.head(10)
+    rows = validation_examples.head(10)
     trainer = laboratory.train(
         validation=rows,
         max_steps=20,
@@ -379,7 +379,7 @@ def test_validation_figures_are_those_of_rows_answered_one_by_one(laboratory, va
     logged = trainer.state.log_history[-2]
     model = trainer.model.merge_and_unload()
     words, stop = laboratory.task.label_words, {2, 4}
-    prompts, _ = laboratory.encoder.prompt_ids(rows.texts)
+    prompts, _ = laboratory.prompt_tokenizer.prompt_ids(rows.texts)
     answers = []
     for prompt in prompts:
         ids = model.generate(
@@ -389,40 +389,40 @@ def test_validation_figures_are_those_of_rows_answered_one_by_one(laboratory, va
         stopped = bool(stop & set(new))
         answers.append((laboratory.tokenizer.decode(new[:-1] if stopped else new), stopped))
     predicted = [LabelParser(words)(text) for text, _ in answers]
-    hits = [sum(p == c == number for p, c in zip(predicted, rows.classes, strict=True)) for number in range(3)]
-    recall = [hits[number] / rows.classes.count(number) for number in range(3)]
-    f1 = [2 * hits[number] / (rows.classes.count(number) + predicted.count(number)) for number in range(3)]
+    hits = [sum(p == c == number for p, c in zip(predicted, rows.labels, strict=True)) for number in range(3)]
+    recall = [hits[number] / rows.labels.count(number) for number in range(3)]
+    f1 = [2 * hits[number] / (rows.labels.count(number) + predicted.count(number)) for number in range(3)]
     assert {name: value for name, value in logged.items() if name.startswith("eval_")} == {
         "eval_loss": pytest.approx(logged["eval_loss"]),
         "eval_macro_f1": pytest.approx(sum(f1) / 3),
         "eval_macro_recall": pytest.approx(sum(recall) / 3),
         "eval_accuracy": pytest.approx(sum(hits) / 10),
         "eval_parse_rate": pytest.approx(sum(number != -1 for number in predicted) / 10),
-        "eval_exact_rate": pytest.approx(sum(text in words for text, _ in answers) / 10),
-        "eval_stop_rate": pytest.approx(sum(stopped for _, stopped in answers) / 10),
+        "eval_exact_match": pytest.approx(sum(text in words for text, _ in answers) / 10),
+        "eval_eos_rate": pytest.approx(sum(stopped for _, stopped in answers) / 10),
         "eval_runtime": pytest.approx(logged["eval_runtime"]),
         "eval_samples_per_second": pytest.approx(logged["eval_samples_per_second"]),
         "eval_steps_per_second": pytest.approx(logged["eval_steps_per_second"]),
     }
-    assert 0 < logged["eval_accuracy"] < 1, "figures that could not be told from a constant prove nothing"
-    assert [answer.text for answer in trainer.last_answers] == [text for text, _ in answers]
+    assert 0 < logged["eval_accuracy"] < 1, "scores that could not be told from a constant prove nothing"
+    assert [answer.text for answer in trainer.last_generations] == [text for text, _ in answers]
 
 
-@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
 @pytest.mark.parametrize("batch_size", [5, 32])
-def test_validation_loss_is_the_mean_over_all_supervised_tokens(batching, batch_size, laboratory, validation_rows):
+def test_validation_loss_is_the_mean_over_all_supervised_tokens(batching, batch_size, laboratory, validation_examples):
     """Twelve rows in batches of 5, 5 and 2: no mean of means."""
     trainer = laboratory.trainer(
-        validation=validation_rows, batching=batching, per_device_eval_batch_size=batch_size, max_new_tokens=1
+        validation=validation_examples, batching=batching, per_device_eval_batch_size=batch_size, max_new_tokens=1
     )
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(laboratory.hand_loss(validation_rows), rel=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(laboratory.hand_loss(validation_examples), rel=1e-6)
 
 
-def test_validation_leaves_the_training_as_it_was(laboratory, validation_rows):
+def test_validation_leaves_the_training_as_it_was(laboratory, validation_examples):
     """With dropout, whose random numbers a validation must not take."""
     settings = {"adapter": {"lora_dropout": 0.3}, "max_steps": 6, "max_new_tokens": 2}
     without = laboratory.train(**settings)
-    with_validation = laboratory.train(validation=validation_rows, eval_steps=2, **settings)
+    with_validation = laboratory.train(validation=validation_examples, eval_steps=2, **settings)
     assert losses(with_validation) == losses(without)
 
 
@@ -436,9 +436,12 @@ def test_speed_is_counted_over_the_steps_since_the_last_line(laboratory, monkeyp
     trainer = laboratory.trainer(max_steps=3, logging_steps=1, batching="padded")
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["tweets_per_second"] for entry in history] == [16, 16, 16]
+    assert [entry["samples_per_second"] for entry in history] == [16, 16, 16]
     # The three steps are one epoch: together all the tokens there are.
-    tokens = sum(len(example["input_ids"]) for example in encode_rows(laboratory.rows, laboratory.encoder).examples)
+    tokens = sum(
+        len(example["input_ids"])
+        for example in tokenize_examples(laboratory.rows, laboratory.prompt_tokenizer).features
+    )
     assert sum(entry["tokens_per_second"] for entry in history) == tokens
 
 
@@ -450,13 +453,13 @@ def test_speed_leaves_out_what_came_before_the_first_step(laboratory, monkeypatc
     for _ in range(100):
         next(clock)
     trainer.train()
-    assert [entry["tweets_per_second"] for entry in trainer.state.log_history if "loss" in entry] == [16]
+    assert [entry["samples_per_second"] for entry in trainer.state.log_history if "loss" in entry] == [16]
 
 
 def test_log_lines_hold_loss_speed_and_learning_rate(laboratory):
     trainer = laboratory.train(max_steps=4, logging_steps=2)
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
-    expected = {"loss", "grad_norm", "learning_rate", "seconds", "tweets_per_second", "tokens_per_second"}
+    expected = {"loss", "grad_norm", "learning_rate", "seconds", "samples_per_second", "tokens_per_second"}
     expected |= {"epoch", "step"}
     assert [(set(line), line["step"]) for line in lines] == [(expected, 2), (expected, 4)]
 
@@ -597,8 +600,8 @@ class RaiseInEvaluation:
     """Sends this process a signal while it answers validation rows, the n-th time that it is about to."""
 
     def __init__(self, monkeypatch, time: int) -> None:
-        self.time, self.original = time, trainer_module.answer_rows
-        monkeypatch.setattr(trainer_module, "answer_rows", self)
+        self.time, self.original = time, trainer_module.generate_all
+        monkeypatch.setattr(trainer_module, "generate_all", self)
 
     def __call__(self, *arguments, **more):
         self.time -= 1
@@ -615,13 +618,13 @@ def validations(trainer) -> list[dict]:
     return [{name: line[name] for name in line if not re.search("second|runtime", name)} for line in lines]
 
 
-def goes_on_to_the_same_end(stopped, laboratory, validation_rows) -> None:
+def goes_on_to_the_same_end(stopped, laboratory, validation_examples) -> None:
     """The run that a signal cut off ends, when it goes on, as the run that nobody stopped."""
-    straight = laboratory.train(validation=validation_rows, **VALIDATED)
-    resumed = laboratory.trainer(validation=validation_rows, **VALIDATED)
+    straight = laboratory.train(validation=validation_examples, **VALIDATED)
+    resumed = laboratory.trainer(validation=validation_examples, **VALIDATED)
     checkpoint = str(Path(stopped.args.output_dir) / f"checkpoint-{stopped.state.global_step}")
     if stopped.state.global_step == VALIDATED["max_steps"]:
-        resumed.take_over(checkpoint)
+        resumed.restore_finished(checkpoint)
     else:
         resumed.train(resume_from_checkpoint=checkpoint)
     assert validations(resumed) == validations(straight) and len(validations(straight)) == 2
@@ -631,44 +634,44 @@ def goes_on_to_the_same_end(stopped, laboratory, validation_rows) -> None:
 
 @pytest.mark.parametrize("time", [1, 2], ids=["in the middle", "at the end"])
 def test_a_signal_during_a_validation_ends_it_with_a_checkpoint_and_it_is_made_up_for(
-    time, laboratory, validation_rows, monkeypatch
+    time, laboratory, validation_examples, monkeypatch
 ):
     with monkeypatch.context() as patch:
         counted = RaiseInEvaluation(patch, time)
         stop = StopOnSignal()
-        stopped = laboratory.train(validation=validation_rows, callbacks=[stop], **VALIDATED)
+        stopped = laboratory.train(validation=validation_examples, callbacks=[stop], **VALIDATED)
     assert counted.time == 0, "no row is answered after the signal"
     assert (stopped.state.global_step, len(validations(stopped))) == (2 * time, time - 1)
-    assert None in stopped.last_answers or not stopped.last_answers or time == 2, "no row is answered any more"
+    assert None in stopped.last_generations or not stopped.last_generations or time == 2, "no row is answered any more"
     assert stop.signal_number == signal.SIGTERM and stopped.evaluation_is_due()
     assert find_damage(str(Path(stopped.args.output_dir) / f"checkpoint-{2 * time}")) is None
-    goes_on_to_the_same_end(stopped, laboratory, validation_rows)
+    goes_on_to_the_same_end(stopped, laboratory, validation_examples)
 
 
-def test_a_validation_that_is_cut_off_while_it_is_made_up_for_stays_due(laboratory, validation_rows, monkeypatch):
+def test_a_validation_that_is_cut_off_while_it_is_made_up_for_stays_due(laboratory, validation_examples, monkeypatch):
     with monkeypatch.context() as patch:
         RaiseInEvaluation(patch, 1)
-        stopped = laboratory.train(validation=validation_rows, callbacks=[StopOnSignal()], **VALIDATED)
+        stopped = laboratory.train(validation=validation_examples, callbacks=[StopOnSignal()], **VALIDATED)
     with monkeypatch.context() as patch:
         RaiseInEvaluation(patch, 1)
         stop = StopOnSignal()
-        again = laboratory.trainer(validation=validation_rows, callbacks=[stop], **VALIDATED)
+        again = laboratory.trainer(validation=validation_examples, callbacks=[stop], **VALIDATED)
         with pytest.raises(EvaluationStopped):
             again.train(resume_from_checkpoint=str(Path(stopped.args.output_dir) / "checkpoint-2"))
         stop.on_train_end(None, None, None)  # gives the signals back
     assert again.state.global_step == 2 and again.evaluation_is_due(), "no step was made"
-    goes_on_to_the_same_end(stopped, laboratory, validation_rows)
+    goes_on_to_the_same_end(stopped, laboratory, validation_examples)
 
 
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_signal_in_a_step_that_ends_in_a_validation_skips_it_and_it_is_made_up_for(
-    step, laboratory, validation_rows
+    step, laboratory, validation_examples
 ):
     stopped = laboratory.train(
-        validation=validation_rows, callbacks=[StopOnSignal(), Raise(step, signal.SIGINT)], **VALIDATED
+        validation=validation_examples, callbacks=[StopOnSignal(), Raise(step, signal.SIGINT)], **VALIDATED
     )
     assert (stopped.state.global_step, len(validations(stopped))) == (step, step // 2 - 1)
-    goes_on_to_the_same_end(stopped, laboratory, validation_rows)
+    goes_on_to_the_same_end(stopped, laboratory, validation_examples)
 
 
 def test_a_signal_in_the_last_step_changes_nothing_where_nothing_is_left_to_do(laboratory):
@@ -676,8 +679,8 @@ def test_a_signal_in_the_last_step_changes_nothing_where_nothing_is_left_to_do(l
     assert trainer.state.global_step == 2 and not trainer.evaluation_is_due()
 
 
-def test_no_validation_is_due_before_its_time_or_where_none_was_asked_for(laboratory, validation_rows):
-    trainer = laboratory.train(validation=validation_rows, eval_steps=2, max_new_tokens=1, max_steps=3)
+def test_no_validation_is_due_before_its_time_or_where_none_was_asked_for(laboratory, validation_examples):
+    trainer = laboratory.train(validation=validation_examples, eval_steps=2, max_new_tokens=1, max_steps=3)
     due = []
     trainer.state.log_history = [line for line in trainer.state.log_history if "eval_loss" not in line]
     for step in (0, 1, 2, 3):
@@ -688,8 +691,8 @@ def test_no_validation_is_due_before_its_time_or_where_none_was_asked_for(labora
     assert not trainer.evaluation_is_due()
 
 
-def test_a_stopped_training_skips_the_validation(laboratory, validation_rows):
-    settings = {"validation": validation_rows, "eval_steps": 1, "max_new_tokens": 1}
+def test_a_stopped_training_skips_the_validation(laboratory, validation_examples):
+    settings = {"validation": validation_examples, "eval_steps": 1, "max_new_tokens": 1}
     trainer = laboratory.train(callbacks=[StopOnSignal(), Raise(1, signal.SIGINT)], **settings)
     assert [entry for entry in trainer.state.log_history if "eval_loss" in entry] == []
 
@@ -726,7 +729,16 @@ def command(model_dir: str, data_dir: str, run_dir: Path, *more: str) -> list[st
         *("--model_name_or_path", model_dir, "--dataset_name", data_dir, "--output_dir", str(run_dir)),
         *("--system_prompt", "Say how the day is: negative, neutral or positive.", "--max_train_samples", "0"),
         *("--precision", "fp32", "--learning_rate", "1e-3", "--max_steps", str(STEPS), "--logging_steps", "1"),
-        *("--eval_samples", "12", "--eval_steps", "30", "--max_new_tokens", "3", "--per_device_eval_batch_size", "4"),
+        *(
+            "--max_eval_samples",
+            "12",
+            "--eval_steps",
+            "30",
+            "--max_new_tokens",
+            "3",
+            "--per_device_eval_batch_size",
+            "4",
+        ),
         *("--report_to", "none", "--disable_tqdm", "true", "--cpu_threads", "1", *more),
     ]
 
@@ -838,12 +850,12 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(sharp_dir,
     assert {path.name for path in checkpoint.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
-SHORT = ("--max_steps", "4", "--eval_samples", "0", "--logging_steps", "3")
+SHORT = ("--max_steps", "4", "--max_eval_samples", "0", "--logging_steps", "3")
 
 
 def interrupt(monkeypatch, step: int) -> None:
     """Ctrl-C in a step of the train.py runs that follow, by way of a callback that the script adds."""
-    monkeypatch.setattr("tweetdora.callbacks.TrackAnswers", lambda trainer: Raise(step, signal.SIGINT))
+    monkeypatch.setattr("tweetdora.training.LogGenerations", lambda trainer: Raise(step, signal.SIGINT))
 
 
 def test_ctrl_c_in_the_last_step_is_a_finished_run(sharp_dir, data_dir, tmp_path, monkeypatch, capsys):
@@ -901,7 +913,7 @@ sys.path.insert(0, {root!r})
 from tweetdora import records, trainer
 write_json = records.write_json
 def slow(path, record):
-    time.sleep(3 if record["status"] == "diverged" else 0)
+    time.sleep(3 if record.get("status") == "diverged" else 0)
     write_json(path, record)
 records.write_json = slow
 loss_sum = trainer.supervised_loss_sum
@@ -927,7 +939,7 @@ def test_a_loss_that_is_nan_in_one_process_stops_all(sharp_dir, data_dir, tmp_pa
     assert read_run_file(tmp_path / "run")["status"] == "diverged"
     said = [path.read_text() for path in sorted((tmp_path / "logs").rglob("stderr.log"))]
     found = [
-        re.findall(r"InputError: the loss is nan in step 1, training rows (\[.*?\])\. Start anew", text)
+        re.findall(r"DivergedError: the loss is nan in step 1, training examples (\[.*?\])\. Start anew", text)
         for text in said
     ]
     assert len(found) == 2 and found[0] == found[1] and len(json.loads(found[0][0])) == 8

@@ -7,8 +7,8 @@ rows, padded to the longest only inside this function, attend to N x L x (P + L)
     prefix              causal   –
     row 0 … N-1         all      causal
 
-While rows are answered, their keys and values are kept in an AnswerCache; a token of each row is then a packed batch
-again, whose keys are those that are kept.
+While tokens are generated, the rows' keys and values are kept in a PackedKVCache; a token of each row is then a packed
+batch again, whose keys are those that are kept.
 
 It is an attention function in transformers' own interface (transformers.AttentionInterface), so the models' code stays
 as it is. `packing` reaches it as an extra argument of model(...); without it the function is transformers' own
@@ -39,20 +39,20 @@ class NotPackable(RuntimeError):
 
 
 @dataclass
-class AnswerCache:
-    """Keys and values of N rows that are being answered, for each layer by its number.
+class PackedKVCache:
+    """Keys and values of N rows for which tokens are generated, for each layer by its number.
 
     `prompts` holds those of the prompts, two of (N, G, P + L, D), padded on the right; `seen` (N, P + L) says which of
-    them are tokens. `answers` holds those of the new tokens, two of (N, G, new tokens, D).
+    them are tokens. `generated` holds those of the new tokens, two of (N, G, new tokens, D).
     """
 
     prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    answers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    seen: torch.Tensor | None = None
+    generated: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    seen: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows only, given by number."""
-        for part in (self.prompts, self.answers):
+        for part in (self.prompts, self.generated):
             for layer, (keys, values) in part.items():
                 part[layer] = keys[rows], values[rows]
         self.seen = self.seen[rows]
@@ -74,11 +74,12 @@ def attention(
     """
     if packing is not None:
         _refuse_other_masks(module, attention_mask, kwargs)
-        if packing.get("answering"):
-            return _answer_attention(query, key, value, packing["cache"], module.layer_idx, **kwargs), None
+        layer: Any = module.layer_idx
+        if packing.get("decoding"):
+            return _decode_attention(query, key, value, packing["cache"], layer, **kwargs), None
         output, keys, values = _packed_attention(query, key, value, packing, **kwargs)
         if "cache" in packing:
-            packing["cache"].prompts[module.layer_idx] = keys, values
+            packing["cache"].prompts[layer] = keys, values
         return output, None
     dtype = query.dtype
     if query.device.type == "cpu" and query.element_size() < 4:
@@ -133,7 +134,8 @@ def _packed_attention(
     output = output.transpose(1, 2).flatten(0, 1)  # (N * L, H, D)
     output = _Regroup.apply(output, to_packed, to_padded, packing["is_padding"])  # (T - P, H, D)
     if prefix:
-        prefix_output = _attend(*(states[None] for states in of_prefix), mask[:prefix, :prefix], scaling, dropout)[0]
+        query, key, value = (states[None] for states in of_prefix)
+        prefix_output = _attend(query, key, value, mask[:prefix, :prefix], scaling, dropout)[0]
         output = torch.cat([prefix_output.transpose(0, 1), output])
     return output.unsqueeze(0), keys, values
 
@@ -162,11 +164,11 @@ class _Regroup(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def _answer_attention(
+def _decode_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cache: AnswerCache,
+    cache: PackedKVCache,
     layer: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -174,9 +176,9 @@ def _answer_attention(
 ) -> torch.Tensor:
     """Attention output (1, N, H, D) of one new token a row, query (1, H, N, D), key and value (1, G, N, D)."""
     new = [states[0].transpose(0, 1)[:, :, None] for states in (key, value)]  # (N, G, 1, D)
-    if layer in cache.answers:
-        new = [torch.cat([old, states], dim=2) for old, states in zip(cache.answers[layer], new, strict=True)]
-    cache.answers[layer] = new[0], new[1]
+    if layer in cache.generated:
+        new = [torch.cat([old, states], dim=2) for old, states in zip(cache.generated[layer], new, strict=True)]
+    cache.generated[layer] = new[0], new[1]
     keys, values = cache.prompts[layer]  # (N, G, P + L, D)
     count, groups, prompt_length, width = keys.shape
     query = query[0].transpose(0, 1).reshape(count, groups, -1, width)  # (N, G, H / G, D)
@@ -187,8 +189,8 @@ def _answer_attention(
     if sliding_window is not None:
         # A row's new tokens stand behind its own last one, not behind the padding.
         places = torch.arange(prompt_length, device=keys.device).expand(count, -1)
-        answered = cache.seen.sum(1, keepdim=True) + torch.arange(number, device=keys.device)
-        places = torch.cat([places, answered], dim=1)
+        own = cache.seen.sum(1, keepdim=True) + torch.arange(number, device=keys.device)
+        places = torch.cat([places, own], dim=1)
         seen = seen & (places[:, -1:] - places < sliding_window)
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
     weights = torch.softmax(scores, dim=-1)
@@ -246,13 +248,13 @@ def check_packable(model: PreTrainedModel) -> None:
         return  # load_base has looked
     if reason := _why_not_packable(model):
         raise InputError(
-            f"--batching packed does not fit {model.config.model_type}: {reason}. Use --batching padded, which is "
-            "slower."
+            f"--batching shared_prefix does not fit {model.config.model_type}: {reason}. Use --batching padded, which "
+            "is slower."
         )
 
 
 def is_packable(model: PreTrainedModel) -> bool:
-    """Whether packed batches, and answers behind a shared prefix, fit the model."""
+    """Whether packed batches, and generation behind a shared prefix, fit the model."""
     return _why_not_packable(model) is None
 
 

@@ -6,20 +6,20 @@ publish.py takes it to the Hub.
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tweetdora.card_facts import card_base_name
 from tweetdora.config import PushConfig, TaskConfig
-from tweetdora.data import Rows
-from tweetdora.errors import InputError
-from tweetdora.generation import answer_rows
+from tweetdora.data import Examples
+from tweetdora.errors import InputError, VerificationError
+from tweetdora.files import read_json
+from tweetdora.generation import generate_all
 from tweetdora.modeling import (
     base_identity,
     load_adapter,
@@ -28,15 +28,23 @@ from tweetdora.modeling import (
     merge,
     save_merged,
 )
-from tweetdora.prompts import Encoder, PromptFormat, stop_token_ids
-from tweetdora.records import ADAPTER_DIR, ADAPTER_WEIGHTS, read_json
+from tweetdora.plots import confusion_title, plot_confusion, plot_training
+from tweetdora.prompts import PromptTokenizer, stop_token_ids
+from tweetdora.records import (
+    ADAPTER_DIR,
+    ADAPTER_WEIGHTS,
+    Comparison,
+    EvaluationRecord,
+    RunRecord,
+    TrainingResult,
+)
 
 # The merge is a sum in float32 either way; what differs is the order of the sums.
 MAX_LOGIT_DIFFERENCE = 1e-2
-_ROWS_AT_ONCE = 32
-MIN_EQUAL_ANSWERS = 0.9  # for weights published in half precision, whose answers may differ here and there
+_EXAMPLES_AT_ONCE = 32
+MIN_EQUAL_GENERATIONS = 0.9  # for weights in half precision, whose answers may differ here and there
 # A folder that holds these, and an adapter in one of the two places, was built here.
-_BUILT_FILES = ("README.md", "figures/training.png")
+_CARD, _CURVES = "README.md", ("plots/training.png", "figures/training.png")  # the second: until record version 2
 _ADAPTER_FILES = ("adapter/adapter_config.json", "adapter_config.json")
 
 
@@ -58,7 +66,7 @@ def check_output_dir(folder: str, run_dir: str) -> None:
         """Whether the folder holds the file."""
         return os.path.isfile(os.path.join(path, name))
 
-    built_here = all(map(has, _BUILT_FILES)) and any(map(has, _ADAPTER_FILES))
+    built_here = has(_CARD) and any(map(has, _CURVES)) and any(map(has, _ADAPTER_FILES))
     if found and (not built_here or ".git" in found):
         raise InputError(
             f"{folder} would be replaced, but is no earlier build of push_to_hub.py: it holds "
@@ -66,87 +74,73 @@ def check_output_dir(folder: str, run_dir: str) -> None:
         )
 
 
-def read_evaluation(run_dir: str, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The results of evaluate.py for a run, and the answer of every row.
-
-    Raises:
-        InputError: the run was not evaluated on that split, or its files are not whole.
+@dataclass(frozen=True)
+class Outputs:
+    """What a model made of some examples: for each the logits of the first new token, float32 of shape (V,), and the
+    text that it generated.
     """
-    again = f"Measure first: python evaluate.py {run_dir} --split {split}"
-    folder = os.path.join(run_dir, "evaluation")
-    record, predictions = os.path.join(folder, f"{split}.json"), os.path.join(folder, split, "predictions.jsonl")
-    for path in (record, predictions, *figure_paths(run_dir, split)):
-        if not os.path.isfile(path):
-            remedy = again if path.startswith(folder) else "It is part of the run folder; train.py wrote it."
-            raise InputError(f"{path} is missing. {remedy}")
-    try:
-        with open(predictions, encoding="utf-8") as stream:
-            return read_json(record), [json.loads(line) for line in stream]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{predictions} has a line that is not JSON ({error}); it was cut. {again}") from None
 
-
-def figure_paths(run_dir: str, split: str) -> list[str]:
-    """The pictures that the card shows: training.png is train.py's, the others are evaluate.py's."""
-    folder = os.path.join(run_dir, "evaluation", split)
-    names = [os.path.join(folder, f"confusion_{when}.png") for when in ("before", "after")]
-    return [os.path.join(run_dir, "training.png"), *names]
+    logits: list[torch.Tensor]
+    generations: list[str]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """How the saved model answers some rows: what is loaded from the Hub later must do the same."""
+    """What the saved model made of some examples: what is loaded from the Hub later must do the same."""
 
-    rows: Rows
+    examples: Examples
     task: TaskConfig
-    encoder: Encoder
+    prompt_tokenizer: PromptTokenizer
     max_new_tokens: int
     adapter_only: bool
-    found: tuple[list[torch.Tensor], list[str]]
+    outputs: Outputs
 
 
 def build_model(
-    run_dir: str, run: dict[str, Any], rows: Rows, config: PushConfig, device: torch.device, folder: str
-) -> tuple[dict[str, Any], Reference]:
+    run_dir: str, run: RunRecord, examples: Examples, config: PushConfig, device: torch.device, folder: str
+) -> tuple[Comparison, Reference]:
     """Save the merged model, or the adapter alone, to `folder`, load that again and compare; what the check saw.
 
     Raises:
-        InputError: the base is another one, or what was saved does not answer as base and adapter do.
+        InputError: the base is another one.
+        VerificationError: what was saved does not answer as base and adapter do.
     """
-    task, name = TaskConfig(**run["task"]), run["base"]["name_or_path"]
+    task, name, revision = run.task, run.base_model.name_or_path, run.base_model.revision
     adapter_dir = os.path.join(run_dir, ADAPTER_DIR)
     tokenizer = load_tokenizer(adapter_dir)
-    encoder = Encoder(tokenizer, PromptFormat(**run["prompt_format"]), task.max_length)
-    revision = run["base"]["revision"]
+    prompt_tokenizer = PromptTokenizer(tokenizer, run.prompt_format, task.max_length)
     base = load_base(name, revision, torch.float32, device)
-    if (identity := base_identity(base, name, revision)) != run["base"]:
-        raise InputError(f"{name} is not the base model of this run: found {identity}, expected {run['base']}.")
+    if (identity := base_identity(base, name, revision)) != run.base_model:
+        raise InputError(
+            f"{name} is not the base model of this run: found {asdict(identity)}, expected {asdict(run.base_model)}."
+        )
     with_adapter = load_adapter(base, adapter_dir)
-    expected = observe(with_adapter, tokenizer, encoder, rows, task, run["max_new_tokens"])
+    expected = logits_and_generations(with_adapter, tokenizer, prompt_tokenizer, examples, task, run.max_new_tokens)
     if config.adapter_only:
-        copy_adapter(adapter_dir, folder, card_base_name(run), revision)
+        copy_adapter(adapter_dir, folder, run.base_display_name, revision)
         tokenizer.save_pretrained(folder)
     else:
-        copy_adapter(adapter_dir, os.path.join(folder, ADAPTER_DIR), card_base_name(run), revision)
-        stop_ids = stop_token_ids(base, tokenizer, encoder.stop_token_id)
+        copy_adapter(adapter_dir, os.path.join(folder, ADAPTER_DIR), run.base_display_name, revision)
+        stop_ids = stop_token_ids(base, tokenizer, prompt_tokenizer.stop_token_id)
         save_merged(merge(with_adapter), tokenizer, stop_ids, getattr(torch, config.dtype), folder)
     del base, with_adapter
 
-    saved_tokenizer, saved = load_as_anyone(folder, config.adapter_only, device)
-    check_prompts(saved_tokenizer, encoder, rows, task)
-    found = observe(saved, saved_tokenizer, encoder, rows, task, run["max_new_tokens"])
-    check = compare(expected, found, config.dtype)
-    return check, Reference(rows, task, encoder, run["max_new_tokens"], config.adapter_only, found)
+    saved_tokenizer, saved = load_vanilla(folder, config.adapter_only, device)
+    check_prompts(saved_tokenizer, prompt_tokenizer, examples, task)
+    found = logits_and_generations(saved, saved_tokenizer, prompt_tokenizer, examples, task, run.max_new_tokens)
+    check = check_saved(expected, found, config.dtype)
+    return check, Reference(examples, task, prompt_tokenizer, run.max_new_tokens, config.adapter_only, found)
 
 
-def load_as_anyone(
-    name_or_path: str, adapter_only: bool, device: torch.device, **where: str
+def load_vanilla(
+    name_or_path: str, adapter_only: bool, device: torch.device, **where: Any
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel | PeftModel]:
     """Tokenizer and model as any user loads them: nothing of ours takes part in making the model or the prompt.
 
     `where` goes to from_pretrained: revision, cache_dir.
     """
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
+    model: Any
     if adapter_only:
         # In float32, as the adapter was measured, whatever format the base is stored in.
         model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32, **where)
@@ -155,19 +149,19 @@ def load_as_anyone(
     return tokenizer, model.to(device).eval()
 
 
-def observe(
+def logits_and_generations(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    rows: Rows,
+    prompt_tokenizer: PromptTokenizer,
+    examples: Examples,
     task: TaskConfig,
     max_new_tokens: int,
-) -> tuple[list[torch.Tensor], list[str]]:
-    """For each row the logits of the first answer token, float32 of shape (V,), and the greedy answer."""
-    prompts, _ = encoder.prompt_ids(rows.texts)
-    logits = []
-    for start in range(0, len(prompts), _ROWS_AT_ONCE):
-        batch = prompts[start : start + _ROWS_AT_ONCE]
+) -> Outputs:
+    """For each example the logits of the first new token, and what is generated greedily."""
+    prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
+    logits: list[torch.Tensor] = []
+    for start in range(0, len(prompts), _EXAMPLES_AT_ONCE):
+        batch = prompts[start : start + _EXAMPLES_AT_ONCE]
         length = max(map(len, batch))
         mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
         ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in batch], device=model.device)  # (B, T)
@@ -175,56 +169,73 @@ def observe(
         with torch.no_grad():
             output = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1)
         logits += output.logits[:, -1].float().cpu().unbind()
-    answers, _ = answer_rows(
-        model, tokenizer, encoder, rows, task.label_words, batch_size=_ROWS_AT_ONCE, max_new_tokens=max_new_tokens
+    generations, _ = generate_all(
+        model,
+        tokenizer,
+        prompt_tokenizer,
+        examples,
+        task.label_words,
+        batch_size=_EXAMPLES_AT_ONCE,
+        max_new_tokens=max_new_tokens,
     )
-    return logits, [answer.text for answer in answers]
+    return Outputs(logits, [generation.text for generation in generations if generation is not None])
 
 
-def check_prompts(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, rows: Rows, task: TaskConfig) -> None:
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompt_tokenizer: PromptTokenizer, examples: Examples, task: TaskConfig
+) -> None:
     """The saved chat template must give a user the token ids that the model was trained with.
 
     Raises:
-        InputError: it does not, for an ordinary text.
+        VerificationError: it does not, for an ordinary text.
     """
-    prompts, _ = encoder.prompt_ids(rows.texts)
-    for text, prompt in zip(rows.texts, prompts, strict=True):
-        if encoder.is_plain(text) and len(prompt) < encoder.max_prompt_length:
-            messages = encoder.format.messages(task.system_prompt, text)
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-            if ids != prompt:
-                raise InputError(
+    prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
+    for text, prompt in zip(examples.texts, prompts, strict=True):
+        if prompt_tokenizer.is_plain(text) and len(prompt) < prompt_tokenizer.max_prompt_length:
+            messages = prompt_tokenizer.format.messages(task.system_prompt, text)
+            rendered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            if rendered["input_ids"] != prompt:
+                raise VerificationError(
                     f"the saved chat template gives other token ids than training used for the text {text!r}; "
                     "the published model would not see the prompt that it was tuned on."
                 )
 
 
-def differences(
-    expected: tuple[list[torch.Tensor], list[str]], found: tuple[list[torch.Tensor], list[str]]
-) -> tuple[float, int]:
-    """The largest difference of a logit, and how many answers are equal, of what `observe` saw of two models."""
-    logits = max((a - b).abs().max().item() for a, b in zip(expected[0], found[0], strict=True))
-    return logits, sum(a == b for a, b in zip(expected[1], found[1], strict=True))
+def compare_outputs(expected: Outputs, found: Outputs) -> Comparison:
+    """How far the outputs of two models for the same examples are apart."""
+    pairs = zip(expected.logits, found.logits, strict=True)
+    return Comparison(
+        num_examples=len(expected.generations),
+        equal_generations=sum(a == b for a, b in zip(expected.generations, found.generations, strict=True)),
+        # Of NaN and a number, max() takes whichever comes first; torch's keeps the NaN.
+        max_logit_difference=torch.stack([(a - b).abs().max() for a, b in pairs]).max().item(),
+    )
 
 
-def compare(
-    expected: tuple[list[torch.Tensor], list[str]], found: tuple[list[torch.Tensor], list[str]], dtype: str
-) -> dict[str, Any]:
-    """Largest difference of a logit, and equal answers.
+def check_saved(expected: Outputs, found: Outputs, dtype: str) -> Comparison:
+    """Compare the saved model with base and adapter.
 
     Raises:
-        InputError: more than rounding lies between the two.
+        VerificationError: more than rounding lies between the two.
     """
-    difference, equal = differences(expected, found)
-    rows = len(expected[1])
+    check = compare_outputs(expected, found)
+    difference, equal, count = check.max_logit_difference, check.equal_generations, check.num_examples
     exact = dtype == "float32"
-    too_far = difference > MAX_LOGIT_DIFFERENCE or equal < rows if exact else equal < MIN_EQUAL_ANSWERS * rows
+    too_far = difference > MAX_LOGIT_DIFFERENCE or equal < count if exact else equal < MIN_EQUAL_GENERATIONS * count
     if too_far or difference != difference:
-        raise InputError(
+        raise VerificationError(
             f"the saved {dtype} model is not the adapter model: logits differ by up to {difference:.3g}, {equal} of "
-            f"{rows} answers are equal. Nothing was published."
+            f"{count} answers are equal. Nothing was published."
         )
-    return {"dtype": dtype, "rows": rows, "equal_answers": equal, "max_logit_difference": difference}
+    return check
+
+
+def format_check(check: Comparison) -> str:
+    """How like the two models answered."""
+    return (
+        f"{check.equal_generations} of {check.num_examples} answers equal, largest logit difference "
+        f"{check.max_logit_difference:.1e}."
+    )
 
 
 def copy_adapter(adapter_dir: str, folder: str, base_name: str, base_revision: str | None) -> None:
@@ -234,29 +245,32 @@ def copy_adapter(adapter_dir: str, folder: str, base_name: str, base_revision: s
     settings = read_json(os.path.join(adapter_dir, "adapter_config.json"))
     settings |= {"base_model_name_or_path": base_name, "revision": base_revision}
     with open(os.path.join(folder, "adapter_config.json"), "w", encoding="utf-8") as stream:
-        json.dump(settings, stream, indent=2, sort_keys=True)
+        json.dump(settings, stream, indent=2, sort_keys=True)  # as PEFT writes it
 
 
-def copy_figures(run_dir: str, folder: str, split: str) -> None:
-    """Copy the pictures that the card shows."""
-    target = os.path.join(folder, "figures")
-    os.makedirs(target)
-    for path in figure_paths(run_dir, split):
-        shutil.copy2(path, target)
+def draw_plots(folder: str, name: str, result: TrainingResult, evaluation: EvaluationRecord) -> None:
+    """Draw the plots that the card shows, from the records that its numbers are from."""
+    plots = os.path.join(folder, "plots")
+    os.makedirs(plots)
+    plot_training(result.log_history, os.path.join(plots, "training.png"), name)
+    for model, metrics in evaluation.models.items():
+        path = os.path.join(plots, f"confusion_{model}.png")
+        title = confusion_title(model, metrics.macro_f1)
+        plot_confusion(metrics.confusion_matrix, evaluation.label_words, path, title)
 
 
-def replace_folder(folder: str, build: Callable[[str], Any]) -> Any:
-    """Let `build` fill a new folder beside `folder`, then put it in its place; a failure leaves the old one."""
+@contextmanager
+def staged_folder(folder: str) -> Iterator[str]:
+    """A new folder beside `folder`, to be filled; it takes its place at the end, and a failure leaves the old one."""
     folder = os.path.realpath(folder)  # "publish/" + ".part" would lie inside it
     beside, old = f"{folder}.{os.getpid()}.part", f"{folder}.{os.getpid()}.old"
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(beside)
     with ExitStack() as on_failure:  # an interrupt included
         on_failure.callback(shutil.rmtree, beside, ignore_errors=True)
-        result = build(beside)
+        yield beside
         on_failure.pop_all()
     if os.path.isdir(folder):
         os.rename(folder, old)
     os.rename(beside, folder)
     shutil.rmtree(old, ignore_errors=True)
-    return result

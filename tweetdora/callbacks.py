@@ -1,4 +1,4 @@
-"""Beside the training: a line for each checkpoint, validations made up for, stops by signal or NaN, answers to W&B."""
+"""Beside the training: a line for each checkpoint, missed validations, stops by signal or NaN, generations to W&B."""
 
 import signal
 from types import FrameType
@@ -11,18 +11,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tweetdora.checkpoints import last_whole_checkpoint
 from tweetdora.config import TrainConfig
-from tweetdora.tracking import log_answers
+from tweetdora.errors import DivergedError
+from tweetdora.tracking import log_generations
 
 if TYPE_CHECKING:
-    from tweetdora.trainer import AnswerTrainer
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or a gradient is NaN or infinite."""
+    from tweetdora.trainer import ClassificationTrainer
 
 
 class EvaluationStopped(RuntimeError):
-    """A signal came while the validation rows were being answered."""
+    """A signal came while the validation examples were being answered."""
 
 
 def after_divergence(training: TrainConfig) -> str:
@@ -33,10 +30,10 @@ def after_divergence(training: TrainConfig) -> str:
     return f"Start anew in another --output_dir with a lower --learning_rate{precision}{good}."
 
 
-class _OfTrainer(TrainerCallback):
+class _TrainerCallback(TrainerCallback):
     """A callback that looks at more of its trainer than it is handed."""
 
-    def __init__(self, trainer: "AnswerTrainer") -> None:
+    def __init__(self, trainer: "ClassificationTrainer") -> None:
         self.trainer = trainer
 
 
@@ -54,7 +51,7 @@ class LogBeforeCheckpoint(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class MakeUpForEvaluation(_OfTrainer):
+class RunMissedEvaluation(_TrainerCallback):
     """A resumed run begins with the validation that the interruption cost it, and is then as one never stopped."""
 
     def on_train_begin(
@@ -71,7 +68,7 @@ class MakeUpForEvaluation(_OfTrainer):
                 raise EvaluationStopped
 
 
-class StopOnBrokenGradient(_OfTrainer):
+class StopOnNonFiniteGradient(_TrainerCallback):
     """A loss can be finite and its gradient not: the weights, and the next checkpoint, would be NaN."""
 
     def on_pre_optimizer_step(
@@ -80,17 +77,18 @@ class StopOnBrokenGradient(_OfTrainer):
         """Refuse the step.
 
         Raises:
-            TrainingDiverged: a gradient is not finite.
+            DivergedError: a gradient is not finite.
         """
         if args.fp16:
             return  # the loss scaler skips such a step and lowers its scale
-        gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
+        model: Any = self.trainer.model
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             # Gradients are the same in all processes by now, so all of them stop here.
-            rows = gather_object([row for ids in self.trainer.step_row_ids for row in ids.tolist()])
-            raise TrainingDiverged(
-                f"a gradient is not finite in step {state.global_step + 1}, training rows {rows}. "
-                f"{after_divergence(args)}"
+            ids = gather_object([number for part in self.trainer.step_example_ids for number in part.tolist()])
+            raise DivergedError(
+                f"a gradient is not finite in step {state.global_step + 1}, training examples {ids}. "
+                f"{after_divergence(self.trainer.args)}"
             )
 
 
@@ -137,18 +135,14 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
-class TrackAnswers(_OfTrainer):
-    """After each validation: confusion matrix and sample answers to W&B."""
+class LogGenerations(_TrainerCallback):
+    """After each validation: confusion matrix and sample generations to W&B."""
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log what the last validation answered."""
-        if wandb.run is not None:
-            log_answers(
-                "validation",
-                self.trainer.validation_rows,
-                self.trainer.last_answers,
-                self.trainer.task.label_words,
-                state.global_step,
-            )
+        """Log what the last validation generated."""
+        examples = self.trainer.validation_examples
+        if wandb.run is not None and examples is not None:
+            found = [generation for generation in self.trainer.last_generations if generation is not None]
+            log_generations("validation", examples, found, self.trainer.task.label_words, state.global_step)

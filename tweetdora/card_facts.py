@@ -1,23 +1,43 @@
-"""What the model card says, as texts for model_card_template.md, each taken from the records of a run."""
+"""What the model card says, as texts for model_card_template.md, each taken from the records of a run.
 
+The template holds words and layout, this module numbers as they are shown: a number that is not in a record cannot get
+on a card.
+"""
+
+import dataclasses
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from tweetdora.config import ModelConfig, TaskConfig
-from tweetdora.data import Rows, make_rows
+from tweetdora.data import Examples, make_examples
+from tweetdora.errors import InputError
 from tweetdora.evaluation import format_p
-from tweetdora.prompts import PromptFormat
-from tweetdora.records import without_folders
+from tweetdora.provenance import without_folders
+from tweetdora.records import (
+    PREDICTIONS,
+    Baseline,
+    Comparison,
+    DataRecord,
+    Difference,
+    EvaluationRecord,
+    Interval,
+    ModelMetrics,
+    PredictionRecord,
+    RunRecord,
+    TrainDataRecord,
+    TrainingResult,
+    folder_name,
+    read_predictions,
+    read_record,
+)
 
 _METHOD_NAMES = {"dora": "DoRA", "lora": "LoRA"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TWEETEVAL_SENTIMENT = ("cardiffnlp/tweet_eval", "sentiment")
-_TWEETEVAL_TEST_ROWS = 12284
+_TWEETEVAL_TEST_EXAMPLES = 12284
 # Scores of others on the test split of TweetEval sentiment: model, source, macro-F1, macro recall.
 _PUBLISHED = (
     ("linear SVM", "[TweetEval](https://arxiv.org/abs/2010.12421)", "", "0.629"),
@@ -27,25 +47,59 @@ _PUBLISHED = (
     ("LoRA model of the same owner", "its card", "0.51", ""),
 )
 _SAMPLES_RULE = (
-    "For each label, the first row of the split that the model answers rightly and the first that it answers wrongly "
-    "(✗), in the split's order; a line break in an answer is shown as ⏎."
+    "For each label, the first example of the split that the model answers rightly and the first that it answers "
+    "wrongly (✗), in the split's order; a line break in an answer is shown as ⏎."
 )
 _SHOWN_MISTAKES, _SHOWN_UNPARSED = 3, 3
 
 
 @dataclass(frozen=True)
 class Records:
-    """What train.py and evaluate.py left of one run."""
+    """What train.py and evaluate.py left of one run, both finished.
 
-    run: dict[str, Any]
-    evaluation: dict[str, Any]
-    predictions: list[dict[str, Any]]
+    `result`, `finetuned` and `difference` are those of the two records, which for other runs may be None.
+    """
 
-    def rows(self) -> Rows:
-        """The rows that were measured, as the predictions hold them: the data set itself need not be at hand."""
-        words = self.evaluation["label_words"]
-        classes = [words.index(row["label"]) if row["label"] in words else -1 for row in self.predictions]
-        return make_rows([row["text"] for row in self.predictions], classes, self.evaluation["data"])
+    run: RunRecord
+    result: TrainingResult
+    evaluation: EvaluationRecord
+    finetuned: ModelMetrics
+    difference: Difference
+    predictions: list[PredictionRecord]
+
+    def examples(self) -> Examples:
+        """The examples that were measured, as the predictions hold them: the data set itself need not be at hand."""
+        words = self.evaluation.label_words
+        labels = [words.index(row.label) if row.label in words else -1 for row in self.predictions]
+        return make_examples([row.text for row in self.predictions], labels)
+
+
+def make_records(run: RunRecord, evaluation: EvaluationRecord, predictions: list[PredictionRecord]) -> Records:
+    """The records of a run together.
+
+    Raises:
+        InputError: the evaluation is not that of a finished run.
+    """
+    if run.result is None or evaluation.finetuned is None or evaluation.difference is None:
+        raise InputError(
+            f"the evaluation is of a {evaluation.kind}; expected one of the run. Run evaluate.py on the run folder."
+        )
+    return Records(run, run.result, evaluation, evaluation.finetuned, evaluation.difference, predictions)
+
+
+def read_records(run: RunRecord, run_dir: str, split: str) -> Records:
+    """The run's record with what evaluate.py left of it.
+
+    Raises:
+        InputError: the run was not evaluated on that split, or its files are not whole.
+    """
+    again = f"Measure first: python evaluate.py {run_dir} --split {split}"
+    folder = os.path.join(run_dir, "evaluation")
+    try:
+        evaluation = read_record(EvaluationRecord, os.path.join(folder, f"{split}.json"))
+        return make_records(run, evaluation, read_predictions(os.path.join(folder, split, PREDICTIONS)))
+    except InputError as error:
+        raise InputError(f"{error} {again}") from error
 
 
 @dataclass(frozen=True)
@@ -65,147 +119,130 @@ class Publication:
 
 
 def card_facts(
-    records: Records, publication: Publication, check: dict[str, Any], answers: Sequence[str]
+    records: Records, publication: Publication, dtype: str, check: Comparison, generations: Sequence[str]
 ) -> dict[str, Any]:
     """Every value that the template shows, formatted.
 
-    `check` is what comparing the saved model showed, `answers` what it answered to the first rows.
+    `check` is what comparing the saved model, of number format `dtype`, showed; `generations` what it wrote for the
+    first examples.
     """
-    run, evaluation, predictions = records.run, records.evaluation, records.predictions
-    git = run["environment"]["git"] or {}
+    run, evaluation = records.run, records.evaluation
+    git, words = run.environment.git, run.task.label_words
     return {
         "title": title(run, publication.hub_model_id),
         "model_id": publication.model_id,
         "adapter_only": publication.adapter_only,
         **_task_facts(run, evaluation),
-        **_result_facts(evaluation, run["task"]["label_words"]),
-        **_failure_facts(evaluation, predictions, run["task"]["label_words"]),
-        **_training_facts(run),
+        **_result_facts(records, words),
+        **_failure_facts(records, words),
+        **_training_facts(run, records.result),
         **_data_facts(run, evaluation),
-        "example": _example(run, predictions, answers),
+        "example": _example(run, records.predictions, generations),
         "samples_rule": _SAMPLES_RULE,
-        "samples": choose_samples(predictions, run["task"]["label_words"]),
-        "check": {**check, "max_logit_difference": f"{check['max_logit_difference']:.1e}"},
+        "samples": choose_samples(records.predictions, words),
+        "dtype": dtype,
+        "check": {**vars(check), "max_logit_difference": f"{check.max_logit_difference:.1e}"},
         "commands": publication.commands,
-        "changes": run["changes"],
+        "mismatches": run.mismatches,
         "recipe": yaml.safe_dump(recipe(run), sort_keys=False, allow_unicode=True, width=1_000_000),
-        "git_commit": git.get("commit"),
-        "git_dirty": git.get("dirty"),
-        "versions": ", ".join(f"{name} {version}" for name, version in run["environment"]["packages"].items()),
+        "git_commit": git.commit if git else None,
+        "git_dirty": git.dirty if git else None,
+        "versions": ", ".join(f"{name} {version}" for name, version in run.environment.packages.items()),
     }
 
 
-def hub_id(data: dict[str, Any]) -> str | None:
-    """A data set's name if it came from the Hub, not from a folder or a file, wherever that is now."""
-    return data["name"] if _HUB_ID.fullmatch(data["name"]) and not data["local"] else None
-
-
-def title(run: dict[str, Any], hub_model_id: str | None) -> str:
+def title(run: RunRecord, hub_model_id: str | None) -> str:
     """The model's name without its owner."""
-    return hub_model_id.rsplit("/", 1)[-1] if hub_model_id else run["name"]
+    return hub_model_id.rsplit("/", 1)[-1] if hub_model_id else run.name
 
 
-def base_id(run: dict[str, Any]) -> str | None:
-    """The base model's Hub id; for a local folder the one that its card says it is a conversion of."""
-    if not run["base"]["weights_sha256"]:  # recorded of a local folder only
-        return run["base"]["name_or_path"]
-    name = str(run["base_card"].get("converted_from"))
-    return name if _HUB_ID.fullmatch(name) else None
-
-
-def card_base_name(run: dict[str, Any]) -> str:
-    """The base model's Hub id, or its folder's name where it has none."""
-    return base_id(run) or os.path.basename(os.path.normpath(run["base"]["name_or_path"]))
-
-
-def data_name(data: dict[str, Any]) -> str:
-    """A data set's name for people: Hub id or folder name, and its configuration."""
-    name = data["name"] if hub_id(data) else os.path.basename(os.path.normpath(data["name"]))
-    return f"{name} ({data['config']})" if data["config"] else name
-
-
-def recipe(run: dict[str, Any]) -> dict[str, Any]:
+def recipe(run: RunRecord) -> dict[str, Any]:
     """The settings of a run, defaults included, as train.py --config reads them; base and data by their commits."""
-    settings = {**run["task"], **run["model"], **run["training"]}
-    settings |= {"model_revision": run["base"]["revision"], "dataset_revision": run["train_data"]["revision"]}
+    settings = {**vars(run.task), **vars(run.model), **vars(run.training)}
+    settings |= {"model_revision": run.base_model.revision, "dataset_revision": run.train_data.revision}
     del settings["world_size"]  # accelerate launch --num_processes; the result does not hang on it
     plain = {name: without_folders(value) if isinstance(value, str) else value for name, value in settings.items()}
-    defaults = {item.name: item.default for item in (*fields(TaskConfig), *fields(ModelConfig))}
+    # A field whose default is not None has to say so where it is None (max_train_samples: all); the others are left
+    # out, as an empty key is no setting.
+    defaults = {item.name: item.default for kind in (TaskConfig, ModelConfig) for item in dataclasses.fields(kind)}
     return {name: value for name, value in plain.items() if value is not None or defaults.get(name) is not None}
 
 
-def _task_facts(run: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+def _task_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
     """Base model, labels and prompt."""
-    task, base, words, data = run["task"], run["base"], run["task"]["label_words"], evaluation["data"]
-    name, known_id = card_base_name(run), base_id(run)
-    is_sentiment = (data["name"], data["config"]) == _TWEETEVAL_SENTIMENT
-    is_whole_test = data["split"] == task["test_split"] and data["rows"] == _TWEETEVAL_TEST_ROWS
+    task, base, words, data = run.task, run.base_model, run.task.label_words, evaluation.data
+    name, known_id = run.base_display_name, run.base_hub_id
+    is_sentiment = (data.name, data.config) == _TWEETEVAL_SENTIMENT
+    # Others' scores are of the whole test split; beside a part of it, or another split, they would mislead.
+    is_whole_test = data.split == task.test_split and data.num_examples == _TWEETEVAL_TEST_EXAMPLES
     return {
         "base_name": name,
         "base_link": f"[{name}](https://huggingface.co/{known_id})" if known_id else f"`{name}`",
-        "converted_file": run["base_card"].get("converted_file") if base["weights_sha256"] else None,
-        "base_parameters": f"{base['parameters']:,}",
-        "base_revision": base["revision"],
-        "method_name": _METHOD_NAMES[run["model"]["method"]],
-        "is_dora": run["model"]["method"] == "dora",
+        "converted_file": run.base_model_card.converted_file if base.weights_sha256 else None,
+        "base_parameters": f"{base.parameters:,}",
+        "base_revision": base.revision,
+        "method_name": _METHOD_NAMES[run.model.method],
+        "is_dora": run.model.method == "dora",
         "label_list": ", ".join(f"`{word}`" for word in words),
         "label_words": words,
         "label_count": len(words),
-        "system_prompt": task["system_prompt"].replace("\n", "\n> "),
-        "system_in_user_turn": run["prompt_format"]["system_in_user_turn"],
+        "system_prompt": task.system_prompt.replace("\n", "\n> "),
+        "system_in_user_turn": run.prompt_format.system_in_user_turn,
         "is_tweeteval_sentiment": is_sentiment,
         "published": _PUBLISHED if is_sentiment and is_whole_test else (),
-        "stop_token": run["prompt_format"]["stop_token"],
+        "stop_token": run.prompt_format.stop_token,
     }
 
 
-def _result_facts(evaluation: dict[str, Any], words: list[str]) -> dict[str, Any]:
+def _result_facts(records: Records, words: list[str]) -> dict[str, Any]:
     """What evaluate.py measured."""
-    after, difference, data = evaluation["after"], evaluation["difference"], evaluation["data"]
+    evaluation, difference, data = records.evaluation, records.difference, records.evaluation.data
+    majority = evaluation.baselines.majority
     return {
-        "evaluation_rows": f"{after['n']:,}",
-        "evaluation_data": f"{data_name(data)}, {data['split']}",
-        "before": _score_texts(evaluation["before"]),
-        "after": _score_texts(after),
-        "uniform": _score_texts(evaluation["reference_lines"]["uniform"]),
-        "majority": _score_texts(evaluation["reference_lines"]["majority"]),
+        "num_examples": f"{records.finetuned.num_examples:,}",
+        "evaluation_data": f"{data.display_name}, {data.split}",
+        "base": _model_texts(evaluation.base),
+        "finetuned": _model_texts(records.finetuned),
+        "uniform": _score_texts(evaluation.baselines.uniform),
+        "majority": {**_score_texts(majority), "label": majority.label},
         "difference": {
-            "value": f"{difference['macro_f1']['difference']:+.3f}",
-            "interval": _interval(difference["macro_f1"]["interval"], "+.3f"),
-            "fixed": f"{difference['mcnemar']['fixed']:,}",
-            "broken": f"{difference['mcnemar']['broken']:,}",
-            "p_value": format_p(difference["mcnemar"]["p_value"]),
+            "value": f"{difference.macro_f1.difference:+.3f}",
+            "interval": _interval(difference.macro_f1.interval, "+.3f"),
+            "fixed": f"{difference.mcnemar.fixed:,}",
+            "broken": f"{difference.mcnemar.broken:,}",
+            "p_value": format_p(difference.mcnemar.p_value),
         },
-        "bootstrap_samples": f"{evaluation['bootstrap']['samples']:,}",
-        "precision": evaluation["precision"],
-        "max_new_tokens": evaluation["max_new_tokens"],
-        "classes": _class_rows(evaluation, words),
+        "bootstrap_samples": f"{evaluation.bootstrap.samples:,}",
+        "precision": evaluation.precision,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "per_label": _label_rows(records, words),
     }
 
 
-def _failure_facts(evaluation: dict[str, Any], predictions: list[dict[str, Any]], words: list[str]) -> dict[str, Any]:
-    """Where the tuned model goes wrong: between which classes, at which lengths, and what names no label word."""
-    after = evaluation["after"]
-    present = [word for word in words if after["per_class"][word]["support"]]
-    weakest = min(present, key=lambda word: after["per_class"][word]["recall"])
-    unparsed = [row["after"]["answer"] for row in predictions if row["after"]["predicted"] is None]
+def _failure_facts(records: Records, words: list[str]) -> dict[str, Any]:
+    """Where the tuned model goes wrong: between which labels, at which lengths, and what names no label word."""
+    metrics = records.finetuned
+    present = [word for word in words if metrics.per_label[word].support]  # the others have no recall
+    weakest = min(present, key=lambda word: metrics.per_label[word].recall)
+    answers = [row.finetuned for row in records.predictions if row.finetuned]
+    unparsed = [answer.text for answer in answers if answer.predicted is None]
     return {
         "weakest": {
             "word": weakest,
-            "recall": f"{after['per_class'][weakest]['recall']:.3f}",
-            "recall_percent": f"{after['per_class'][weakest]['recall']:.0%}",
+            "recall": f"{metrics.per_label[weakest].recall:.3f}",
+            "recall_percent": f"{metrics.per_label[weakest].recall:.0%}",
         },
-        "mistakes": _mistakes(after["confusion_matrix"], words),
+        "mistakes": _mistakes(metrics.confusion_matrix, words),
         "by_length": [
             {
-                "characters": "{:,} to {:,}".format(*part["characters"]),
-                "n": f"{part['n']:,}",
-                "accuracy": f"{part['accuracy']:.3f}",
-                "interval": _interval(part["interval"]),
+                "characters": "{:,} to {:,}".format(*band.characters),
+                "num_examples": f"{band.num_examples:,}",
+                "accuracy": f"{band.accuracy:.3f}",
+                "interval": _interval(band.interval),
             }
-            for part in after["by_length"]
+            for band in metrics.by_length
         ],
-        "unparsed_after": f"{len(unparsed):,}" if unparsed else None,
+        "unparsed_finetuned": f"{len(unparsed):,}" if unparsed else None,
         "unparsed_answers": unparsed[:_SHOWN_UNPARSED],
     }
 
@@ -224,114 +261,119 @@ def _mistakes(matrix: list[list[int]], words: list[str]) -> list[dict[str, str]]
     ]
 
 
-def _training_facts(run: dict[str, Any]) -> dict[str, Any]:
+def _training_facts(run: RunRecord, result: TrainingResult) -> dict[str, Any]:
     """Settings of the adapter and of the training, and what it took."""
-    training, result, trainable = run["training"], run["result"], run["adapter"]["trainable_parameters"]
+    training, trainable = run.training, run.adapter.trainable_parameters
     return {
-        "settings": run["model"],
+        "settings": run.model,
         "training": training,
-        "target_modules": ", ".join(run["model"]["target_modules"]),
+        "target_modules": ", ".join(run.model.target_modules),
         "trainable_parameters": f"{trainable:,}",
-        "trainable_share": f"{trainable / run['base']['parameters']:.3%}",
-        "steps": f"{result['steps']:,}",
-        "epochs": _epochs(result["steps"] * training["global_batch_size"] / run["train_data"]["rows"]),
-        "learning_rate": f"{training['learning_rate']:g}",
-        "warmup": _warmup(training["warmup_steps"]),
-        "train_loss": f"{result['train_loss']:.3f}",
-        "duration": _duration(result["seconds"]),
+        "trainable_share": f"{trainable / run.base_model.parameters:.3%}",
+        "steps": f"{result.steps:,}",
+        "epochs": _epochs(result.steps * training.global_batch_size / run.train_data.num_examples),
+        "learning_rate": f"{training.learning_rate:g}",
+        "warmup": _warmup(training.warmup_steps),
+        "train_loss": f"{result.train_loss:.3f}",
+        "duration": _duration(result.seconds),
         "hardware": _hardware(run),
-        "peak_memory": _peak_memory(run),
-        "tracker_url": (run.get("tracker") or {}).get("url"),
+        "peak_memory": _peak_memory(run, result),
+        "tracker_url": run.tracker.url if run.tracker else None,
     }
 
 
-def _data_facts(run: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The rows that were trained on, validated and measured."""
-    train = run["train_data"]
-    validation = [run["validation_data"]] if run["validation_data"] else []
+def _data_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
+    """The examples that were trained on, validated and measured."""
+    train = run.train_data
+    validation = [run.validation_data] if run.validation_data else []
     return {
-        "data": [_data_row(data) for data in (train, *validation, evaluation["data"])],
+        "data": [_data_row(data) for data in (train, *validation, evaluation.data)],
         "dataset_link": _dataset_link(train),
-        "dataset_config": train["config"],
-        "dataset_revision": train["revision"],
-        "text_examples": train["examples"],
-        "supervised_tokens": f"{train['supervised_tokens']:,}",
-        "tokens": f"{train['tokens']:,}",
-        "row_tokens": {name: f"{count:,}" for name, count in train["row_tokens"].items()},
-        "cut_texts": train["cut_texts"],
-        "max_length": run["task"]["max_length"],
+        "dataset_config": train.config,
+        "dataset_revision": train.revision,
+        "first_texts": train.first_texts,
+        "supervised_tokens": f"{train.supervised_tokens:,}",
+        "tokens": f"{train.tokens:,}",
+        "sequence_lengths": {name: f"{count:,}" for name, count in train.sequence_lengths.items()},
+        "truncated": train.truncated,
+        "max_length": run.task.max_length,
     }
 
 
-def _score_texts(figures: dict[str, Any]) -> dict[str, str]:
-    texts = {name: f"{figures[name]:.3f}" for name in ("macro_f1", "macro_recall", "accuracy")}
-    texts |= {name: f"{figures[name]:.1%}" for name in ("parse_rate", "exact_rate", "stop_rate") if name in figures}
-    if "intervals" in figures:
-        texts |= {f"{name}_interval": _interval(figures["intervals"][name]) for name in ("macro_f1", "macro_recall")}
-    return texts | ({"label": figures["label"]} if "label" in figures else {})
+def _score_texts(scores: Baseline | ModelMetrics) -> dict[str, str]:
+    return {name: f"{getattr(scores, name):.3f}" for name in ("macro_f1", "macro_recall", "accuracy")}
 
 
-def _interval(bounds: list[float], form: str = ".3f") -> str:
+def _model_texts(metrics: ModelMetrics) -> dict[str, str]:
+    rates = {name: f"{getattr(metrics, name):.1%}" for name in ("parse_rate", "exact_match", "eos_rate")}
+    intervals = {
+        f"{name}_interval": _interval(getattr(metrics.intervals, name)) for name in ("macro_f1", "macro_recall")
+    }
+    return _score_texts(metrics) | rates | intervals
+
+
+def _interval(bounds: Interval, form: str = ".3f") -> str:
     low, high = bounds
     return f"[{low:{form}}, {high:{form}}]"
 
 
-def _class_rows(evaluation: dict[str, Any], words: list[str]) -> list[dict[str, str]]:
+def _label_rows(records: Records, words: list[str]) -> list[dict[str, str]]:
     rows = []
-    for word, interval in zip(words, evaluation["after"]["intervals"]["per_class_f1"], strict=True):
-        after, before = evaluation["after"]["per_class"][word], evaluation["before"]["per_class"][word]
-        texts = {name: f"{after[name]:.3f}" for name in ("precision", "recall", "f1")}
-        texts |= {"interval": _interval(interval), "f1_before": f"{before['f1']:.3f}"}
-        rows.append({"word": word, "support": f"{after['support']:,}", **texts})
+    for word, interval in zip(words, records.finetuned.intervals.per_label_f1, strict=True):
+        scores, base = records.finetuned.per_label[word], records.evaluation.base.per_label[word]
+        texts = {name: f"{getattr(scores, name):.3f}" for name in ("precision", "recall", "f1")}
+        texts |= {"interval": _interval(interval), "f1_base": f"{base.f1:.3f}"}
+        rows.append({"word": word, "support": f"{scores.support:,}", **texts})
     return rows
 
 
-def choose_samples(predictions: list[dict[str, Any]], words: list[str]) -> list[dict[str, Any]]:
-    """The rows that _SAMPLES_RULE names."""
+def choose_samples(predictions: list[PredictionRecord], words: list[str]) -> list[dict[str, Any]]:
+    """The examples that _SAMPLES_RULE names."""
     chosen = []
     for word in words:
+        of_label = [(row, row.finetuned) for row in predictions if row.label == word and row.finetuned]
         for wrong in (False, True):
-            of_kind = (p for p in predictions if p["label"] == word and (p["after"]["predicted"] != word) == wrong)
-            if (found := next(of_kind, None)) is not None:
-                before, after = found["before"]["answer"], found["after"]["answer"]
-                chosen.append({"text": found["text"], "label": word, "before": before, "after": after, "wrong": wrong})
+            found = next((pair for pair in of_label if (pair[1].predicted != word) == wrong), None)
+            if found is not None:
+                row, answer = found
+                texts = {"text": row.text, "base": row.base.text, "finetuned": answer.text}
+                chosen.append({**texts, "label": word, "wrong": wrong})
     return chosen
 
 
-def widget_examples(run: dict[str, Any], predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def widget_examples(run: RunRecord, predictions: list[PredictionRecord]) -> list[dict[str, Any]]:
     """For the page's widget: the first exact, right answer of each label, with the prompt that led to it."""
-    prompt_format, task = PromptFormat(**run["prompt_format"]), run["task"]
     examples = []
-    for word in task["label_words"]:
-        right = (row for row in predictions if row["label"] == row["after"]["answer"] == word)
+    for word in run.task.label_words:
+        right = (row for row in predictions if row.finetuned and row.label == row.finetuned.text == word)
         if (row := next(right, None)) is not None:
-            messages = prompt_format.messages(task["system_prompt"], row["text"])
+            messages = run.prompt_format.messages(run.task.system_prompt, row.text)
             examples.append({"example_title": word, "messages": messages, "output": {"text": word}})
     return examples
 
 
-def _example(run: dict[str, Any], predictions: list[dict[str, Any]], answers: Sequence[str]) -> dict[str, Any]:
-    """The first row with an exact, right answer of the saved model; the first row of all where there is none."""
-    answered = list(zip(predictions, answers, strict=False))  # answers of the first rows only
-    row, answer = next((pair for pair in answered if pair[0]["label"] == pair[1]), answered[0])
-    messages = PromptFormat(**run["prompt_format"]).messages(run["task"]["system_prompt"], row["text"])
+def _example(run: RunRecord, predictions: list[PredictionRecord], generations: Sequence[str]) -> dict[str, Any]:
+    """The first example with an exact, right answer of the saved model; the first of all where there is none."""
+    answered = list(zip(predictions, generations, strict=False))  # those of the first examples only
+    row, answer = next((pair for pair in answered if pair[0].label == pair[1]), answered[0])
+    messages = run.prompt_format.messages(run.task.system_prompt, row.text)
     return {"messages": messages, "answer": answer}
 
 
-def _data_row(data: dict[str, Any]) -> dict[str, Any]:
-    counts = [f"{count:,}" for count in data["class_counts"].values()]
-    return {"name": f"`{data['split']}`", "rows": f"{data['rows']:,}", "counts": counts}
+def _data_row(data: DataRecord) -> dict[str, Any]:
+    counts = [f"{count:,}" for count in data.label_counts.values()]
+    return {"name": f"`{data.split}`", "num_examples": f"{data.num_examples:,}", "counts": counts}
 
 
-def _dataset_link(data: dict[str, Any]) -> str:
-    if known_id := hub_id(data):
-        return f"[{known_id}](https://huggingface.co/datasets/{known_id})"
-    return f"`{os.path.basename(os.path.normpath(data['name']))}`"
+def _dataset_link(data: TrainDataRecord) -> str:
+    if data.hub_id:
+        return f"[{data.hub_id}](https://huggingface.co/datasets/{data.hub_id})"
+    return f"`{folder_name(data.name)}`"
 
 
 def _epochs(passes: float) -> str:
     passes_text = "one pass" if abs(passes - 1) < 0.01 else f"{passes:.2f} passes"
-    return f"{passes_text} over the training rows"
+    return f"{passes_text} over the training examples"
 
 
 def _duration(seconds: float) -> str:
@@ -345,18 +387,18 @@ def _warmup(steps: float) -> str | None:
     return f"{steps:g} warm-up steps" if steps >= 1 else f"warm-up over the first {steps * 100:g} % of the steps"
 
 
-def _hardware(run: dict[str, Any]) -> str:
+def _hardware(run: RunRecord) -> str:
     """What the run computed on, one GPU for each process; the machine may have more."""
-    hardware = run["environment"]["hardware"]
-    if run["device"] == "cuda":
-        return f"{run['training']['world_size']} x {hardware['gpus'][0]}"
-    return f"{hardware['cores']} cores of {hardware['cpu']}"
+    hardware = run.environment.hardware
+    if run.device == "cuda":
+        return f"{run.training.world_size} x {hardware.gpus[0]}"
+    return f"{hardware.cores} cores of {hardware.cpu}"
 
 
-def _peak_memory(run: dict[str, Any]) -> str:
+def _peak_memory(run: RunRecord, result: TrainingResult) -> str:
     """The peak of the process that used most."""
-    peak = run["result"]["peak_memory_bytes"]
-    if run["device"] == "cuda":
+    peak = result.peak_memory_bytes
+    if run.device == "cuda":  # what the process has beside the GPU says little of what a reader needs
         used = max(size for name, size in peak.items() if name != "process")
         return f"{used / 1e9:.1f} GB of one GPU's memory"
     return f"{peak['process'] / 1e9:.1f} GB of one process's memory"

@@ -9,10 +9,10 @@ import glob
 import json
 import os
 import shutil
-from typing import Any
 
 from tweetdora.errors import InputError
-from tweetdora.records import RUN_FILE, file_sha256, read_json
+from tweetdora.files import file_sha256, read_json
+from tweetdora.records import RECORD_VERSION, RUN_FILE, RunRecord, read_record
 
 CHECKSUMS = "checksums.json"
 SAVING_DIR = ".saving"
@@ -102,10 +102,14 @@ def last_whole_checkpoint(run_dir: str) -> tuple[str | None, dict[str, str]]:
     return None, damaged
 
 
-def saved_run(checkpoint: str) -> dict[str, Any] | None:
-    """The record of the run that a checkpoint belongs to, as it was when the checkpoint was written."""
+def saved_run(checkpoint: str) -> RunRecord | None:
+    """The record of the run that a checkpoint belongs to, as it was when the checkpoint was written.
+
+    Raises:
+        InputError: it is of another record version: a run goes on with the code that it was begun with.
+    """
     path = os.path.join(checkpoint, RUN_FILE)
-    return read_json(path) if os.path.isfile(path) else None
+    return read_record(RunRecord, path, oldest_version=RECORD_VERSION) if os.path.isfile(path) else None
 
 
 def checkpoint_step(checkpoint: str) -> int:

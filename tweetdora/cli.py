@@ -9,31 +9,23 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
-from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, TaskConfig, TrainConfig
-from tweetdora.errors import InputError
-
-# The Trainer flags that --help shows; --help_all shows all.
-_SHOWN_TRAINER_FLAGS = {
-    *TrainConfig.__annotations__,
-    "warmup_steps",
-    "lr_scheduler_type",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
-} - {"logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters", "per_device_train_batch_size"}
+from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, TaskConfig, TrainConfig, flags_of
+from tweetdora.errors import InputError, ResourceError, UserError
 
 # A full disk, a user's quota or largest file, a folder that may only be read.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+Config = TypeVar("Config")
 # Flags that take a truth value or a word: YAML's true is meant as it stands.
 _TRUE_OR_WORD = {"resume_from_checkpoint"}
 
@@ -51,19 +43,20 @@ def parse_train(argv: Sequence[str] | None, description: str) -> tuple[TaskConfi
         argv = ["--help"]
     else:
         for action in parser._actions:
-            if action.dest in _trainer_fields() - _SHOWN_TRAINER_FLAGS:
+            if action.dest in _trainer_fields() - _shown_flags():
                 action.help = argparse.SUPPRESS
     task, model, training, *_ = parser.parse_strictly(with_recipe(parser, argv))
     return task, model, training
 
 
-def parse_with_target(argv: Sequence[str] | None, config_class: type, description: str, target_help: str) -> Any:
-    """Read the flags of a script that takes one folder (or model id); the target is the result's `target`."""
+def parse_with_target(
+    argv: Sequence[str] | None, config_class: type[Config], description: str, target_help: str
+) -> tuple[Config, str]:
+    """Read the flags of a script that takes one folder (or model id): the flags, and the target."""
     parser = _parser([config_class], description)
     parser.add_argument("target", nargs="?", default=DEFAULT_RUN_DIR, help=target_help)
     config, rest = parser.parse_strictly(argv)
-    config.target = rest.target
-    return config
+    return config, rest.target
 
 
 def read_task(recipe_path: str | None) -> TaskConfig:
@@ -76,7 +69,7 @@ def read_task(recipe_path: str | None) -> TaskConfig:
     return TaskConfig(**{item.name: getattr(namespace, item.name) for item in dataclasses.fields(TaskConfig)})
 
 
-def with_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+def with_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
     """`argv` with the keys of its --config recipe in front as flags, so that one parser checks both and flags win.
 
     >>> with_recipe(parser, ["--config", "r.yaml", "--r", "4"])    # r.yaml: "r: 16" and "target_modules: [q_proj]"
@@ -153,23 +146,47 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def run_script(main: Callable[[], int], name: str) -> NoReturn:
-    """Run a script's main and exit: a message without a traceback for what the user can mend, 130 for Ctrl-C."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of loading and saving weights, a second each
+    """Run a script's main and exit: what the user can mend is a message without a traceback.
+
+    The exit status says the kind: that of the UserError (errors.py), 3 for a file that could not be written, 130 for
+    Ctrl-C. Of other errors Python prints the traceback, with status 1.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of loading and saving weights, a second each
     # PEFT 0.21 reads a name that transformers 5.23 has renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    show_log()
     try:
         sys.exit(main())
-    except InputError as error:
-        sys.exit(f"{name}: {error}")
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
         advice = "Mend the rights of it" if error.errno in (errno.EROFS, errno.EACCES) else "Make room"
-        sys.exit(f"{name}: {error}. {advice}, or name another folder.")
+        print(f"{name}: {error}. {advice}, or name another folder.", file=sys.stderr)
+        sys.exit(ResourceError.exit_status)
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C; nothing that was finished before is lost.", file=sys.stderr)
         sys.exit(130)
+
+
+def show_log() -> None:
+    """Show what the library logs as plain lines: on standard output, warnings on standard error."""
+    logger = logging.getLogger("tweetdora")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [_LineHandler()]
+
+
+class _LineHandler(logging.Handler):
+    """Prints the message alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record; the streams are looked up now, as they may have been redirected since."""
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        print(record.getMessage(), file=stream, flush=True)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -201,7 +218,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class _Parser(HfArgumentParser):
     """An argument parser whose complaints are InputErrors."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Called by argparse, which would end the process here."""
         raise InputError(f"{message} (see {self.prog} --help)")
 
@@ -216,7 +233,7 @@ class _Parser(HfArgumentParser):
         return tuple(parsed)
 
 
-def _parser(config_classes: list[type], description: str) -> _Parser:
+def _parser(config_classes: list[Any], description: str) -> _Parser:
     # Flags are not abbreviated: a shortened flag would change its meaning when another is added.
     parser = _Parser(config_classes, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     if TaskConfig in config_classes:
@@ -230,3 +247,9 @@ def _parser(config_classes: list[type], description: str) -> _Parser:
 
 def _trainer_fields() -> set[str]:
     return {item.name for item in dataclasses.fields(TrainConfig)}
+
+
+def _shown_flags() -> set[str]:
+    flags = flags_of(TrainConfig)
+    declared = set(TrainConfig.__annotations__)  # here; the others are the Trainer's
+    return {name for name in declared if name not in flags or flags[name].shown}

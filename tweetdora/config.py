@@ -1,60 +1,98 @@
-"""The settings of a run: dataclasses whose defaults are the published run, each checked when it is made."""
+"""The settings of a script: dataclasses whose defaults are the published run, each checked when it is made.
+
+They are not changed afterwards. A field is a flag; what is known of it beside its type and help stands in its
+annotation, as a Flag.
+"""
 
 import dataclasses
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
+from tweetdora.device import Precision, decide_precision
 from tweetdora.errors import InputError
-from tweetdora.precision import decide_precision
 
 PUBLISHED_REPO = "liuhailin0123/llm-course-hw3-dora"
 RUNS_DIR = "runs"
-_AT_LEAST_ONE = (("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1), ("global_batch_size", 1))
 DEFAULT_RUN_DIR = os.path.join(RUNS_DIR, "llm-course-hw3-dora")
 
-# Trainer arguments that make the result of a run, on whatever machine it is computed.
-RECIPE_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "optim",
-    "optim_args",
-    "optim_target_modules",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "num_train_epochs",
-    "max_steps",
-    "global_batch_size",
-    "seed",
-    "data_seed",
-    "neftune_noise_alpha",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-)
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a flag may be; `form` says it in a message."""
+
+    form: str
+    low: float
+    high: float = float("inf")
+    open_low: bool = False  # `low` itself is not among them
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and value <= self.high and value != float("inf")
+
+
+AT_LEAST_0, AT_LEAST_1 = Range("0 or more", 0), Range("1 or more", 1)
+ABOVE_0 = Range("a number above 0", 0, open_low=True)
+SEED = Range(f"0 to {2**32 - 1}", 0, 2**32 - 1)  # what NumPy takes
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field is beside a type, a default and a help text.
+
+    `affects`: what another value does to the adapter that a training makes. None: nothing. "recipe": it is another
+    one, on whatever machine. "compute": it is computed otherwise. "rounding": its last digits differ, so a resumed run
+    may have it otherwise where the user allows it. A record names all but the first.
+    """
+
+    affects: Literal["recipe", "compute", "rounding"] | None = None
+    range: Range | None = None
+    shown: bool = True  # in --help; --help_all shows all
+
+
+def flags_of(config_class: type) -> dict[str, Flag]:
+    """The Flag of each field that has one, by the field's name."""
+    hints = get_type_hints(config_class, include_extras=True)
+    marks = {name: getattr(hints.get(name), "__metadata__", ()) for name in hints}
+    return {name: mark for name, found in marks.items() for mark in found if isinstance(mark, Flag)}
+
+
+def check_ranges(config: Any) -> None:
+    """Refuse numbers outside the range of their flag.
+
+    Raises:
+        InputError: names the flag, the number and the range.
+    """
+    for name, flag in flags_of(type(config)).items():
+        value = getattr(config, name)
+        if flag.range is not None and value is not None and float(value) not in flag.range:
+            raise InputError(f"--{name} is {value}; expected {flag.range.form}.")
+
+
+def inherited(name: str) -> Any:
+    """A field of the Trainer's own arguments as it stands there, declared again to give it a Flag."""
+    (found,) = (item for item in dataclasses.fields(TrainingArguments) if item.name == name)
+    return field(default=found.default, metadata=found.metadata)
+
 
 # Trainer arguments that would do something else here than they say, or contradict the record, each with the reason.
 _ONE_WHOLE_MODEL = "adapter and checkpoints are written from a whole model in each process"
 _REFUSED_ARGUMENTS = {
     "label_smoothing_factor": "the loss is plain cross-entropy",
     "average_tokens_across_devices": "the loss is always the mean over the answer tokens of all processes",
-    "auto_find_batch_size": "a step always takes --global_batch_size rows; where memory runs out, raise "
+    "auto_find_batch_size": "a step always takes --global_batch_size examples; where memory runs out, raise "
     "--gradient_accumulation_steps",
-    "accelerator_config": "how processes share the rows follows from --global_batch_size",
+    "accelerator_config": "how processes share the examples follows from --global_batch_size",
     "load_best_model_at_end": "the adapter is that of the last step, as record and card say",
     "metric_for_best_model": "the adapter is that of the last step, as record and card say",
     "save_only_model": "a run cannot go on from a checkpoint without its optimizer",
-    "ignore_data_skip": "a resumed run would see rows twice and others never",
+    "ignore_data_skip": "a resumed run would see examples twice and others never",
     "use_liger_kernel": "it replaces layers of the model, and evaluate.py would measure another one",
     "bf16_full_eval": "validation computes in --precision, as training does",
     "fp16_full_eval": "validation computes in --precision, as training does",
@@ -69,7 +107,7 @@ SYSTEM_PROMPT = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class TaskConfig:
     """What is classified: data, label words and the prompt that asks for one of them."""
 
@@ -90,36 +128,37 @@ class TaskConfig:
         default="train", metadata={"help": "Split to train on; slices such as train[:80%%] work."}
     )
     validation_split: str = field(
-        default="validation", metadata={"help": "Split that is answered while training; slices work."}
+        default="validation", metadata={"help": "Split to validate on while training; slices work."}
     )
     test_split: str = field(default="test", metadata={"help": "Split that evaluate.py measures; slices work."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text to classify."})
     label_column: str = field(default="label", metadata={"help": "Column that holds the label."})
     label_words: list[str] = field(
         default_factory=lambda: ["negative", "neutral", "positive"],
-        metadata={"help": "The answer for each class, in the order of the data set's classes."},
+        metadata={"help": "The answer for each label, in the order of the data set's labels."},
     )
     label_values: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Values of the label column in the order of --label_words, where it holds neither class numbers "
+            "help": "Values of the label column in the order of --label_words, where it holds neither label ids "
             "nor the label words themselves (for example: --label_values -1 0 1)."
         },
     )
     system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "System prompt that asks for one label word."})
     max_train_samples: int | None = field(
-        default=10_000, metadata={"help": "Train on the first N rows of the train split; 0: all rows."}
+        default=10_000, metadata={"help": "Train on the first N examples of the train split; 0: all."}
     )
     max_length: int = field(
         default=512,
-        metadata={"help": "Longest row in tokens, answer included; a longer text is cut at its end, and counted."},
+        metadata={"help": "Longest example in tokens, answer included; a longer text is truncated, and counted."},
     )
 
     def __post_init__(self) -> None:
+        # A frozen dataclass is filled in this way while it is made.
         if self.dataset_config is None and self.dataset_name == "cardiffnlp/tweet_eval":
-            self.dataset_config = "sentiment"
+            object.__setattr__(self, "dataset_config", "sentiment")
         if self.max_train_samples == 0:
-            self.max_train_samples = None
+            object.__setattr__(self, "max_train_samples", None)
         if self.max_train_samples is not None and self.max_train_samples < 0:
             raise InputError(f"--max_train_samples is {self.max_train_samples}; give a positive number, or 0 for all.")
         folded = [word.strip().casefold() for word in self.label_words]
@@ -134,7 +173,7 @@ class TaskConfig:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model is tuned, and how the adapter is made. The adapter's fields have PEFT's own names."""
 
@@ -172,53 +211,62 @@ class TrainConfig(TrainingArguments):
     output_dir: str = field(
         default=DEFAULT_RUN_DIR, metadata={"help": "Run folder; adapter, run.json and checkpoints go there."}
     )
-    learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of AdamW."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})
-    global_batch_size: int = field(
-        default=16,
-        metadata={"help": "Rows in one optimizer step, over all processes and accumulation steps together."},
+    learning_rate: Annotated[float, Flag(affects="recipe", range=Range("a number, 0 or more", 0))] = field(
+        default=3e-5, metadata={"help": "Peak learning rate of AdamW."}
     )
-    per_device_train_batch_size: int | None = field(
+    num_train_epochs: Annotated[float, Flag(affects="recipe")] = field(
+        default=1.0, metadata={"help": "Passes over the training examples."}
+    )
+    global_batch_size: Annotated[int, Flag(affects="recipe", range=AT_LEAST_1)] = field(
+        default=16,
+        metadata={"help": "Examples in one optimizer step, over all processes and accumulation steps together."},
+    )
+    per_device_train_batch_size: Annotated[int | None, Flag(shown=False)] = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Rows in one forward pass of one process. It follows from --global_batch_size, the number of "
+            "help": "Examples in one forward pass of one process. It follows from --global_batch_size, the number of "
             "processes and --gradient_accumulation_steps; a different value is refused."
         },
     )
-    batching: Literal["packed", "padded"] = field(
-        default="packed",
+    batching: Annotated[Literal["shared_prefix", "padded"], Flag(affects="rounding")] = field(
+        default="shared_prefix",
         metadata={
-            "help": "packed: the prompt that all rows share is computed once; padded: row by row, the same loss."
+            "help": "shared_prefix: what all prompts begin with is computed once; padded: each alone, the same loss."
         },
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
+    precision: Annotated[Precision, Flag(affects="compute")] = field(
         default="auto",
         metadata={"help": "Compute precision. auto: what accelerate launch says, else bf16 where the device has it."},
     )
-    cpu_threads: int = field(
+    cpu_threads: Annotated[int, Flag(range=AT_LEAST_0)] = field(
         default=0, metadata={"help": "Threads of one process on the CPU; 0: all cores, shared between the processes."}
     )
-    eval_samples: int = field(
-        default=200, metadata={"help": "First N validation rows to answer by generation while training; 0: none."}
+    max_eval_samples: Annotated[int, Flag(range=AT_LEAST_0)] = field(
+        default=200, metadata={"help": "First N validation examples to answer by generation while training; 0: none."}
     )
-    eval_steps: float = field(
-        default=100, metadata={"help": "Answer the validation rows every N steps; below 1: a share of all steps."}
+    eval_steps: Annotated[float, Flag(range=ABOVE_0)] = field(
+        default=100, metadata={"help": "Validate every N steps; below 1: a share of all steps."}
     )
-    max_new_tokens: int = field(default=16, metadata={"help": "Longest generated answer, in tokens."})
-    logging_steps: float = field(
+    max_new_tokens: Annotated[int, Flag(range=AT_LEAST_1)] = field(
+        default=16, metadata={"help": "Longest generated answer, in tokens."}
+    )
+    logging_steps: Annotated[float, Flag(range=ABOVE_0)] = field(
         default=10,
         metadata={"help": "Log loss, learning rate and speed every N steps; below 1: a share of all steps."},
     )
-    save_steps: float = field(
+    save_steps: Annotated[float, Flag(range=ABOVE_0)] = field(
         default=100, metadata={"help": "Write a checkpoint every N steps; below 1: a share of all steps."}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows answered or scored at once."})
-    max_steps: int = field(
+    per_device_eval_batch_size: Annotated[int, Flag(range=AT_LEAST_1)] = field(
+        default=128, metadata={"help": "Examples answered or scored at once."}
+    )
+    max_steps: Annotated[int, Flag(affects="recipe")] = field(
         default=-1, metadata={"help": "Stop after N optimizer steps, whatever --num_train_epochs says; -1: do not."}
     )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Passes of an optimizer step; --global_batch_size rows are shared out over them."}
+    gradient_accumulation_steps: Annotated[int, Flag(affects="rounding", range=AT_LEAST_1)] = field(
+        default=1,
+        metadata={"help": "Passes of an optimizer step; --global_batch_size examples are shared out over them."},
     )
     run_name: str | None = field(
         default=None, metadata={"help": "Name of the run in its record and in W&B; none: the run folder's name."}
@@ -227,7 +275,7 @@ class TrainConfig(TrainingArguments):
         default=None,
         metadata={"help": "true: go on from the newest whole checkpoint of --output_dir; or a checkpoint folder."},
     )
-    allow_changes: list[str] = field(
+    allow_mismatch: list[str] = field(
         default_factory=list,
         metadata={"help": "What may differ in a resumed run, by the names that its refusal gives."},
     )
@@ -235,12 +283,16 @@ class TrainConfig(TrainingArguments):
         default_factory=lambda: ["wandb"],
         metadata={"help": "Trackers; wandb runs offline when there is no login. none: no tracker."},
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+    logging_nan_inf_filter: Annotated[bool, Flag(shown=False)] = field(
+        default=False, metadata={"help": "Hide NaN losses from the log."}
+    )
     disable_tqdm: bool | None = field(
         default=None, metadata={"help": "No progress bar; unset: none where the output is not a terminal."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
-    ddp_find_unused_parameters: bool | None = field(
+    remove_unused_columns: Annotated[bool, Flag(shown=False)] = field(
+        default=False, metadata={"help": "The collator needs all columns."}
+    )
+    ddp_find_unused_parameters: Annotated[bool | None, Flag(shown=False)] = field(
         default=False, metadata={"help": "Every adapter weight gets a gradient, so there is nothing to look for."}
     )
     hub_model_id: str | None = field(
@@ -253,25 +305,56 @@ class TrainConfig(TrainingArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Load and check everything, print the plan and one row, and stop."}
     )
+    # The Trainer's own, as they are: declared again for their flags.
+    lr_scheduler_type: Annotated[SchedulerType | str, Flag(affects="recipe")] = inherited("lr_scheduler_type")
+    warmup_steps: Annotated[float, Flag(affects="recipe")] = inherited("warmup_steps")
+    weight_decay: Annotated[float, Flag(affects="recipe")] = inherited("weight_decay")
+    max_grad_norm: Annotated[float, Flag(affects="recipe")] = inherited("max_grad_norm")
+    seed: Annotated[int, Flag(affects="recipe", range=SEED)] = inherited("seed")
+    lr_scheduler_kwargs: Annotated[dict | str | None, Flag("recipe", shown=False)] = inherited("lr_scheduler_kwargs")
+    adam_beta1: Annotated[float, Flag("recipe", shown=False)] = inherited("adam_beta1")
+    adam_beta2: Annotated[float, Flag("recipe", shown=False)] = inherited("adam_beta2")
+    adam_epsilon: Annotated[float, Flag("recipe", shown=False)] = inherited("adam_epsilon")
+    optim: Annotated[OptimizerNames | str, Flag("recipe", shown=False)] = inherited("optim")
+    optim_args: Annotated[str | None, Flag("recipe", shown=False)] = inherited("optim_args")
+    optim_target_modules: Annotated[None | str | list[str], Flag("recipe", shown=False)] = inherited(
+        "optim_target_modules"
+    )
+    label_smoothing_factor: Annotated[float, Flag("recipe", shown=False)] = inherited("label_smoothing_factor")
+    data_seed: Annotated[int | None, Flag("recipe", SEED, shown=False)] = inherited("data_seed")
+    neftune_noise_alpha: Annotated[float | None, Flag("recipe", shown=False)] = inherited("neftune_noise_alpha")
+    train_sampling_strategy: Annotated[str, Flag("recipe", shown=False)] = inherited("train_sampling_strategy")
+    dataloader_drop_last: Annotated[bool, Flag("recipe", shown=False)] = inherited("dataloader_drop_last")
+    tf32: Annotated[bool | None, Flag("compute", shown=False)] = inherited("tf32")
+    full_determinism: Annotated[bool, Flag("compute", shown=False)] = inherited("full_determinism")
     # Decided here, not given: what the precision is and why.
     precision_reason: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         self._refuse_what_is_not_ours()
-        self._refuse_what_cannot_be()
+        check_ranges(self)
+        for check in (
+            self._check_hub_model_id,
+            self._check_there_is_something_to_train,
+            self._check_the_schedule_follows_the_steps,
+            self._check_the_last_step_is_saved,
+            self._check_noise_goes_with_the_batching,
+        ):
+            check()
         if not torch.cuda.is_available():
             self.use_cpu = True
-        self.precision, self.precision_reason = decide_precision(
+        chosen, self.precision_reason = decide_precision(
             requested=self.precision,
             flags={name for name in ("bf16", "fp16") if getattr(self, name)},
             launcher=os.environ.get("ACCELERATE_MIXED_PRECISION"),
             device_type="cpu" if self.use_cpu else "cuda",
         )
+        self.precision = chosen
         # bf16 is mixed precision without autocast: the frozen base is held in bf16, the adapter in float32, and PEFT
         # casts between them. Autocast would cast at every operation (2.6 s against 1.5 s a step on two CPU cores).
         # fp16 needs autocast and the loss scaling that come with the Trainer's flag.
         self.bf16, self.fp16 = False, self.precision == "fp16"
-        self.eval_strategy = "steps" if self.eval_samples else "no"
+        self.eval_strategy = "steps" if self.max_eval_samples else "no"
         self.output_dir = os.path.normpath(os.path.expanduser(self.output_dir))
         self.run_name = self.run_name or os.path.basename(self.output_dir)
         if self.disable_tqdm is None:
@@ -283,10 +366,10 @@ class TrainConfig(TrainingArguments):
             raise InputError(" ".join(str(error).split())) from error
         self.mixed_precision = "fp16" if self.fp16 else "no"
         # Started by plain `python`, the Trainer would wrap the model in DataParallel on several GPUs, which splits
-        # rows that belong together and is slower than one process for each GPU.
+        # examples that belong together and is slower than one process for each GPU.
         self.visible_gpus = self._n_gpu
         self._n_gpu = min(self._n_gpu, 1)
-        self.per_device_train_batch_size = self._rows_per_pass(batch_size)
+        self.per_device_train_batch_size = self._examples_per_pass(batch_size)
 
     def _refuse_what_is_not_ours(self) -> None:
         """Flags of the Trainer that do not fit this script."""
@@ -296,7 +379,7 @@ class TrainConfig(TrainingArguments):
             raise InputError("--hub_token: a token in a flag ends up in logs; set HF_TOKEN or run `hf auth login`.")
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) not in ("no", "steps"):
             raise InputError(
-                "--eval_strategy: validation is asked for by --eval_samples (0: none) and --eval_steps; leave it out."
+                "--eval_strategy: --max_eval_samples (0: none) and --eval_steps ask for validation; leave it out."
             )
         fields = {item.name: item for item in dataclasses.fields(self)}
         for name, reason in _REFUSED_ARGUMENTS.items():
@@ -313,36 +396,13 @@ class TrainConfig(TrainingArguments):
                 f"here: {', '.join(installed)}."
             )
 
-    def _refuse_what_cannot_be(self) -> None:
-        """Values that contradict one another, or that nothing can be made of."""
-        for name, least in (("eval_samples", 0), ("cpu_threads", 0), ("max_new_tokens", 1), *_AT_LEAST_ONE):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} is {getattr(self, name)}; expected {least} or more.")
-        if not 0 <= self.learning_rate < float("inf"):
-            raise InputError(f"--learning_rate is {self.learning_rate}; expected a number, 0 or more.")
-        if self.save_strategy == SaveStrategy.BEST:
-            raise InputError("--save_strategy best: the adapter is that of the last step. Give steps, epoch or no.")
-        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-            name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
-            raise InputError(
-                f"--lr_scheduler_type {name} follows the validations, one of which a stop may "
-                "put off; such a run would not go on as it was. Choose one that follows the steps, such as linear."
-            )
-        for name in ("logging_steps", "eval_steps", "save_steps"):
-            if not 0 < float(getattr(self, name)) < float("inf"):
-                raise InputError(f"--{name} is {getattr(self, name)}; expected a number above 0.")
+    def _check_hub_model_id(self) -> None:
         if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
             raise InputError(
                 f"--hub_model_id is {self.hub_model_id!r}; expected owner/name, such as {PUBLISHED_REPO}."
             )
-        for name in ("seed", "data_seed"):
-            if not 0 <= (getattr(self, name) or 0) < 2**32:
-                raise InputError(f"--{name} is {getattr(self, name)}; expected 0 to {2**32 - 1}.")
-        if self.neftune_noise_alpha is not None and self.batching == "packed":
-            raise InputError(
-                "--neftune_noise_alpha: its noise is scaled by the length of a row, and a packed batch is one long "
-                "row. Add --batching padded, or leave it out."
-            )
+
+    def _check_there_is_something_to_train(self) -> None:
         if not self.num_train_epochs < float("inf"):
             raise InputError(f"--num_train_epochs is {self.num_train_epochs}; expected a number above 0.")
         if self.max_steps == 0 or self.num_train_epochs <= 0:
@@ -351,39 +411,66 @@ class TrainConfig(TrainingArguments):
                 "Give a positive number (--dry_run true shows the plan without training)."
             )
 
-    def _rows_per_pass(self, requested: int | None) -> int:
-        """Rows of one forward pass of one process, so that an optimizer step always sees --global_batch_size rows."""
+    def _check_the_schedule_follows_the_steps(self) -> None:
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+            raise InputError(
+                f"--lr_scheduler_type {name} follows the validations, one of which a stop may "
+                "put off; such a run would not go on as it was. Choose one that follows the steps, such as linear."
+            )
+
+    def _check_the_last_step_is_saved(self) -> None:
+        if self.save_strategy == SaveStrategy.BEST:
+            raise InputError("--save_strategy best: the adapter is that of the last step. Give steps, epoch or no.")
+
+    def _check_noise_goes_with_the_batching(self) -> None:
+        if self.neftune_noise_alpha is not None and self.batching == "shared_prefix":
+            raise InputError(
+                "--neftune_noise_alpha: its noise is scaled by the length of a row of a batch, and a shared_prefix "
+                "batch is one long row. Add --batching padded, or leave it out."
+            )
+
+    def _examples_per_pass(self, requested: int | None) -> int:
+        """Examples of one forward pass of one process: an optimizer step always sees --global_batch_size of them."""
         parts = self.world_size * self.gradient_accumulation_steps
-        rows, rest = divmod(self.global_batch_size, parts)
-        if rest or rows == 0:
+        examples, rest = divmod(self.global_batch_size, parts)
+        if rest or examples == 0:
             raise InputError(
                 f"--global_batch_size {self.global_batch_size} cannot be shared evenly by {self.world_size} processes "
                 f"x {self.gradient_accumulation_steps} accumulation steps; give a multiple of {parts}."
             )
-        if requested not in (None, rows):
+        if requested not in (None, examples):
             raise InputError(
                 f"--per_device_train_batch_size {requested} contradicts --global_batch_size {self.global_batch_size}: "
                 f"with {self.world_size} processes and {self.gradient_accumulation_steps} accumulation steps it is "
-                f"{rows}. Leave it out, or change --global_batch_size or --gradient_accumulation_steps."
+                f"{examples}. Leave it out, or change --global_batch_size or --gradient_accumulation_steps."
             )
-        return rows
+        return examples
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Flags of evaluate.py beside the target."""
 
     split: Literal["train", "validation", "test"] = field(
         default="test", metadata={"help": "Which of the task's splits to answer."}
     )
-    max_samples: int | None = field(default=None, metadata={"help": "Answer the first N rows only; none: all."})
-    batch_size: int = field(default=128, metadata={"help": "Rows answered at once."})
-    max_new_tokens: int = field(default=16, metadata={"help": "Longest generated answer, in tokens."})
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
+    max_eval_samples: Annotated[int | None, Flag(range=AT_LEAST_1)] = field(
+        default=None, metadata={"help": "Measure the first N examples of the split only; none: all."}
+    )
+    batch_size: Annotated[int, Flag(range=AT_LEAST_1)] = field(
+        default=128, metadata={"help": "Examples answered at once."}
+    )
+    max_new_tokens: Annotated[int, Flag(range=AT_LEAST_1)] = field(
+        default=16, metadata={"help": "Longest generated answer, in tokens."}
+    )
+    precision: Precision = field(
         default="auto", metadata={"help": "Compute precision; auto: bf16 where the device has it."}
     )
-    bootstrap_samples: int = field(default=10_000, metadata={"help": "Resamples behind the 95 %% intervals."})
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+    bootstrap_samples: Annotated[int, Flag(range=AT_LEAST_1)] = field(
+        default=10_000, metadata={"help": "Resamples behind the 95 %% intervals."}
+    )
+    seed: Annotated[int, Flag(range=AT_LEAST_0)] = field(default=0, metadata={"help": "Seed of the bootstrap."})
     config: str | None = field(
         default=None,
         metadata={"help": "Recipe that names the task, for a target that is not a run folder; none: tweet_eval."},
@@ -397,15 +484,10 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_samples", "batch_size", "max_new_tokens", "bootstrap_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} is {value}; expected 1 or more.")
-        if self.seed < 0:
-            raise InputError(f"--seed is {self.seed}; expected 0 or more.")
+        check_ranges(self)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PushConfig:
     """Flags of push_to_hub.py beside the run folder."""
 
@@ -427,11 +509,11 @@ class PushConfig:
     create_pr: bool = field(
         default=False, metadata={"help": "Open a pull request, in a repository that one may not write to."}
     )
-    check_samples: int = field(
-        default=32, metadata={"help": "Rows on which the saved model is compared with the adapter model."}
+    check_samples: Annotated[int, Flag(range=AT_LEAST_1)] = field(
+        default=32, metadata={"help": "Examples on which the saved model is compared with the adapter model."}
     )
     split: Literal["train", "validation", "test"] = field(
-        default="test", metadata={"help": "Split whose evaluation goes on the card, and whose rows are compared."}
+        default="test", metadata={"help": "Split whose evaluation goes on the card, and whose examples are compared."}
     )
     license: str | None = field(
         default=None, metadata={"help": "Licence on the card; none: the base model's, where its card names one."}
@@ -442,8 +524,7 @@ class PushConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.check_samples < 1:
-            raise InputError(f"--check_samples is {self.check_samples}; expected 1 or more.")
+        check_ranges(self)
         if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:
             raise InputError(f"--hub_model_id is {self.hub_model_id!r}; expected owner/name.")
         if self.adapter_only and self.dtype != "float32":
@@ -452,6 +533,19 @@ class PushConfig:
             raise InputError(
                 "--create_pr true goes with none of --tag, --revision and --private: a pull request has its own."
             )
+
+
+# The settings that a record keeps, as all of them make the result. world_size is no field: the launcher decides it.
+RECIPE_ARGUMENTS = tuple(name for name, flag in flags_of(TrainConfig).items() if flag.affects == "recipe")
+ROUNDING_ARGUMENTS = (
+    "world_size",
+    *(name for name, flag in flags_of(TrainConfig).items() if flag.affects == "rounding"),
+)
+RESULT_ARGUMENTS = (
+    *RECIPE_ARGUMENTS,
+    *(name for name, flag in flags_of(TrainConfig).items() if flag.affects == "compute"),
+    *ROUNDING_ARGUMENTS,
+)
 
 
 def is_published_run(task: TaskConfig, model: ModelConfig, training: TrainConfig) -> bool:

@@ -13,7 +13,7 @@ which never changes, is computed once (arXiv 2603.22276):
 The layer goes in by PEFT's extension point for custom layers; the adapter's weights, names and files are PEFT's own.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -31,14 +31,16 @@ class DoraLinear(Linear):
         if args or kwargs or self.disable_adapters or self.merged or not self._is_ordinary():
             return super().forward(x, *args, **kwargs)
         name = self.active_adapters[0]
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight  # (r, in), (out, r)
-        base, scaling = self.get_base_layer(), self.scaling[name]
+        lora_A: Any = self.lora_A[name].weight  # (r, in)
+        lora_B: Any = self.lora_B[name].weight  # (out, r)
+        base: Any = self.get_base_layer()
+        scaling, magnitude = self.scaling[name], self.lora_magnitude_vector[name]
         result = base(x)  # (..., out)
         with torch.autocast(x.device.type, enabled=False):  # the adapter is computed in its own format
             with torch.no_grad():
-                norms = row_norms(self._squared_norms(base.weight, down.dtype), base.weight, down, up, scaling)
-            gain = self.lora_magnitude_vector[name].weight / norms
-            return _AddAndScale.apply(x, result, base.bias, down, up, gain, scaling)
+                norms = row_norms(self._squared_norms(base.weight, lora_A.dtype), base.weight, lora_A, lora_B, scaling)
+            gain = cast(torch.Tensor, magnitude.weight) / norms
+            return _AddAndScale.apply(x, result, base.bias, lora_A, lora_B, gain, scaling)
 
     def _is_ordinary(self) -> bool:
         names = self.active_adapters
@@ -55,16 +57,16 @@ class DoraLinear(Linear):
 
 
 def row_norms(
-    squared_norms: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float
+    squared_norms: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """|W + s B A| of each row, shape (out,), from |W|^2 (out,), W (out, in), A = down (r, in) and B = up (out, r).
+    """|W + s B A| of each row, shape (out,), from |W|^2 (out,), W (out, in), A (r, in) and B (out, r).
 
-    >>> weight, down, up = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0]])
-    >>> row_norms(torch.tensor([9.0]), weight, down, up, 2.0)    # |(3, 0) + 2 * 1 * (0, 2)|
+    >>> weight, lora_A, lora_B = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0]])
+    >>> row_norms(torch.tensor([9.0]), weight, lora_A, lora_B, 2.0)    # |(3, 0) + 2 * 1 * (0, 2)|
     tensor([5.])
     """
-    cross = (weight.to(down.dtype) @ down.T * up).sum(1)
-    square = ((up @ (down @ down.T)) * up).sum(1)
+    cross = (weight.to(lora_A.dtype) @ lora_A.T * lora_B).sum(1)
+    square = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)
     return (squared_norms + 2 * scaling * cross + scaling**2 * square).sqrt()
 
 
@@ -82,33 +84,33 @@ class _AddAndScale(torch.autograd.Function):
         x: torch.Tensor,
         result: torch.Tensor,
         bias: torch.Tensor | None,
-        down: torch.Tensor,
-        up: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
         gain: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
         """Output (..., out), in `result`'s format; the sums are in the adapter's."""
         if bias is not None:
             result = result - bias  # the magnitude scales the weight's part only
-        tokens = x.flatten(0, -2).to(down.dtype)  # (T, in)
-        hidden = tokens @ down.T  # (T, r)
-        scaled_up = up.T * scaling  # (r, out)
-        unscaled = torch.addmm(result.flatten(0, -2).to(down.dtype), hidden, scaled_up)  # (T, out)
+        tokens = x.flatten(0, -2).to(lora_A.dtype)  # (T, in)
+        hidden = tokens @ lora_A.T  # (T, r)
+        scaled_B = lora_B.T * scaling  # (r, out)
+        unscaled = torch.addmm(result.flatten(0, -2).to(lora_A.dtype), hidden, scaled_B)  # (T, out)
         output = (unscaled * gain).to(result.dtype)
-        ctx.save_for_backward(x, hidden, unscaled, down, scaled_up, gain)
+        ctx.save_for_backward(x, hidden, unscaled, lora_A, scaled_B, gain)
         ctx.scaling = scaling
         return (output if bias is None else output + bias).view(result.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients of forward's arguments, in their order."""
-        x, hidden, unscaled, down, scaled_up, gain = ctx.saved_tensors
-        of_output = gradient.flatten(0, -2).to(down.dtype)  # (T, out)
-        of_gain = (of_output * unscaled).sum(0)
-        of_unscaled = of_output * gain
-        of_up = (of_unscaled.T @ hidden) * ctx.scaling
-        of_hidden = of_unscaled @ scaled_up.T  # (T, r)
-        of_down = of_hidden.T @ x.flatten(0, -2).to(down.dtype)
-        of_x = (of_hidden @ down).to(x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
-        of_result = of_unscaled.to(gradient.dtype).view(gradient.shape) if ctx.needs_input_grad[1] else None
-        return of_x, of_result, None, of_down, of_up, of_gain, None
+        x, hidden, unscaled, lora_A, scaled_B, gain = ctx.saved_tensors
+        grad_output = gradient.flatten(0, -2).to(lora_A.dtype)  # (T, out)
+        grad_gain = (grad_output * unscaled).sum(0)
+        grad_unscaled = grad_output * gain
+        grad_lora_B = (grad_unscaled.T @ hidden) * ctx.scaling
+        grad_hidden = grad_unscaled @ scaled_B.T  # (T, r)
+        grad_lora_A = grad_hidden.T @ x.flatten(0, -2).to(lora_A.dtype)
+        grad_x = (grad_hidden @ lora_A).to(x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_result = grad_unscaled.to(gradient.dtype).view(gradient.shape) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_result, None, grad_lora_A, grad_lora_B, grad_gain, None

@@ -1,26 +1,28 @@
-"""Measure answers before and after: what evaluate.py does between reading its flags and writing its files."""
+"""Measure a base model and what was tuned from it: what evaluate.py does between reading its flags and its end."""
 
-import json
 import os
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from itertools import repeat
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tweetdora.cli import read_task
 from tweetdora.config import RUNS_DIR, EvaluateConfig, TaskConfig
-from tweetdora.data import Rows
+from tweetdora.data import Examples, data_record
 from tweetdora.errors import InputError
-from tweetdora.generation import UNPARSED, Answer, answer_rows
-from tweetdora.hub import pin_revision
+from tweetdora.files import file_sha256
+from tweetdora.generation import UNPARSED, Generation, generate_all
 from tweetdora.metrics import (
     INTERVAL_METRICS,
     accuracy_by_length,
+    baselines,
     bootstrap_intervals,
-    measure,
+    compute_metrics,
     paired_difference,
 )
 from tweetdora.modeling import (
@@ -33,42 +35,76 @@ from tweetdora.modeling import (
     merge,
     read_adapter_config,
 )
-from tweetdora.prompts import Encoder, PromptFormat
-from tweetdora.records import ADAPTER_DIR, ADAPTER_WEIGHTS, RUN_FILE, file_sha256, read_run
+from tweetdora.plots import SHOWN_NAMES, confusion_title, plot_confusion
+from tweetdora.prompts import PromptTokenizer, read_prompt_format
+from tweetdora.provenance import command_line, environment, utc_now
+from tweetdora.records import (
+    ADAPTER_DIR,
+    ADAPTER_WEIGHTS,
+    PREDICTIONS,
+    RUN_FILE,
+    BaseModelRecord,
+    Bootstrap,
+    EvaluationRecord,
+    GenerationRecord,
+    ModelMetrics,
+    PredictionRecord,
+    PromptFormat,
+    RunRecord,
+    read_run,
+    write_predictions,
+    write_record,
+)
+from tweetdora.tracking import finish_wandb, log_generations, start_wandb
 
 
-@dataclass
-class Target:
+@dataclass(frozen=True)
+class EvalTarget:
     """What is measured: a base model, and an adapter on it where there is one."""
 
-    kind: str  # "run", "adapter" or "model"
+    name: str
+    kind: Literal["run", "adapter", "model"]
     base: str
     base_revision: str | None
     adapter_dir: str | None
     task: TaskConfig
     prompt_format: PromptFormat | None  # None: read it off the base's chat template
-    run: dict[str, Any] | None
+    run: RunRecord | None
     results_dir: str
 
 
-def find_target(config: EvaluateConfig) -> Target:
+@dataclass(frozen=True)
+class Measured:
+    """The generations of base and, where there is an adapter, finetuned, with the seconds they took; of which models.
+
+    Generations and seconds are by the names of the models.
+    """
+
+    generations: dict[str, list[Generation]]
+    seconds: dict[str, float]
+    base_model: BaseModelRecord
+    prompt_format: PromptFormat
+    adapter_sha256: str | None
+
+
+def find_eval_target(name: str, config: EvaluateConfig) -> EvalTarget:
     """Tell a run folder from an adapter from a model.
 
     Raises:
         InputError: a task is given for a run, whose record already holds one, or the run is not finished.
     """
-    name = config.target
     if _is_run(name):
         run = read_run(name)
         if config.config is not None:
             raise InputError(f"--config {config.config}: the task of {name} stands in its {RUN_FILE}; leave it out.")
-        return Target(
+        return EvalTarget(
+            name=name,
             kind="run",
-            base=run["base"]["name_or_path"],
-            base_revision=run["base"]["revision"],
+            base=run.base_model.name_or_path,
+            base_revision=run.base_model.revision,
             adapter_dir=os.path.join(name, ADAPTER_DIR),
-            task=TaskConfig(**run["task"]),
-            prompt_format=PromptFormat(**run["prompt_format"]),
+            task=run.task,
+            prompt_format=run.prompt_format,
             run=run,
             results_dir=config.output_dir or os.path.join(name, "evaluation"),
         )
@@ -76,9 +112,9 @@ def find_target(config: EvaluateConfig) -> Target:
     results_dir = config.output_dir or _results_dir(name)
     adapter = read_adapter_config(name)
     if adapter is None:
-        return Target("model", name, None, None, task, None, None, results_dir)
-    base = adapter.base_model_name_or_path
-    return Target("adapter", base, adapter.revision, adapter_folder(name), task, None, None, results_dir)
+        return EvalTarget(name, "model", name, None, None, task, None, None, results_dir)
+    base, folder = adapter.base_model_name_or_path or "", adapter_folder(name)  # it is not empty: it was read
+    return EvalTarget(name, "adapter", base, adapter.revision, folder, task, None, None, results_dir)
 
 
 def _is_run(name: str) -> bool:
@@ -98,118 +134,186 @@ def _results_dir(name: str) -> str:
     return os.path.join(RUNS_DIR, "evaluations", path.strip(os.sep).replace(os.sep, "--"))
 
 
-def answer_target(
-    target: Target, rows: Rows, config: EvaluateConfig, device: torch.device
-) -> tuple[dict[str, list[Answer]], dict[str, Any]]:
-    """Answer all rows before and after; the answers by these names, and what the record says of models and speed.
+def generate_base_and_finetuned(
+    target: EvalTarget, revision: str | None, examples: Examples, config: EvaluateConfig, precision: str
+) -> Measured:
+    """Answer all examples with the base at its commit `revision`, then with the adapter on it, if there is one.
 
     The tuned model is measured as it is published: the adapter merged into the base in float32, then cast to the
     precision of the measurement.
     """
-    task, revision = target.task, pin_revision(target.base, target.base_revision)
+    task, device, dtype = target.task, PartialState().device, DTYPES[precision]
     tokenizer = load_tokenizer(target.base, revision)
-    encoder = Encoder(tokenizer, target.prompt_format or PromptFormat.from_template(tokenizer, task), task.max_length)
-    dtype = DTYPES[config.precision]
-    model = load_base(target.base, revision, dtype, device)
+    prompt_format = target.prompt_format or read_prompt_format(tokenizer, task)
+    prompt_tokenizer = PromptTokenizer(tokenizer, prompt_format, task.max_length)
+    model: Any = load_base(target.base, revision, dtype, device)
     identity = base_identity(model, target.base, revision)
-    if target.run is not None and identity != target.run["base"]:
+    if target.run is not None and identity != target.run.base_model:
         raise InputError(
-            f"{target.base} is not the base model that {config.target} was trained on: found {identity}, the run's "
-            f"record says {target.run['base']}."
+            f"{target.base} is not the base model that {target.name} was trained on: found {asdict(identity)}, the "
+            f"run's record says {asdict(target.run.base_model)}."
         )
-    answers: dict[str, list[Answer]] = {}
-    facts: dict[str, Any] = {"base": identity, "prompt_format": encoder.format.to_dict(), "adapter_sha256": None}
-    first = "before" if target.adapter_dir else "after"
-    answers[first], facts[first] = _answer(first, model, tokenizer, encoder, rows, task, config)
+    generations, seconds, adapter_sha256 = {}, {}, None
+    generations["base"], seconds["base"] = _generate(
+        "base", model, tokenizer, prompt_tokenizer, examples, task, config
+    )
     if target.adapter_dir:
-        del model
+        del model  # room for the other
         base = load_base(target.base, revision, torch.float32, device)
-        model = merge(load_adapter(base, target.adapter_dir)).to(dtype)
-        facts["adapter_sha256"] = file_sha256(os.path.join(target.adapter_dir, ADAPTER_WEIGHTS))
-        answers["after"], facts["after"] = _answer("after", model, tokenizer, encoder, rows, task, config)
-    return answers, facts
+        model = nn.Module.to(merge(load_adapter(base, target.adapter_dir)), dtype)
+        adapter_sha256 = file_sha256(os.path.join(target.adapter_dir, ADAPTER_WEIGHTS))
+        generations["finetuned"], seconds["finetuned"] = _generate(
+            "finetuned", model, tokenizer, prompt_tokenizer, examples, task, config
+        )
+    return Measured(generations, seconds, identity, prompt_format, adapter_sha256)
 
 
-def _answer(
+def _generate(
     name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    rows: Rows,
+    prompt_tokenizer: PromptTokenizer,
+    examples: Examples,
     task: TaskConfig,
     config: EvaluateConfig,
-) -> tuple[list[Answer], dict[str, float]]:
+) -> tuple[list[Generation], float]:
     state = PartialState()
-    with tqdm(total=len(rows), desc=name, unit="row", disable=not state.is_main_process) as progress:
-        answers, seconds = answer_rows(
+    shown = SHOWN_NAMES[name]
+    with tqdm(total=len(examples), desc=shown, unit="example", disable=not state.is_main_process) as progress:
+        found, seconds = generate_all(
             model,
             tokenizer,
-            encoder,
-            rows,
+            prompt_tokenizer,
+            examples,
             task.label_words,
             batch_size=config.batch_size,
             max_new_tokens=config.max_new_tokens,
             on_progress=lambda done: progress.update(done * state.num_processes),
         )
-    return answers, {"seconds": round(seconds, 2), "tweets_per_second": round(len(rows) / seconds, 2)}
+    return [generation for generation in found if generation is not None], seconds  # nothing stops it
 
 
-def measure_answers(
-    rows: Rows,
-    answers: dict[str, list[Answer]],
-    facts: dict[str, Any],
-    label_words: list[str],
-    config: EvaluateConfig,
-) -> dict[str, Any]:
-    """`facts` with scores and intervals of the answers before and after, and the difference where there are both."""
-    samples, seed = config.bootstrap_samples, config.seed
-    predictions = {name: [answer.predicted for answer in given] for name, given in answers.items()}
-    figures = dict(facts)
-    for name, given in answers.items():
-        intervals = bootstrap_intervals(rows.classes, predictions[name], len(label_words), samples, seed)
-        by_length = accuracy_by_length(rows.texts, rows.classes, predictions[name])
-        scores = measure(rows.classes, given, label_words)
-        figures[name] = {**scores, "intervals": intervals, "by_length": by_length, **facts[name]}
-    if "before" in answers:
-        figures["difference"] = paired_difference(
-            rows.classes, predictions["before"], predictions["after"], len(label_words), samples, seed
+def evaluation_record(
+    target: EvalTarget, examples: Examples, measured: Measured, config: EvaluateConfig, precision: str
+) -> EvaluationRecord:
+    """The scores of what was generated, with intervals, and the difference where there are two models."""
+    words, bootstrap = target.task.label_words, Bootstrap(config.bootstrap_samples, config.seed)
+    predicted = {name: [generation.predicted for generation in found] for name, found in measured.generations.items()}
+    metrics = {
+        name: ModelMetrics(
+            **vars(compute_metrics(examples.labels, found, words)),
+            intervals=bootstrap_intervals(examples.labels, predicted[name], len(words), bootstrap),
+            by_length=accuracy_by_length(examples.texts, examples.labels, predicted[name]),
+            seconds=round(measured.seconds[name], 2),
+            samples_per_second=round(len(examples) / measured.seconds[name], 2),
         )
-    return figures
+        for name, found in measured.generations.items()
+    }
+    difference = None
+    if "finetuned" in predicted:
+        difference = paired_difference(
+            examples.labels, predicted["base"], predicted["finetuned"], len(words), bootstrap
+        )
+    return EvaluationRecord(
+        created=utc_now(),
+        command=command_line(),
+        kind=target.kind,
+        split=config.split,
+        data=data_record(examples, words),
+        label_words=words,
+        precision=precision,
+        max_new_tokens=config.max_new_tokens,
+        bootstrap=bootstrap,
+        base_model=measured.base_model,
+        prompt_format=measured.prompt_format,
+        adapter_sha256=measured.adapter_sha256,
+        base=metrics["base"],
+        finetuned=metrics.get("finetuned"),
+        difference=difference,
+        baselines=baselines(examples.labels, words),
+        environment=environment(),
+    )
 
 
-def write_predictions(path: str, rows: Rows, answers: dict[str, list[Answer]], label_words: list[str]) -> None:
-    """One JSON line a row: text, label, and for each model the raw answer and the label word found in it."""
-    with open(path, "w", encoding="utf-8") as stream:
-        for index, (row_id, text, label) in enumerate(zip(rows.ids, rows.texts, rows.classes, strict=True)):
-            line: dict[str, Any] = {"row": row_id, "text": text, "label": label_words[label]}
-            for name, given in answers.items():
-                answer = given[index]
-                predicted = None if answer.predicted == UNPARSED else label_words[answer.predicted]
-                line[name] = {"answer": answer.text, "predicted": predicted, "stopped": answer.stopped}
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+def save_generations(examples: Examples, measured: Measured, target: EvalTarget, split: str) -> None:
+    """Write the generations, which took the time, before anything is computed from them; an older record goes."""
+    record, folder = os.path.join(target.results_dir, f"{split}.json"), os.path.join(target.results_dir, split)
+    path = os.path.join(folder, PREDICTIONS)
+    os.makedirs(folder, exist_ok=True)
+    write_predictions(f"{path}.part", predictions_of(examples, measured.generations, target.task.label_words))
+    if os.path.isfile(record):  # a full disk has left it where it was, with the older generations
+        os.remove(record)
+    os.replace(f"{path}.part", path)
 
 
-def format_results(record: dict[str, Any]) -> str:
+def predictions_of(
+    examples: Examples, generations: dict[str, list[Generation]], label_words: list[str]
+) -> list[PredictionRecord]:
+    """For each example its text and label, and for each model what it wrote and the label word found in it."""
+
+    def as_record(generation: Generation) -> GenerationRecord:
+        """A generation, its label as a word."""
+        predicted = None if generation.predicted == UNPARSED else label_words[generation.predicted]
+        return GenerationRecord(generation.text, predicted, generation.stopped)
+
+    finetuned = generations.get("finetuned") or repeat(None, len(examples))
+    rows = zip(examples.example_ids, examples.texts, examples.labels, generations["base"], finetuned, strict=True)
+    return [
+        PredictionRecord(
+            example_id, text, label_words[label], as_record(base), None if tuned is None else as_record(tuned)
+        )
+        for example_id, text, label, base, tuned in rows
+    ]
+
+
+def save_results(record: EvaluationRecord, target: EvalTarget) -> None:
+    """Draw the confusion matrices, then write the record."""
+    folder = os.path.join(target.results_dir, record.split)
+    for name, metrics in record.models.items():
+        path = os.path.join(folder, f"confusion_{name}.png")
+        title = confusion_title(name, metrics.macro_f1)
+        plot_confusion(metrics.confusion_matrix, record.label_words, path, title)
+    write_record(os.path.join(target.results_dir, f"{record.split}.json"), record)
+
+
+def track_results(record: EvaluationRecord, examples: Examples, measured: Measured, target: EvalTarget) -> None:
+    """Add the results to the W&B run of the training, if there is one."""
+    run = target.run
+    if run is None or run.tracker is None or run.result is None:
+        return
+    start_wandb(target.name, run.name, {}, tracker=run.tracker)
+    generations = measured.generations["finetuned"]
+    log_generations(record.split, examples, generations, record.label_words, run.result.steps)
+    names = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_match", "eos_rate")
+    finish_wandb(
+        {
+            f"{record.split}/{model}/{name}": getattr(metrics, name)
+            for model, metrics in record.models.items()
+            for name in names
+        }
+    )
+
+
+def format_results(record: EvaluationRecord) -> str:
     """The results as a table for a person."""
     header = f"{'':<18}{'macro-F1':>9}  {'95 % interval':<16}{'macro recall':>13}{'accuracy':>10}"
-    lines = [header + f"{'parsed':>9}{'exact':>8}{'stopped':>9}{'tweets/s':>10}"]
-    for name in ("before", "after"):
-        if figures := record.get(name):
-            low, high = figures["intervals"]["macro_f1"]
-            rates = f"{figures['parse_rate']:>9.1%}{figures['exact_rate']:>8.1%}{figures['stop_rate']:>9.1%}"
-            scores = f"{figures['macro_f1']:>9.3f}  {f'[{low:.3f}, {high:.3f}]':<16}"
-            others = f"{figures['macro_recall']:>13.3f}{figures['accuracy']:>10.3f}"
-            lines.append(f"{name:<18}{scores}{others}{rates}{figures['tweets_per_second']:>10.1f}")
-    for figures in record["reference_lines"].values():
-        label = f"always {figures['label']}" if "label" in figures else "uniform guess"
-        values = [figures[metric] for metric in INTERVAL_METRICS]
+    lines = [header + f"{'parse rate':>12}{'exact match':>13}{'EOS rate':>10}{'samples/s':>11}"]
+    for name, metrics in record.models.items():
+        low, high = metrics.intervals.macro_f1
+        rates = f"{metrics.parse_rate:>12.1%}{metrics.exact_match:>13.1%}{metrics.eos_rate:>10.1%}"
+        scores = f"{metrics.macro_f1:>9.3f}  {f'[{low:.3f}, {high:.3f}]':<16}"
+        others = f"{metrics.macro_recall:>13.3f}{metrics.accuracy:>10.3f}"
+        lines.append(f"{SHOWN_NAMES[name]:<18}{scores}{others}{rates}{metrics.samples_per_second:>11.1f}")
+    majority = f"always {record.baselines.majority.label}"
+    for label, guesses in (("uniform guess", record.baselines.uniform), (majority, record.baselines.majority)):
+        values = [getattr(guesses, metric) for metric in INTERVAL_METRICS]
         lines.append(f"{label:<18}{values[0]:>9.3f}  {'':<16}{values[1]:>13.3f}{values[2]:>10.3f}")
-    if difference := record.get("difference"):
-        gain, test = difference["macro_f1"], difference["mcnemar"]
-        low, high = gain["interval"]
+    if record.difference is not None:
+        gain, test = record.difference.macro_f1, record.difference.mcnemar
+        low, high = gain.interval
         lines.append(
-            f"difference in macro-F1 {gain['difference']:+.3f} [{low:+.3f}, {high:+.3f}]; {test['fixed']} rows became "
-            f"right, {test['broken']} wrong (McNemar p {format_p(test['p_value'])})"
+            f"difference in macro-F1 {gain.difference:+.3f} [{low:+.3f}, {high:+.3f}]; became right: "
+            f"{test.fixed}, wrong: {test.broken} (McNemar p {format_p(test.p_value)})"
         )
     return "\n".join(lines)
 

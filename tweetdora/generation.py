@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -16,26 +17,26 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tweetdora.attention import ATTENTION, AnswerCache
-from tweetdora.data import Rows
+from tweetdora.attention import ATTENTION, PackedKVCache
+from tweetdora.data import Examples
 from tweetdora.packing import pack
-from tweetdora.prompts import Encoder, stop_token_ids
+from tweetdora.prompts import PromptTokenizer, stop_token_ids
 
 _LEAVE = 0.75  # the share of a batch that goes on, at most, for the rest to leave it
-UNPARSED = -1  # the class of an answer that names no label word
+UNPARSED = -1  # the label id of a generation that names no label word
 
 
-@dataclass
-class Answer:
-    """What the model wrote for one row: new tokens only, the stop token not part of the text."""
+@dataclass(frozen=True)
+class Generation:
+    """What the model wrote for one example: new tokens only, the stop token not part of the text."""
 
     text: str
     stopped: bool  # by a stop token, before max_new_tokens ran out
-    predicted: int  # class number, or UNPARSED
+    predicted: int  # label id, or UNPARSED
 
 
 class LabelParser:
-    """Finds the first label word in an answer: whole word, upper or lower case.
+    """Finds the first label word in a text: whole word, upper or lower case.
 
     >>> parse = LabelParser(["negative", "neutral", "positive"])
     >>> parse("Neutral, not positive."), parse("neutralitive"), parse("")
@@ -43,63 +44,63 @@ class LabelParser:
     """
 
     def __init__(self, label_words: Sequence[str]) -> None:
-        self._classes = {word.strip().casefold(): number for number, word in enumerate(label_words)}
+        self._label_ids = {word.strip().casefold(): number for number, word in enumerate(label_words)}
         # Longer words first: of "not funny" and "funny" the one that begins earlier is meant, and at the same place
         # the longer one.
-        words = "|".join(re.escape(word) for word in sorted(self._classes, key=len, reverse=True))
+        words = "|".join(re.escape(word) for word in sorted(self._label_ids, key=len, reverse=True))
         self._pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)")
 
     def __call__(self, text: str) -> int:
-        """The class number of the first label word, or UNPARSED."""
+        """The label id of the first label word, or UNPARSED."""
         found = self._pattern.search(text.casefold())
-        return self._classes[found[0]] if found else UNPARSED
+        return self._label_ids[found[0]] if found else UNPARSED
 
 
-def answer_rows(
-    model: PreTrainedModel,
+def generate_all(
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    rows: Rows,
+    prompt_tokenizer: PromptTokenizer,
+    examples: Examples,
     label_words: Sequence[str],
     *,
     batch_size: int,
     max_new_tokens: int,
     on_progress: Callable[[int], None] = lambda done: None,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[list[Answer | None], float]:
-    """Answer every row greedily; the answers in the rows' order, and the seconds it took.
+) -> tuple[list[Generation | None], float]:
+    """Answer every example greedily; the generations in the examples' order, and the seconds it took.
 
-    Prompts of like length are batched together, padded on the left, and only new tokens are read back. With several
-    processes each answers a share of the rows, and all of them get all answers. `stop` is asked before each batch;
-    once it says so, the rows that are left get None for an answer.
+    Prompts of like length are batched together, and only new tokens are read back. With several processes each answers
+    a share of the examples, and all of them get all generations. `stop` is asked before each batch; once it says so,
+    the examples that are left get None.
     """
     started = time.perf_counter()
-    with PartialState().split_between_processes(list(range(len(rows)))) as share:
-        texts = [rows.texts[index] for index in share]
-        answers = _answer_texts(
-            model, tokenizer, encoder, texts, label_words, batch_size, max_new_tokens, on_progress, stop
+    with PartialState().split_between_processes(list(range(len(examples)))) as share:
+        texts = [examples.texts[index] for index in share]
+        generations = _generate_texts(
+            model, tokenizer, prompt_tokenizer, texts, label_words, batch_size, max_new_tokens, on_progress, stop
         )
-    return gather_object(answers), time.perf_counter() - started
+    return gather_object(generations), time.perf_counter() - started
 
 
-def _answer_texts(
-    model: PreTrainedModel,
+def _generate_texts(
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
+    prompt_tokenizer: PromptTokenizer,
     texts: Sequence[str],
     label_words: Sequence[str],
     batch_size: int,
     max_new_tokens: int,
     on_progress: Callable[[int], None],
     stop: Callable[[], bool],
-) -> list[Answer | None]:
+) -> list[Generation | None]:
     parse = LabelParser(label_words)
-    prompts, _ = encoder.prompt_ids(texts)
-    stop_ids = stop_token_ids(model, tokenizer, encoder.stop_token_id)
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model  # adapter layers stay in it
-    way = generate_packed if inner.config._attn_implementation == ATTENTION else generate_plainly
+    prompts, _ = prompt_tokenizer.prompt_ids(texts)
+    stop_ids = stop_token_ids(model, tokenizer, prompt_tokenizer.stop_token_id)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model  # adapter layers stay in it
+    way = generate_packed if inner.config._attn_implementation == ATTENTION else generate_padded
     generate = partial(way, inner, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
-    answers: list[Answer | None] = [None] * len(prompts)
+    generations: list[Generation | None] = [None] * len(prompts)
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     was_training = model.training
     model.eval()
@@ -110,11 +111,11 @@ def _answer_texts(
             batch = longest_first[start : start + batch_size]
             new_ids = generate([prompts[index] for index in batch])
             for index, ids in zip(batch, new_ids, strict=True):
-                answers[index] = _read_answer(ids, stop_ids, tokenizer, parse)
+                generations[index] = _decode_generation(ids, stop_ids, tokenizer, parse)
             on_progress(len(batch))
     finally:
         model.train(was_training)
-    return answers
+    return generations
 
 
 @torch.no_grad()
@@ -133,27 +134,12 @@ def generate_packed(
     Rows that have written a stop token leave the batch, a quarter of it at least at a time: the others' keys and
     values are copied then.
     """
-    prefix = _prefix_length(prompts)
-    own = [prompt[prefix:] for prompt in prompts]
-    cache = AnswerCache()
-    batch, starts = pack(prompts, prefix)
-    batch = send_to_device(batch, model.device)
-    batch["packing"]["cache"] = cache
-    last = torch.tensor([start + len(ids) - 1 for start, ids in zip(starts, own, strict=True)], device=model.device)
-    logits = model(**batch, logits_to_keep=last, use_cache=False).logits[0]  # (N, V)
-    longest = max(map(len, own))
-    lengths = torch.tensor([[prefix + len(ids)] for ids in own], device=model.device)  # (N, 1)
-    cache.seen = torch.arange(prefix + longest, device=model.device) < lengths  # (N, P + L)
-    positions = lengths.T  # (1, N), of the token that comes next
+    logits, cache, positions = _prefill(model, prompts)
     new_ids: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompt that each place of the batch belongs to
     while True:
         chosen = _argmax(logits)  # (N,)
-        going = []
-        for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            if not new_ids[row] or new_ids[row][-1] not in stop_ids:
-                new_ids[row].append(token)
-                going += [place] * (token not in stop_ids)
+        going = _append_tokens(new_ids, rows, chosen.tolist(), stop_ids)
         if not going or len(new_ids[rows[going[0]]]) == max_new_tokens:
             return new_ids
         if len(going) <= _LEAVE * len(rows):
@@ -161,14 +147,52 @@ def generate_packed(
             keep = torch.tensor(going, device=model.device)
             cache.keep(keep)
             positions, chosen = positions[:, keep], chosen[keep]
-        logits = model(
-            input_ids=chosen[None],
-            position_ids=positions,
-            attention_mask=batch["attention_mask"],
-            packing={"cache": cache, "answering": True},
-            use_cache=False,
-        ).logits[0]
+        logits = _decode_step(model, chosen, positions, cache)
         positions = positions + 1
+
+
+def _prefill(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[torch.Tensor, PackedKVCache, torch.Tensor]:
+    """Logits (N, V) of each prompt's first new token, the prompts' keys and values, and its position (1, N)."""
+    prefix = _prefix_length(prompts)
+    own = [prompt[prefix:] for prompt in prompts]
+    cache = PackedKVCache()
+    batch, starts = pack(prompts, prefix)
+    batch = send_to_device(batch, model.device)
+    batch["packing"]["cache"] = cache
+    last = torch.tensor([start + len(ids) - 1 for start, ids in zip(starts, own, strict=True)], device=model.device)
+    logits = model(**batch, logits_to_keep=last, use_cache=False).logits[0]
+    longest = max(map(len, own))
+    lengths = torch.tensor([[prefix + len(ids)] for ids in own], device=model.device)  # (N, 1)
+    cache.seen = torch.arange(prefix + longest, device=model.device) < lengths  # (N, P + L)
+    return logits, cache, lengths.T
+
+
+def _append_tokens(
+    new_ids: list[list[int]], rows: Sequence[int], tokens: Sequence[int], stop_ids: Sequence[int]
+) -> list[int]:
+    """Give each row that has not stopped its token; the places of the batch that go on behind it.
+
+    A row that has stopped may still be in the batch: what the model makes of it is thrown away.
+    """
+    going = []
+    for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        if not new_ids[row] or new_ids[row][-1] not in stop_ids:
+            new_ids[row].append(token)
+            going += [place] * (token not in stop_ids)
+    return going
+
+
+def _decode_step(
+    model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor, cache: PackedKVCache
+) -> torch.Tensor:
+    """Logits (N, V) behind one more token (N,) of each row, at its position (1, N); the cache grows by it."""
+    return model(
+        input_ids=tokens[None],
+        position_ids=positions,
+        attention_mask=torch.ones(1, 1, 1, 1, device=tokens.device),  # a place-holder, as in packing.pack
+        packing={"cache": cache, "decoding": True},
+        use_cache=False,
+    ).logits[0]
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -187,7 +211,7 @@ def _prefix_length(prompts: list[list[int]]) -> int:
 
 
 @torch.no_grad()
-def generate_plainly(
+def generate_padded(
     model: PreTrainedModel, prompts: list[list[int]], stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[list[int]]:
     """New token ids for each prompt by transformers' own generate(), for models that the other way does not fit."""
@@ -201,7 +225,7 @@ def generate_plainly(
     # with a base model would make the answers something else than greedy.
     shipped, model.generation_config = model.generation_config, config
     try:
-        output = model.generate(
+        output = cast(Any, model).generate(
             input_ids=torch.tensor([[stop_ids[0]] * pad + prompt for prompt, pad in rows], device=model.device),
             attention_mask=torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding], device=model.device),
         )  # (B, T + new)
@@ -210,9 +234,9 @@ def generate_plainly(
     return output[:, length:].tolist()
 
 
-def _read_answer(
+def _decode_generation(
     ids: list[int], stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, parse: LabelParser
-) -> Answer:
+) -> Generation:
     end = next((position for position, token in enumerate(ids) if token in stop_ids), None)
-    text = tokenizer.decode(ids[:end], skip_special_tokens=False)
-    return Answer(text=text, stopped=end is not None, predicted=parse(text))
+    text = str(tokenizer.decode(ids[:end], skip_special_tokens=False))
+    return Generation(text=text, stopped=end is not None, predicted=parse(text))

@@ -1,8 +1,8 @@
 """The Hugging Face Hub before anything is loaded from it: whether it answers, and which commit a revision is."""
 
+import logging
 import os
 import socket
-import sys
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError, RevisionResolutionError
 
 _TIMEOUT_SECONDS = 3.0
+log = logging.getLogger(__name__)
 
 
 def use_cache_if_unreachable(*names: str) -> None:
@@ -24,7 +25,7 @@ def use_cache_if_unreachable(*names: str) -> None:
         return
     constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
-    print(f"note: {constants.ENDPOINT} cannot be reached; only what is cached here can be used", file=sys.stderr)
+    log.warning("note: %s cannot be reached; only what is cached here can be used", constants.ENDPOINT)
 
 
 def _reachable() -> bool:
@@ -39,31 +40,18 @@ def _reachable() -> bool:
         return False
 
 
-# By name, revision that was asked for, and kind of repository: asked once in a process, as train and validation split
-# must be of one commit, too.
-_commits: dict[tuple[str, str | None, str], str] = {}
-
-
 def pin_revision(name: str, revision: str | None, repo_type: str = "model") -> str | None:
     """The commit that a revision of a repository on the Hub is at this moment; None for a local path.
 
     Everything that is loaded is to be of one commit, which the record names: neither transformers 5 nor datasets 5
-    says which one it loaded. What the Hub does not know, or cannot be asked, stays as it is; loading it says so.
+    says which one it loaded. So a script asks once, at its top, and loads everything by what it was told. What the Hub
+    does not know, or cannot be asked, stays as it is; loading it says so.
     """
     if os.path.exists(name):
         return None
     if name.count("/") != 1:
         return revision
-    key = (name, revision, repo_type)
     try:
-        if key not in _commits:
-            _commits[key] = HfApi().resolve_revision(name, revision=revision, repo_type=repo_type).resolved
+        return HfApi().resolve_revision(name, revision=revision, repo_type=repo_type).resolved
     except (RevisionResolutionError, HTTPError, OSError, ValueError):  # the last: a name that cannot be one
         return revision
-    return _commits[key]
-
-
-def remember_commit(name: str, revision: str | None, repo_type: str, commit: str | None) -> None:
-    """Let pin_revision give this commit from now on: a resumed run is of the commits that it began with."""
-    if commit is not None:
-        _commits[name, revision, repo_type] = commit

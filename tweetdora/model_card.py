@@ -11,17 +11,11 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from tweetdora.card_facts import (
-    Publication,
-    Records,
-    base_id,
-    card_facts,
-    data_name,
-    hub_id,
-    title,
-    widget_examples,
-)
+from tweetdora.card_facts import Publication, Records, card_facts, title, widget_examples
+from tweetdora.config import PushConfig
 from tweetdora.errors import InputError
+from tweetdora.provenance import command_line
+from tweetdora.records import BaseModelCard, Comparison, folder_name
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "model_card_template.md")
 # What the Hub knows (huggingface.co/docs/hub/repositories-licenses); its validator refuses any other.
@@ -38,18 +32,23 @@ LICENSES = """
 """.split()
 
 
-def render_card(records: Records, publication: Publication, check: dict[str, Any], answers: Sequence[str]) -> str:
+def render_card(
+    records: Records, publication: Publication, dtype: str, check: Comparison, generations: Sequence[str]
+) -> str:
     """The whole card as text, metadata in front; its code loads the Hub's model, or the folder where there is none.
 
-    `check` is what comparing the saved model showed, `answers` what it answered to the first rows.
+    `check` is what comparing the saved model, of number format `dtype`, showed; `generations` what it wrote for the
+    first examples.
     """
+    # StrictUndefined: a name that the template has and card_facts has not is an error, not a gap in a sentence. No
+    # escaping for HTML: each filter below escapes for the place in Markdown where it is used.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters.update(
         cell=table_cell, code=inline_code, columns=keep_columns, pystr=_python_string, fence=fence
     )
     with open(TEMPLATE, encoding="utf-8") as stream:
         template = environment.from_string(stream.read())
-    facts = card_facts(records, publication, check, answers)
+    facts = card_facts(records, publication, dtype, check, generations)
     text = template.render(**facts, metadata=front_matter(records, publication))
     ModelCard(text)  # parses its own metadata back, or raises
     return text
@@ -61,21 +60,15 @@ def check_records(records: Records) -> None:
     Raises:
         InputError: names what differs.
     """
-    run, evaluation = records.run, records.evaluation
-    version = evaluation.get("record_version")
-    if version != run["record_version"]:
-        raise InputError(
-            f"the evaluation was written by another version of this code: record version {version}, the run's is "
-            f"{run['record_version']}. Run evaluate.py on the run folder again."
-        )
-    data, found = evaluation["data"], records.rows()
+    run, evaluation, found = records.run, records.evaluation, records.examples()
+    # The hash ties the predictions to the measurement: a line that was changed by hand would show on the card.
     pairs = (
-        ("adapter", run["adapter"]["sha256"], evaluation["adapter_sha256"]),
-        ("base model", run["base"], evaluation["base"]),
-        ("label words", run["task"]["label_words"], evaluation["label_words"]),
-        ("prompt", run["prompt_format"], evaluation["prompt_format"]),
-        ("number of predictions", data["rows"], len(found)),
-        ("hash of the predictions' texts and labels", data["sha256"], found.source["sha256"]),
+        ("adapter", run.adapter.sha256, evaluation.adapter_sha256),
+        ("base model", run.base_model, evaluation.base_model),
+        ("label words", run.task.label_words, evaluation.label_words),
+        ("prompt", run.prompt_format, evaluation.prompt_format),
+        ("number of predictions", evaluation.data.num_examples, len(found)),
+        ("hash of the predictions' texts and labels", evaluation.data.sha256, found.sha256),
     )
     for name, expected, other in pairs:
         if expected != other:
@@ -85,62 +78,83 @@ def check_records(records: Records) -> None:
             )
 
 
-def check_license(license: str | None, base_card: dict[str, Any]) -> None:
-    """Refuse a licence that the Hub does not know, or one of a kind that it asks a name of.
+def plan_publication(records: Records, config: PushConfig, folder: str) -> Publication:
+    """What is to be made of the run.
+
+    Raises:
+        InputError: a flag is missing or does not go with the run.
+    """
+    run = records.run
+    hub_model_id = config.hub_model_id or (None if config.adapter_only else run.hub_model_id)
+    if hub_model_id is None and not config.dry_run:
+        why = "an adapter alone needs one of its own" if config.adapter_only else "the run names no repository"
+        raise InputError(f"{why}; give --hub_model_id owner/name, or --dry_run true.")
+    license = check_license(config.license or run.base_model_card.license, run.base_model_card)
+    if config.adapter_only and run.base_model.weights_sha256:
+        raise InputError(
+            f"--adapter_only true: the base model of this run is the folder {run.base_model.name_or_path}, which "
+            "nobody else has to put an adapter on. Leave the flag out; the merged model is whole."
+        )
+    commands = [run.command, records.evaluation.command, command_line()]
+    return Publication(hub_model_id, folder, license, commands, config.adapter_only)
+
+
+def check_license(license: str | list[str] | None, card: BaseModelCard) -> str | None:
+    """The licence, unless the Hub does not know it, or it is of a kind that it asks a name of.
 
     Raises:
         InputError: names the nearest ones that are known.
     """
     if license is None:
-        return
-    if license not in LICENSES:  # a card may even hold a list
+        return None
+    if not isinstance(license, str) or license not in LICENSES:  # a card may even hold a list
         near = difflib.get_close_matches(str(license).lower(), LICENSES, n=3, cutoff=0.4)
         raise InputError(
             f"the Hub knows no licence {license!r}; expected one of its identifiers"
             f"{', such as ' + ', '.join(near) if near else ''} (huggingface.co/docs/hub/repositories-licenses). Give "
             "it with --license."
         )
-    if license == "other" and not (base_card.get("license_name") and base_card.get("license_link")):
+    if license == "other" and not (card.license_name and card.license_link):
         raise InputError(
             "the licence is `other`, which on the Hub needs license_name and license_link, and the base model's card "
             "gives none. Give an identifier with --license."
         )
+    return license
 
 
 def front_matter(records: Records, publication: Publication) -> str:
     """The metadata as YAML. What is not known, or is a local folder and so no Hub id, is left out."""
-    run, evaluation = records.run, records.evaluation
-    data, card = evaluation["data"], run["base_card"]
-    dataset = hub_id(data)
+    run, data, card = records.run, records.evaluation.data, records.run.base_model_card
+    dataset = data.hub_id
     metrics = (("f1", "macro_f1", "macro-F1"), ("recall", "macro_recall", "macro recall"))
     results = [
         EvalResult(
             task_type="text-classification",
             task_name="Text classification by generation",
-            dataset_type=data["name"] if dataset else os.path.basename(os.path.normpath(data["name"])),
-            dataset_name=data_name(data),
-            dataset_config=data["config"],
-            dataset_split=data["split"],
-            dataset_revision=data["revision"],
+            dataset_type=dataset or folder_name(data.name),
+            dataset_name=data.display_name,
+            dataset_config=data.config,
+            dataset_split=data.split,
+            dataset_revision=data.revision,
             metric_type=kind,
             metric_name=name,
-            metric_value=round(evaluation["after"][key], 4),
+            metric_value=round(getattr(records.finetuned, key), 4),
         )
         for kind, key, name in (*metrics, ("accuracy", "accuracy", "accuracy"))
     ]
-    other_license = {name: card.get(name) for name in ("license_name", "license_link")}
+    other_license: dict[str, Any] = {"license_name": card.license_name, "license_link": card.license_link}
     metadata = ModelCardData(
         model_name=title(run, publication.hub_model_id),
-        base_model=base_id(run),
+        base_model=run.base_hub_id,
         base_model_relation="adapter" if publication.adapter_only else "finetune",
         datasets=[dataset] if dataset else None,
-        language=card.get("language"),
+        language=card.language,
         library_name="peft" if publication.adapter_only else "transformers",
         license=publication.license,
         **(other_license if publication.license == "other" else {}),
         metrics=["f1", "recall", "accuracy"],
         pipeline_tag="text-generation",
-        tags=[run["model"]["method"], "peft", "text-classification", "conversational", "tweetdora"],
+        tags=[run.model.method, "peft", "text-classification", "conversational", "tweetdora"],
         widget=widget_examples(run, records.predictions) or None,
         eval_results=results,
     )

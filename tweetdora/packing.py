@@ -1,11 +1,16 @@
-"""Batches for training, in two forms that give the same loss: rows packed behind one prompt, or padded rows.
+"""Batches for training, in two forms that give the same loss: examples packed behind one prefix, or padded rows.
 
-Every row begins with the same system prompt. In a causal model the states of those tokens do not depend on what
-follows, so they need to be computed once in a batch, not once in a row; and the stop token at the end of a row is
+Every example begins with the same system prompt. In a causal model the states of those tokens do not depend on what
+follows, so they need to be computed once in a batch, not once in a row; and the stop token at the end of an example is
 predicted, but nothing is predicted from it:
 
-    padded   <system prompt> great day positive <stop>      packed   <system prompt> great day positive | rain negative
-             <pad> <system prompt> rain negative <stop>               └── prefix ──┘ └─── row 0 ──────┘   └── row 1 ──┘
+    padded         <system prompt> great day positive <stop>
+                   <pad> <system prompt> rain negative <stop>
+
+    shared prefix  <system prompt> great day positive | rain negative
+                   └── prefix ──┘ └─── row 0 ──────┘   └── row 1 ──┘
+
+TRL's and FlashAttention's packing is another thing: whole examples, one behind the other, the prompt in each.
 """
 
 from collections.abc import Sequence
@@ -26,7 +31,7 @@ class PackedCollator:
         attention_mask  [[[[1]]]]                     a place-holder, see below
         logits_to_keep  [2, 3, 5, 6]                  (K,), the tokens whose logits predict a supervised token
         labels          [8, 2, 9, 2]                  (K,)
-        row_ids         [4, 7]
+        example_ids         [4, 7]
         packing         prefix_length 2, row_count 2
                         to_padded   [0, 1, 0, 2, 3, 4]   (N * L,), own tokens of the N rows, padded to length L
                         is_padding  [0, 0, 1, 0, 0, 0]   (N * L,)
@@ -37,17 +42,20 @@ class PackedCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         prefix = shared_prefix_length(examples)
+        # Nothing is predicted from the last token, so it need not be computed.
         batch, starts = pack([example["input_ids"][:-1] for example in examples], prefix)
         keep, labels = [], []
         for example, start in zip(examples, starts, strict=True):
             for offset, label in enumerate(example["labels"][prefix:]):
                 if label != IGNORE_INDEX:
+                    # The token before predicts it. The head costs a token as much as several layers (eight in
+                    # SmolLM2-135M: 49,152 x 576 weights), so it is computed where there is loss only.
                     keep.append(start + offset - 1)
                     labels.append(label)
         return batch | {
             "logits_to_keep": torch.tensor(keep),
             "labels": torch.tensor(labels),
-            "row_ids": torch.tensor([example["row_id"] for example in examples]),
+            "example_ids": torch.tensor([example["example_id"] for example in examples]),
         }
 
 
@@ -60,12 +68,18 @@ def pack(rows: Sequence[list[int]], prefix: int) -> tuple[dict[str, Any], list[i
     own_lengths = [len(row) - prefix for row in rows]
     longest = max(own_lengths)
     input_ids, positions = list(rows[0][:prefix]), list(range(prefix))
-    starts, to_padded, is_padding, to_packed = [], [], [], []
+    starts: list[int] = []
+    to_padded: list[int] = []
+    is_padding: list[bool] = []
+    to_packed: list[int] = []
     for number, (row, length) in enumerate(zip(rows, own_lengths, strict=True)):
         start = len(input_ids)
         starts.append(start)
         input_ids += row[prefix:]
+        # A row goes on behind the prefix, not behind the row before it: it is computed as if it stood alone.
         positions += range(prefix, prefix + length)
+        # Index lists both ways, made once a batch: every layer regroups its states by them, and a gather is cheaper
+        # than padding and cutting row by row, forward and backward.
         to_padded += [*range(start - prefix, start - prefix + length), *[0] * (longest - length)]
         is_padding += [False] * length + [True] * (longest - length)
         to_packed += range(number * longest, number * longest + length)
@@ -91,6 +105,7 @@ def shared_prefix_length(examples: Sequence[dict[str, Any]]) -> int:
     The token before a row's first supervised one stays with its row: its logits are that row's.
     """
     first = examples[0]["input_ids"]
+    # Looked for in each batch, not read off the template: where all texts of a batch begin alike, that is shared too.
     limit = min(_first_supervised(example) - 1 for example in examples)
     for position in range(limit):
         if any(example["input_ids"][position] != first[position] for example in examples):
@@ -111,8 +126,8 @@ class PaddedCollator:
         attention_mask  [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]      (B, T)
         position_ids    [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]      (B, T)
         logits_to_keep  [2, 3]                                  (K,), the columns before the supervised ones
-        labels          [[8, 2], [9, 2]]                        (B, K), -100 where a shorter answer has no loss
-        row_ids         [4, 7]
+        labels          [[8, 2], [9, 2]]                        (B, K), -100 where a shorter completion has no loss
+        example_ids         [4, 7]
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -120,6 +135,7 @@ class PaddedCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         length = max(len(example["input_ids"]) for example in examples)
+        # Left padding lines the completions up in the last columns, so that one slice of logits serves all rows.
         supervised = max(len(example["labels"]) - _first_supervised(example) for example in examples)
         padding = [length - len(example["input_ids"]) for example in examples]
         rows = list(zip(examples, padding, strict=True))
@@ -127,10 +143,11 @@ class PaddedCollator:
         return {
             "input_ids": torch.tensor([[self.pad_token_id] * pad + row["input_ids"] for row, pad in rows]),
             "attention_mask": mask,
+            # Counted from a row's own first token; transformers would count the padding too.
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
             "logits_to_keep": torch.arange(length - supervised - 1, length - 1),
             "labels": torch.tensor([row["labels"][-supervised:] for row, _ in rows]),
-            "row_ids": torch.tensor([row["row_id"] for row, _ in rows]),
+            "example_ids": torch.tensor([row["example_id"] for row, _ in rows]),
         }
 
 

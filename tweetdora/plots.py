@@ -1,4 +1,4 @@
-"""Pictures of a run: loss and validation curves, confusion matrices before and after."""
+"""Plots of a run: loss and validation curves, and the confusion matrices of base and fine-tuned model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ matplotlib.use("Agg")  # files only: a training machine has no screen
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -18,6 +18,7 @@ _STYLE = {
     "savefig.dpi": 150,
     "axes.titlesize": 11,
 }
+SHOWN_NAMES = {"base": "base", "finetuned": "fine-tuned"}  # of the measured models, for people
 _BLUE, _ORANGE, _GREY = "#2166ac", "#d95f02", "#767676"
 
 
@@ -35,9 +36,9 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: str, title: str) 
             axes[0, 0].legend(frameon=False)
         if validation:
             shown = (("eval_macro_f1", _ORANGE, "macro-F1"), ("eval_parse_rate", _BLUE, "parse rate"))
-            for name, colour, label in (*shown, ("eval_stop_rate", _GREY, "stop rate")):
+            for name, colour, label in (*shown, ("eval_eos_rate", _GREY, "EOS rate")):
                 _curve(axes[0, 1], [(entry["step"], entry[name]) for entry in validation], colour, label, "o-")
-            axes[0, 1].set(xlabel="step", ylim=(0, 1.03), title="validation rows, answered by generation")
+            axes[0, 1].set(xlabel="step", ylim=(0, 1.03), title="validation examples, answered by generation")
             axes[0, 1].legend(frameon=False, loc="lower right")
         figure.savefig(path)
         plt.close(figure)
@@ -48,6 +49,11 @@ def _curve(axis: Any, points: Sequence[tuple[float, float]], colour: str, label:
         steps, values = zip(*points, strict=True)
         axis.plot(steps, values, style, color=colour, label=label, markersize=4)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 2.85
+
+
+def confusion_title(model: str, macro_f1: float) -> str:
+    """The title of a confusion matrix; `model` is "base" or "finetuned"."""
+    return f"{SHOWN_NAMES[model]}: macro-F1 {macro_f1:.3f}"
 
 
 def plot_confusion(matrix: Sequence[Sequence[int]], label_words: Sequence[str], path: str, title: str) -> None:

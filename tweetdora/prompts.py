@@ -1,98 +1,77 @@
-"""Token ids of prompts and answers in the base model's own chat template.
+"""Token ids of prompts and completions in the base model's own chat template.
 
-    head    <|im_start|>system\\nAnswer in one word.<|im_end|>\\n<|im_start|>user\\n
-    text    Great day!
-    tail    <|im_end|>\\n<|im_start|>assistant\\n
-    answer  positive<|im_end|>
+    head        <|im_start|>system\nAnswer in one word.<|im_end|>\n<|im_start|>user\n
+    text        Great day!
+    tail        <|im_end|>\n<|im_start|>assistant\n
+    completion  positive<|im_end|>
 
-Head, text and tail are the prompt. Loss is on the answer and on the stop token behind it, nothing else.
+Head, text and tail are the prompt. Loss is on the label word and on the stop token behind it, nothing else.
 """
 
 import bisect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from tweetdora.config import TaskConfig
-from tweetdora.data import Rows
+from tweetdora.data import Examples, data_record, first_text_per_label
 from tweetdora.errors import InputError
+from tweetdora.records import PromptFormat, TrainDataRecord, chat_messages
 
 IGNORE_INDEX = -100  # what torch.nn.functional.cross_entropy leaves out
 _TEXT_MARK = "THE-TEXT-STANDS-HERE"
 
 
-@dataclass
-class PromptFormat:
-    """The chat template of a base model around a text, as plain strings, so that a record can hold it.
+def read_prompt_format(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> PromptFormat:
+    """Read the format of prompts off the tokenizer's chat template.
 
-    `head` and `tail` are what stands before and after the text, up to where the answer begins; `answers` are what the
-    template writes for each label word, and `stop_token` is the token that it writes after an answer.
+    Raises:
+        InputError: there is no chat template, or it does not leave the text as it is.
     """
-
-    head: str
-    tail: str
-    answers: list[str]
-    stop_token: str
-    system_in_user_turn: bool
-
-    @classmethod
-    def from_template(cls, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> "PromptFormat":
-        """Read the format off the tokenizer's chat template.
-
-        Raises:
-            InputError: there is no chat template, or it does not leave the text as it is.
-        """
-        if not tokenizer.chat_template:
-            raise InputError(
-                f"--model_name_or_path {tokenizer.name_or_path} has no chat template; "
-                "choose an instruction-tuned (chat) model."
-            )
-        system_in_user_turn = not _takes_system_role(tokenizer, task.system_prompt)
-        messages = _messages(task.system_prompt, _TEXT_MARK, system_in_user_turn)
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if prompt.count(_TEXT_MARK) != 1:
-            raise InputError(f"the chat template of {tokenizer.name_or_path} does not repeat the user's text once.")
-        head, tail = prompt.split(_TEXT_MARK)
-        answers, stop_tokens = [], set()
-        for word in task.label_words:
-            answer, stop_token = _answer_in_template(tokenizer, messages, prompt, word)
-            answers.append(answer)
-            stop_tokens.add(stop_token)
-        return cls(head, tail, answers, stop_tokens.pop(), system_in_user_turn)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a record; PromptFormat(**record) reads it back."""
-        return asdict(self)
-
-    def messages(self, system_prompt: str, text: str) -> list[dict[str, str]]:
-        """The chat messages of a prompt, as apply_chat_template takes them."""
-        return _messages(system_prompt, text, self.system_in_user_turn)
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"--model_name_or_path {tokenizer.name_or_path} has no chat template; "
+            "choose an instruction-tuned (chat) model."
+        )
+    system_in_user_turn = not _takes_system_role(tokenizer, task.system_prompt)
+    messages = chat_messages(task.system_prompt, _TEXT_MARK, system_in_user_turn)
+    prompt = _render(tokenizer, messages, add_generation_prompt=True)
+    if prompt.count(_TEXT_MARK) != 1:
+        raise InputError(f"the chat template of {tokenizer.name_or_path} does not repeat the user's text once.")
+    head, tail = prompt.split(_TEXT_MARK)
+    completions, stop_tokens = [], set()
+    for word in task.label_words:
+        completion, stop_token = _completion_in_template(tokenizer, messages, prompt, word)
+        completions.append(completion)
+        stop_tokens.add(stop_token)
+    return PromptFormat(head, tail, completions, stop_tokens.pop(), system_in_user_turn)
 
 
-def _messages(system_prompt: str, text: str, system_in_user_turn: bool) -> list[dict[str, str]]:
-    if system_in_user_turn:
-        return [{"role": "user", "content": f"{system_prompt}\n\n{text}"}]
-    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": text}]
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """The chat as the template writes it."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 def _takes_system_role(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> bool:
     """Whether the template shows a system message; some refuse the role, some leave it out without a word."""
     try:
-        rendered = tokenizer.apply_chat_template(_messages(system_prompt, _TEXT_MARK, False), tokenize=False)
+        rendered = _render(tokenizer, chat_messages(system_prompt, _TEXT_MARK, False))
     except jinja2.TemplateError:
         return False
     return system_prompt.strip() in rendered
 
 
-def _answer_in_template(
+def _completion_in_template(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: str, word: str
 ) -> tuple[str, str]:
     """What the template writes for the answer `word`, and the stop token behind it."""
-    full = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": word}], tokenize=False)
+    full = _render(tokenizer, [*messages, {"role": "assistant", "content": word}])
     # Templates that open the answer with something of their own (an empty thought, say) do not continue the prompt.
     written = full[len(prompt) :] if full.startswith(prompt) else full[full.rindex(word) :]
     before, found, after = written.partition(word)
@@ -106,12 +85,12 @@ def _answer_in_template(
     return (before + word if not before.strip() else word), stop_token
 
 
-class Encoder:
-    """Token ids of prompts and answers: the same function for training, evaluation and publishing.
+class PromptTokenizer:
+    """Token ids of prompts and completions: the same function for training, evaluation and publishing.
 
     The ids are those of the rendered template tokenised as one text, with two exceptions. Text between the template's
     own special tokens is data: a special token spelled out in a tweet is taken apart into ordinary tokens. And the
-    answer's ids are appended to the prompt's, so that the border between them is where generation starts.
+    completion's ids are appended to the prompt's, so that the border between them is where generation starts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, max_length: int) -> None:
@@ -129,22 +108,22 @@ class Encoder:
         self._before_text = prompt_format.head[head_end:]
         self._after_text = prompt_format.tail[:tail_start]
         self.tail_ids = self._ids(prompt_format.tail[tail_start:])
-        self.stop_token_id = tokenizer.convert_tokens_to_ids(prompt_format.stop_token)
+        self.stop_token_id = cast(int, tokenizer.convert_tokens_to_ids(prompt_format.stop_token))
         # An unknown token has the id of <unk>, or None.
         if prompt_format.stop_token not in tokenizer.get_vocab():
             raise InputError(
                 f"the stop token {prompt_format.stop_token!r} is no token of {tokenizer.name_or_path}; the prompt "
                 "format belongs to another tokenizer."
             )
-        self.answer_ids = [self._answer_ids(answer) for answer in prompt_format.answers]
-        answer_length = max(map(len, self.answer_ids))
-        self.max_prompt_length = max_length - answer_length
+        self.completion_ids = [self._completion_ids(completion) for completion in prompt_format.completions]
+        completion_length = max(map(len, self.completion_ids))
+        self.max_prompt_length = max_length - completion_length
         around = len(self._around(self._spelled_out_ids("")))
         self._room_for_text = self.max_prompt_length - around
         if self._room_for_text < 1:
             raise InputError(
                 f"--max_length {max_length} leaves no room for the text: the prompt around it has {around} tokens "
-                f"and the longest answer {answer_length}. Give a larger --max_length or a shorter --system_prompt."
+                f"and the longest answer {completion_length}. Give a larger --max_length or a shorter --system_prompt."
             )
 
     def prompt_ids(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
@@ -198,11 +177,11 @@ class Encoder:
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
-    def _answer_ids(self, answer: str) -> list[int]:
-        """Ids of an answer and the stop token, tokenised behind the tail where that leaves the tail's ids alone."""
-        behind = self._ids(self.format.tail + answer)
+    def _completion_ids(self, completion: str) -> list[int]:
+        """Ids of a completion and the stop token, tokenised behind the tail where that leaves the tail's ids alone."""
+        behind = self._ids(self.format.tail + completion)
         tail = self._ids(self.format.tail)
-        apart = behind[len(tail) :] if behind[: len(tail)] == tail else self._ids(answer)
+        apart = behind[len(tail) :] if behind[: len(tail)] == tail else self._ids(completion)
         return [*apart, self.stop_token_id]
 
     def _ids(self, text: str) -> list[int]:
@@ -215,86 +194,99 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile(_any_of(token for token in tokens if token.strip()))
 
 
-def _any_of(words: Any) -> str:
+def _any_of(words: Iterable[str]) -> str:
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or r"(?!)"
 
 
-@dataclass
-class EncodedRows:
-    """Rows ready for the trainer: one dict of `input_ids`, `labels` and `row_id` a row, and what was counted."""
+@dataclass(frozen=True)
+class TokenizedExamples:
+    """Examples ready for the trainer: a dict of `input_ids`, `labels` and `example_id` for each."""
 
-    examples: list[dict[str, Any]]
-    cut_texts: int
+    features: list[dict[str, Any]]
+    truncated: int  # texts that did not fit
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows together."""
-        return sum(len(example["input_ids"]) for example in self.examples)
+        """Tokens of all examples together."""
+        return sum(len(feature["input_ids"]) for feature in self.features)
 
     @property
-    def row_tokens(self) -> dict[str, int]:
-        """How many tokens the shortest row has, the middle one, one longer than 95 % of the others, the longest."""
-        lengths = sorted(len(example["input_ids"]) for example in self.examples)
+    def sequence_lengths(self) -> dict[str, int]:
+        """Tokens of the shortest example, the middle one, one longer than 95 % of the others, the longest."""
+        lengths = sorted(len(feature["input_ids"]) for feature in self.features)
         places = {"shortest": 0.0, "median": 0.5, "95_percent": 0.95, "longest": 1.0}
         return {name: lengths[round(place * (len(lengths) - 1))] for name, place in places.items()}
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens that carry loss, of all rows together."""
-        return sum(label != IGNORE_INDEX for example in self.examples for label in example["labels"])
+        """Tokens that carry loss, of all examples together."""
+        return sum(label != IGNORE_INDEX for feature in self.features for label in feature["labels"])
 
 
-def encode_rows(rows: Rows, encoder: Encoder) -> EncodedRows:
-    """Token ids and labels of every row.
+def train_data_record(examples: Examples, tokenized: TokenizedExamples, label_words: list[str]) -> TrainDataRecord:
+    """What a record says of the training examples."""
+    return TrainDataRecord(
+        **asdict(data_record(examples, label_words)),
+        tokens=tokenized.tokens,
+        supervised_tokens=tokenized.supervised_tokens,
+        sequence_lengths=tokenized.sequence_lengths,
+        truncated=tokenized.truncated,
+        first_texts=first_text_per_label(examples, label_words),
+    )
 
-    With a prompt of ids 5 6 7 and an answer of ids 8 2 (2 the stop token):
+
+def tokenize_examples(examples: Examples, prompt_tokenizer: PromptTokenizer) -> TokenizedExamples:
+    """Token ids and labels of every example.
+
+    With a prompt of ids 5 6 7 and a completion of ids 8 2 (2 the stop token):
 
         input_ids  [5, 6, 7, 8, 2]
         labels     [-100, -100, -100, 8, 2]
 
     Raises:
-        InputError: a row would not end in the supervised stop token, or begins with more than one BOS token.
+        InputError: an example would not end in the supervised stop token, or begins with more than one BOS token.
     """
-    prompts, cut = encoder.prompt_ids(rows.texts)
-    examples = []
-    for row_id, prompt, label in zip(rows.ids, prompts, rows.classes, strict=True):
-        answer = encoder.answer_ids[label]
-        example = {
-            "input_ids": prompt + answer,
-            "labels": [IGNORE_INDEX] * len(prompt) + answer,
-            "row_id": row_id,
+    prompts, truncated = prompt_tokenizer.prompt_ids(examples.texts)
+    features = []
+    for example_id, prompt, label in zip(examples.example_ids, prompts, examples.labels, strict=True):
+        completion = prompt_tokenizer.completion_ids[label]
+        feature = {
+            "input_ids": prompt + completion,
+            "labels": [IGNORE_INDEX] * len(prompt) + completion,
+            "example_id": example_id,
         }
-        check_row(example, encoder)
-        examples.append(example)
-    return EncodedRows(examples, cut)
+        check_example(feature, prompt_tokenizer)
+        features.append(feature)
+    return TokenizedExamples(features, truncated)
 
 
-def check_row(example: dict[str, Any], encoder: Encoder) -> None:
-    """Refuse a row whose last supervised token is not the stop token, or that holds BOS twice.
+def check_example(feature: dict[str, Any], prompt_tokenizer: PromptTokenizer) -> None:
+    """Refuse an example whose last supervised token is not the stop token, or that holds BOS twice.
 
     A model that never sees its stop token supervised learns to go on after the answer, and a second BOS is one that
     generation would not have.
     """
-    bos = encoder.tokenizer.bos_token_id
-    if example["labels"][-1] != encoder.stop_token_id:
+    bos = prompt_tokenizer.tokenizer.bos_token_id
+    if feature["labels"][-1] != prompt_tokenizer.stop_token_id:
         raise InputError(
-            f"row {example['row_id']}: the last supervised token is {example['labels'][-1]}; expected the stop token "
-            f"{encoder.format.stop_token!r} ({encoder.stop_token_id}). The chat template does not fit the tokenizer."
+            f"example {feature['example_id']}: the last supervised token is {feature['labels'][-1]}; expected the "
+            f"stop token {prompt_tokenizer.format.stop_token!r} ({prompt_tokenizer.stop_token_id}). The chat template "
+            "does not fit the tokenizer."
         )
-    doubled = bos is not None and example["input_ids"][:2] == [bos, bos]
+    doubled = bos is not None and feature["input_ids"][:2] == [bos, bos]
     if doubled:
         raise InputError(
-            f"row {example['row_id']}: begins with two BOS tokens ({encoder.tokenizer.bos_token!r}); expected one at "
-            "most. The chat template writes one that the tokenizer adds too."
+            f"example {feature['example_id']}: begins with two BOS tokens ({prompt_tokenizer.tokenizer.bos_token!r}); "
+            "expected one at most. The chat template writes one that the tokenizer adds too."
         )
 
 
-def show_row(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """One row as text, its supervised tokens between 【 and 】."""
-    ids, labels = example["input_ids"], example["labels"]
+def show_example(feature: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """One example as text, its supervised tokens between 【 and 】."""
+    ids, labels = feature["input_ids"], feature["labels"]
     first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
     supervised = "".join(f"【{tokenizer.decode([token])}】" for token in ids[first:])
-    return tokenizer.decode(ids[:first]) + supervised
+    return f"{tokenizer.decode(ids[:first])}{supervised}"
 
 
 def stop_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase, stop_token_id: int) -> list[int]:

@@ -1,6 +1,6 @@
 """The way of a built folder to the Hub: look first, commit once, read it back.
 
-find_target     before any work: token, rights, name, what is there already
+inspect_repo    before any work: token, rights, name, what is there already
 publish         one commit on top of what was found; after a lost answer look, then decide
 read_back       every file by its hash, and the model itself from an empty cache
 """
@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,21 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from tweetdora.build import MAX_LOGIT_DIFFERENCE, Reference, differences, load_as_anyone, observe
+from tweetdora.build import (
+    MAX_LOGIT_DIFFERENCE,
+    Reference,
+    compare_outputs,
+    format_check,
+    load_vanilla,
+    logits_and_generations,
+)
 from tweetdora.config import PushConfig
-from tweetdora.errors import InputError
+from tweetdora.errors import HubError, InputError, ResourceError, VerificationError
+from tweetdora.records import Published, ReadBack
 
 # What the Hub's client raises when a server refuses or is not reached; hf_xet raises the built-in ConnectionError.
 HUB_ERRORS = (HTTPError, OSError)
-WAITS = (1.0, 2.0, 4.0, 0.0)  # seconds after each failed attempt to commit
+WAITS = (1.0, 2.0, 4.0)  # seconds before a failed commit is tried again
 # Statuses after which the same request can only fail again.
 _FINAL = (400, 401, 403, 404, 413, 422)
 # What a publish of ours may have left in a repository. Above all a root adapter_config.json: transformers would load
@@ -32,12 +40,12 @@ _FINAL = (400, 401, 403, 404, 413, 422)
 _OURS = re.compile(
     r"README\.md|model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetensors|chat_template\.jinja"
     r"|(config|generation_config|model\.safetensors\.index|adapter_config|tokenizer|tokenizer_config)\.json"
-    r"|adapter/adapter_(config\.json|model\.safetensors)|figures/[^/]+\.png"
+    r"|adapter/adapter_(config\.json|model\.safetensors)|(plots|figures)/[^/]+\.png"
 )
 
 
 @dataclass(frozen=True)
-class Target:
+class HubRepo:
     """A repository as it was found before the work began."""
 
     repo_id: str
@@ -48,33 +56,12 @@ class Target:
     create_pr: bool = False
 
 
-@dataclass
-class Published:
-    """What the Hub holds now."""
-
-    repo_id: str
-    commit: str
-    url: str
-    changed: bool  # False: it held these files already
-    pull_request: str | None = None
-    removed: list[str] = field(default_factory=list)
-    left_alone: list[str] = field(default_factory=list)
-
-    @property
-    def revision(self) -> str:
-        """Under what it can be read: a pull request's commit is reached by its own name."""
-        return self.pull_request or self.commit
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the record."""
-        return asdict(self)
-
-
-def find_target(repo_id: str, config: PushConfig) -> Target:
+def inspect_repo(repo_id: str, config: PushConfig) -> HubRepo:
     """Look at the repository, and refuse what could not be pushed to it.
 
     Raises:
-        InputError: no token, one that may not write, a name that is none, or a contradiction with what is there.
+        InputError: a name that is none, or a contradiction with what is there.
+        HubError: no token, or one that may not write.
     """
     try:
         validate_repo_id(repo_id)
@@ -87,9 +74,9 @@ def find_target(repo_id: str, config: PushConfig) -> Target:
         refs = api.list_repo_refs(repo_id)
     except RepositoryNotFoundError:
         _check_new(repo_id, user, config)
-        return Target(repo_id, exists=False, revision=config.revision)
+        return HubRepo(repo_id, exists=False, revision=config.revision)
     except HUB_ERRORS as error:
-        raise InputError(f"the Hub says of {repo_id}: {_said(error)}") from error
+        raise HubError(f"the Hub says of {repo_id}: {_said(error)}") from error
     if config.private and not info.private:
         raise InputError(
             f"--private true, but {repo_id} is public already, and a push would not change that. Make it private in "
@@ -99,33 +86,33 @@ def find_target(repo_id: str, config: PushConfig) -> Target:
         try:
             api.auth_check(repo_id, write=True)
         except HUB_ERRORS as error:
-            raise InputError(
+            raise HubError(
                 f"{user['name']} may not write to {repo_id} ({_said(error)}). Push to a repository of your own with "
                 f"--hub_model_id {user['name']}/{repo_id.split('/')[1]}, or propose the files with --create_pr true."
             ) from error
     if config.tag in [tag.name for tag in refs.tags]:
         raise InputError(f"--tag {config.tag} is there already in {repo_id}; give another, or delete it on the Hub.")
-    target = Target(repo_id, exists=True, revision=config.revision, create_pr=config.create_pr)
+    repo = HubRepo(repo_id, exists=True, revision=config.revision, create_pr=config.create_pr)
     if config.revision is not None and config.revision not in [branch.name for branch in refs.branches]:
-        return target  # _make_repository makes the branch
-    return _with_head(api, target)
+        return repo  # _make_repository makes the branch
+    return _with_head(api, repo)
 
 
 def _who_may_write(api: HfApi) -> dict[str, Any]:
     if get_token() is None:
-        raise InputError(
+        raise HubError(
             "no Hub token: run `hf auth login` or set HF_TOKEN (a token with write access). "
             "--dry_run true builds and checks the folder without one."
         )
     try:
         user = api.whoami()
     except HUB_ERRORS as error:
-        raise InputError(
+        raise HubError(
             f"the Hub does not take the token, or cannot be reached: {_said(error)}. Log in again with `hf auth "
             "login`, or build the folder with --dry_run true."
         ) from error
     if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
-        raise InputError(
+        raise HubError(
             f"the Hub token of {user['name']} may only read. Make one with write access at "
             f"{api.endpoint}/settings/tokens, then `hf auth login` or HF_TOKEN."
         )
@@ -144,15 +131,15 @@ def _check_new(repo_id: str, user: dict[str, Any], config: PushConfig) -> None:
         )
 
 
-def check_kind(target: Target, adapter_only: bool) -> None:
+def check_kind(repo: HubRepo, adapter_only: bool) -> None:
     """Refuse to put an adapter in a whole model's place: who loads that by AutoModel would get another model.
 
     Raises:
         InputError: the repository holds a model's weights.
     """
-    if adapter_only and {"model.safetensors", "model.safetensors.index.json"} & set(target.files):
+    if adapter_only and {"model.safetensors", "model.safetensors.index.json"} & set(repo.files):
         raise InputError(
-            f"--adapter_only true, but {target.repo_id} holds a whole model. Give the adapter a repository of its own "
+            f"--adapter_only true, but {repo.repo_id} holds a whole model. Give the adapter a repository of its own "
             "with --hub_model_id."
         )
 
@@ -161,29 +148,29 @@ def check_metadata(metadata: str) -> None:
     """Let the Hub look at the card's metadata, which it would refuse the commit for otherwise.
 
     Raises:
-        InputError: what the Hub's validator says.
+        HubError: what the Hub's validator says.
     """
     try:
         ModelCard(f"---\n{metadata}\n---\n").validate(repo_type="model")
     except ValueError as error:
-        raise InputError(
+        raise HubError(
             f"the Hub refuses the card's metadata: {_said(error)}. It comes from the base model's card and the run's "
             "record; --license sets the licence."
         ) from error
     except HUB_ERRORS as error:
-        raise InputError(f"the Hub could not be asked about the card's metadata: {_said(error)}.") from error
+        raise HubError(f"the Hub could not be asked about the card's metadata: {_said(error)}.") from error
 
 
 def check_free_space(folder: str, needed_bytes: int) -> None:
     """Refuse to begin where the model, or the copy of it that is read back, would not fit.
 
     Raises:
-        InputError: names the folder, what is free and what is needed.
+        ResourceError: names the folder, what is free and what is needed.
     """
     for place in dict.fromkeys([_nearest(folder), tempfile.gettempdir()]):
         free = shutil.disk_usage(place).free
         if free < needed_bytes:
-            raise InputError(
+            raise ResourceError(
                 f"{place} has {free / 1e9:.1f} GB free, and {needed_bytes / 1e9:.1f} GB are needed for the model. "
                 "Make room, or choose another --output_dir (TMPDIR for what is read back)."
             )
@@ -196,118 +183,127 @@ def _nearest(folder: str) -> str:
     return path
 
 
-def publish(folder: str, target: Target, message: str, private: bool) -> Published:
+def publish(folder: str, repo: HubRepo, message: str, private: bool) -> Published:
     """Make the repository's files those of the folder in one commit; what others put there is left alone.
 
     Raises:
-        InputError: nothing was published, or what is there is not known; it says which.
+        HubError: nothing was published, or what is there is not known; it says which.
     """
     api = HfApi()
     names = sorted(
         os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files
     )
-    target = _make_repository(api, target, private)
-    there = set(target.files) - set(names) - {".gitattributes"}
+    repo = _make_repository(api, repo, private)
+    there = set(repo.files) - set(names) - {".gitattributes"}
     removed = sorted(name for name in there if _OURS.fullmatch(name))
     additions = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names]
     try:
         api.preupload_lfs_files(
-            target.repo_id, additions, revision=target.revision, create_pr=target.create_pr, free_memory=False
+            repo.repo_id, additions, revision=repo.revision, create_pr=repo.create_pr, free_memory=False
         )
     except (*HUB_ERRORS, RuntimeError, ValueError) as error:
-        raise InputError(
-            _nothing_published(target, folder, f"uploading the large files failed: {_said(error)}")
+        raise HubError(
+            _nothing_published(repo, folder, f"uploading the large files failed: {_said(error)}")
         ) from error
-    info = _commit(api, folder, target, additions, removed, message)
+    landed = _commit(api, folder, repo, additions, removed, message)
     return Published(
-        repo_id=target.repo_id,
-        commit=info["commit"],
-        url=f"{api.endpoint}/{target.repo_id}/commit/{info['commit']}",
-        changed=info["commit"] != target.head,
-        pull_request=info.get("pull_request"),
+        repo_id=repo.repo_id,
+        commit=landed.commit,
+        url=f"{api.endpoint}/{repo.repo_id}/commit/{landed.commit}",
+        changed=landed.commit != repo.head,
+        pull_request=landed.pull_request,
         removed=removed,
         left_alone=sorted(there - set(removed)),
     )
 
 
-def _make_repository(api: HfApi, target: Target, private: bool) -> Target:
+def _make_repository(api: HfApi, repo: HubRepo, private: bool) -> HubRepo:
     """The repository and the branch, made where they are missing; with what is in them."""
     try:
-        if not target.exists:
-            api.create_repo(target.repo_id, private=private, exist_ok=True)
-        if target.revision is not None and target.head is None:
-            api.create_branch(target.repo_id, branch=target.revision, exist_ok=True)
+        if not repo.exists:
+            api.create_repo(repo.repo_id, private=private, exist_ok=True)
+        if repo.revision is not None and repo.head is None:
+            api.create_branch(repo.repo_id, branch=repo.revision, exist_ok=True)
     except HUB_ERRORS as error:
-        raise InputError(f"{target.repo_id} could not be made: {_said(error)}. Nothing was published.") from error
-    return target if target.head is not None else _with_head(api, target)
+        raise HubError(f"{repo.repo_id} could not be made: {_said(error)}. Nothing was published.") from error
+    return repo if repo.head is not None else _with_head(api, repo)
 
 
-def _with_head(api: HfApi, target: Target) -> Target:
-    """The target with what its branch holds now."""
+def _with_head(api: HfApi, repo: HubRepo) -> HubRepo:
+    """The repository with what its branch holds now."""
     try:
-        info = api.model_info(target.repo_id, revision=target.revision)
+        info = api.model_info(repo.repo_id, revision=repo.revision)
     except HUB_ERRORS as error:
-        raise InputError(f"the Hub says of {target.repo_id}: {_said(error)}. Nothing was published.") from error
-    return replace(target, exists=True, head=info.sha, files=tuple(file.rfilename for file in info.siblings or []))
+        raise HubError(f"the Hub says of {repo.repo_id}: {_said(error)}. Nothing was published.") from error
+    return replace(repo, exists=True, head=info.sha, files=tuple(file.rfilename for file in info.siblings or []))
+
+
+@dataclass(frozen=True)
+class _Landed:
+    """A commit that is on the Hub."""
+
+    commit: str
+    pull_request: str | None = None
 
 
 def _commit(
-    api: HfApi, folder: str, target: Target, additions: list[CommitOperationAdd], removed: list[str], message: str
-) -> dict[str, Any]:
-    """Commit on top of the head that was found; after a failure look at the head before anything else is done."""
-    operations = [*additions, *(CommitOperationDelete(name, is_folder=False) for name in removed)]
-    for wait in WAITS:
+    api: HfApi, folder: str, repo: HubRepo, additions: list[CommitOperationAdd], removed: list[str], message: str
+) -> _Landed:
+    """Commit on top of the head that was found; after a failure look at the head before anything else is done.
+
+    Four attempts at most. Asked a second time without looking, the Hub might hold the commit twice: an answer can be
+    lost on its way back.
+    """
+    operations: list[Any] = [*additions, *(CommitOperationDelete(name, is_folder=False) for name in removed)]
+    for wait in (*WAITS, None):
         try:
             done = api.create_commit(
-                target.repo_id,
+                repo.repo_id,
                 operations,
                 commit_message=message,
-                revision=target.revision,
-                create_pr=target.create_pr,
-                parent_commit=target.head,
+                revision=repo.revision,
+                create_pr=repo.create_pr,
+                parent_commit=repo.head,
             )
-            return {"commit": done.oid, "pull_request": done.pr_revision}
+            return _Landed(done.oid, done.pr_revision)
         except ValueError as error:  # above all the Hub's own check of the card
-            raise InputError(_nothing_published(target, folder, f"the Hub refuses it: {_said(error)}")) from error
-        except HUB_ERRORS as error:
-            failure = error
-        status = getattr(getattr(failure, "response", None), "status_code", None)
-        if status in _FINAL:
-            break
-        if landed := _after_failure(api, folder, target, failure):
-            return landed
-        if status == 412:
-            break
+            raise HubError(_nothing_published(repo, folder, f"the Hub refuses it: {_said(error)}")) from error
+        except HUB_ERRORS as failure:
+            status = getattr(getattr(failure, "response", None), "status_code", None)
+            if status not in _FINAL and (landed := _after_failure(api, folder, repo, failure)):
+                return landed
+            if status in _FINAL or status == 412 or wait is None:
+                raise HubError(_nothing_published(repo, folder, _said(failure))) from failure
         time.sleep(wait)
-    raise InputError(_nothing_published(target, folder, _said(failure))) from failure
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _after_failure(api: HfApi, folder: str, target: Target, failure: Exception) -> dict[str, Any] | None:
+def _after_failure(api: HfApi, folder: str, repo: HubRepo, failure: Exception) -> _Landed | None:
     """The commit if it landed although its answer was lost; None if the repository is as it was.
 
     Raises:
-        InputError: someone else's commit is there, or the Hub does not say.
+        HubError: someone else's commit is there, or the Hub does not say.
     """
     try:
-        if target.create_pr:
-            refs = api.list_repo_refs(target.repo_id, include_pull_requests=True).pull_requests or []
+        if repo.create_pr:
+            refs = api.list_repo_refs(repo.repo_id, include_pull_requests=True).pull_requests or []
             for ref in reversed(refs):
-                if not differing_files(api, folder, target.repo_id, ref.target_commit):
-                    return {"commit": ref.target_commit, "pull_request": ref.ref}
+                if not differing_files(api, folder, repo.repo_id, ref.target_commit):
+                    return _Landed(ref.target_commit, ref.ref)
             return None
-        head = api.model_info(target.repo_id, revision=target.revision).sha
-        if head == target.head:
+        head = api.model_info(repo.repo_id, revision=repo.revision).sha or ""
+        if head == repo.head:
             return None
-        if not differing_files(api, folder, target.repo_id, head):
-            return {"commit": head}
+        if not differing_files(api, folder, repo.repo_id, head):
+            return _Landed(head)
     except HUB_ERRORS as error:
-        raise InputError(
+        raise HubError(
             f"the answer to the commit was lost ({_said(failure)}), and the Hub does not say what it holds "
-            f"({_said(error)}). Look at {api.endpoint}/{target.repo_id}/commits; the same command again commits "
+            f"({_said(error)}). Look at {api.endpoint}/{repo.repo_id}/commits; the same command again commits "
             f"nothing twice. The folder {folder} is complete."
         ) from error
-    raise InputError(
-        f"someone else committed {head[:8]} to {target.repo_id} in the meantime. Nothing of yours was published; the "
+    raise HubError(
+        f"someone else committed {head[:8]} to {repo.repo_id} in the meantime. Nothing of yours was published; the "
         f"same command again goes on top of it. The folder {folder} is complete."
     ) from failure
 
@@ -318,8 +314,8 @@ def differing_files(api: HfApi, folder: str, repo_id: str, revision: str) -> lis
     return sorted([*(mismatch["path"] for mismatch in found.mismatches), *found.extra_paths])
 
 
-def _nothing_published(target: Target, folder: str, why: str) -> str:
-    return f"pushing to {target.repo_id} failed: {why}. Nothing was published. The folder {folder} is complete."
+def _nothing_published(repo: HubRepo, folder: str, why: str) -> str:
+    return f"pushing to {repo.repo_id} failed: {why}. Nothing was published. The folder {folder} is complete."
 
 
 def _said(error: Exception) -> str:
@@ -331,44 +327,67 @@ def add_tag(published: Published, tag: str) -> None:
     """Put a tag on the commit.
 
     Raises:
-        InputError: the Hub refused; the commit stays.
+        HubError: the Hub refused; the commit stays.
     """
     try:
         HfApi().create_tag(published.repo_id, tag=tag, revision=published.commit)
     except HUB_ERRORS as error:
-        raise InputError(
+        raise HubError(
             f"{published.url} is published, but --tag {tag} could not be put on it: {_said(error)}."
         ) from error
 
 
-def read_back(published: Published, folder: str, reference: Reference, device: torch.device) -> dict[str, Any]:
+def read_back(published: Published, folder: str, reference: Reference, device: torch.device) -> ReadBack:
     """Compare what the Hub holds with the folder, file by file, and what anyone loads from it with the folder's model.
 
     Raises:
-        InputError: something differs, or it could not be read.
+        VerificationError: something differs.
+        HubError: it could not be read.
     """
     api = HfApi()
     try:
         differing = differing_files(api, folder, published.repo_id, published.revision)
         if differing:
-            raise InputError(
+            raise VerificationError(
                 f"{published.url} does not hold what {folder} does: {', '.join(differing)}. Do not use it; push again."
             )
         with tempfile.TemporaryDirectory() as cache:  # empty, so that every file comes from the Hub
             where = {"revision": published.revision, "cache_dir": cache}
-            tokenizer, model = load_as_anyone(published.repo_id, reference.adapter_only, device, **where)
+            tokenizer, model = load_vanilla(published.repo_id, reference.adapter_only, device, **where)
     except HUB_ERRORS as error:
-        raise InputError(
+        raise HubError(
             f"{published.url} is published, but could not be read back: {_said(error)}. The same command again "
             "commits nothing new and checks it."
         ) from error
-    task, rows = reference.task, reference.rows
-    logits, answers = observe(model, tokenizer, reference.encoder, rows, task, reference.max_new_tokens)
-    difference, equal = differences(reference.found, (logits, answers))
-    if equal < len(answers) or not difference <= MAX_LOGIT_DIFFERENCE:
-        raise InputError(
-            f"{published.url} does not answer as {folder} does: {equal} of {len(answers)} answers are equal, logits "
+    found = logits_and_generations(
+        model,
+        tokenizer,
+        reference.prompt_tokenizer,
+        reference.examples,
+        reference.task,
+        reference.max_new_tokens,
+    )
+    check = compare_outputs(reference.outputs, found)
+    difference, equal, count = check.max_logit_difference, check.equal_generations, check.num_examples
+    if equal < count or not difference <= MAX_LOGIT_DIFFERENCE:
+        raise VerificationError(
+            f"{published.url} does not answer as {folder} does: {equal} of {count} answers are equal, logits "
             f"differ by up to {difference:.3g}. Do not use it."
         )
-    files = sum(len(names) for _, _, names in os.walk(folder))
-    return {"files": files, "rows": len(answers), "equal_answers": equal, "max_logit_difference": difference}
+    return ReadBack(**vars(check), files=sum(len(names) for _, _, names in os.walk(folder)))
+
+
+def format_published(published: Published, seen: ReadBack) -> str:
+    """What is on the Hub, in lines for a person."""
+    what = "Published" if published.changed else "Nothing to publish, it is there already"
+    lines = [
+        f"{what}: {published.url}",
+        f"Read back from an empty cache: {seen.files} files equal by hash, {format_check(seen)}",
+    ]
+    if published.pull_request:
+        lines.append(f"Pull request: revision {published.pull_request}")
+    if published.removed:
+        lines.append(f"Removed, from an earlier publish: {', '.join(published.removed)}")
+    if published.left_alone:
+        lines.append(f"Left alone, not ours: {', '.join(published.left_alone)}")
+    return "\n".join(lines)

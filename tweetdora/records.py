@@ -1,59 +1,513 @@
-"""Records: what a run leaves behind so that nobody types or guesses it later."""
+"""Records: what a run leaves behind so that nobody types or guesses it later. Written and read here only.
 
-import hashlib
-import importlib.metadata
+run.json                      RunRecord, train.py's
+evaluation/<split>.json       EvaluationRecord, evaluate.py's, and beside it a PredictionRecord for each example
+publish.json                  PublishRecord, push_to_hub.py's
+
+A file holds what its dataclass says, no field more or less, and the version of these dataclasses. The version before
+is still read: see `_from_version_2`.
+"""
+
+import dataclasses
 import json
 import os
-import platform
 import re
-import resource
-import shlex
-import subprocess
-import sys
-import time
-from typing import Any
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, make_dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import torch
-from accelerate.utils import gather_object
-
-from tweetdora.config import RUNS_DIR
+from tweetdora.config import RESULT_ARGUMENTS, RUNS_DIR, ModelConfig, TaskConfig, TrainConfig
+from tweetdora.device import Hardware
 from tweetdora.errors import InputError
+from tweetdora.files import file_sha256, read_json, write_json
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 RUN_FILE = "run.json"
 ADAPTER_DIR = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "wandb")
+PREDICTIONS = "predictions.jsonl"
+
+Interval = tuple[float, float]  # 95 %
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+Record = TypeVar("Record")
 
 
-def write_json(path: str, record: Any) -> None:
+# Where a result comes from
+
+
+@dataclass(frozen=True)
+class GitState:
+    """The state of the checkout: its commit, and the SHA-256 of how tracked code differs from it."""
+
+    commit: str
+    dirty: bool
+    changes_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Libraries, machine and code."""
+
+    python: str
+    platform: str
+    packages: dict[str, str]
+    hardware: Hardware
+    git: GitState | None
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A split of a data set; `revision` is the commit on the Hub."""
+
+    name: str
+    config: str | None
+    revision: str | None
+    local: bool
+    split: str
+
+    @property
+    def hub_id(self) -> str | None:
+        """The data set's name if it came from the Hub, not from a folder or a file, wherever that is now."""
+        return self.name if _HUB_ID.fullmatch(self.name) and not self.local else None
+
+    @property
+    def display_name(self) -> str:
+        """The data set's name for people: Hub id or folder name, and its configuration."""
+        name = self.hub_id or folder_name(self.name)
+        return f"{name} ({self.config})" if self.config else name
+
+
+@dataclass(frozen=True)
+class DataRecord(DataSource):
+    """The examples of a split that were used; `sha256` is over their texts and labels."""
+
+    num_examples: int
+    sha256: str
+    label_counts: dict[str, int]  # by label word
+
+
+@dataclass(frozen=True)
+class TrainDataRecord(DataRecord):
+    """The examples that were trained on, with what tokenising showed."""
+
+    tokens: int
+    supervised_tokens: int
+    sequence_lengths: dict[str, int]  # shortest, median, 95_percent, longest; in tokens
+    truncated: int  # texts that did not fit --max_length
+    first_texts: dict[str, str]  # by label word
+
+
+@dataclass(frozen=True)
+class BaseModelRecord:
+    """What tells one base model from another: the commit on the Hub, or the SHA-256 of a local folder's weights."""
+
+    name_or_path: str
+    revision: str | None
+    architecture: str
+    parameters: int
+    weights_sha256: dict[str, str] | None
+
+
+@dataclass(frozen=True)
+class BaseModelCard:
+    """What the base model's own card says, as far as it has one.
+
+    `converted_from` is the Hub id of the model that a local folder is a conversion of, `converted_file` the file that
+    it was made from. A card's `base_model` says less: it is the parent of a tuned model.
+    """
+
+    license: str | list[str] | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: str | list[str] | None = None
+    converted_from: str | None = None
+    converted_file: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """The chat template of a base model around a text, as plain strings.
+
+    `head` and `tail` are what stands before and after the text, up to where the completion begins; `completions` are
+    what the template writes for each label word, and `stop_token` is the token that it writes after one.
+    """
+
+    head: str
+    tail: str
+    completions: list[str]
+    stop_token: str
+    system_in_user_turn: bool
+
+    def messages(self, system_prompt: str, text: str) -> list[dict[str, str]]:
+        """The chat messages of a prompt, as apply_chat_template takes them."""
+        return chat_messages(system_prompt, text, self.system_in_user_turn)
+
+
+def chat_messages(system_prompt: str, text: str, system_in_user_turn: bool) -> list[dict[str, str]]:
+    """The chat messages of a prompt; some templates take no system message."""
+    if system_in_user_turn:
+        return [{"role": "user", "content": f"{system_prompt}\n\n{text}"}]
+    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": text}]
+
+
+# Training
+
+if TYPE_CHECKING:
+    TrainingSettings = Any
+else:
+    # A field for each flag that makes the result: config.py's annotations say which these are.
+    TrainingSettings = make_dataclass("TrainingSettings", [(name, Any) for name in RESULT_ARGUMENTS], frozen=True)
+
+
+def training_settings(training: TrainConfig) -> TrainingSettings:
+    """The settings of a training that make its result, enumerations as the words that a flag takes."""
+    values = {name: getattr(training, name) for name in RESULT_ARGUMENTS}
+    return TrainingSettings(**{name: getattr(value, "value", value) for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """The adapter: its size, the SHA-256 of its random start, and that of its weights' file once they are written."""
+
+    trainable_parameters: int
+    start_sha256: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class TrackerRecord:
+    """The W&B run; `url` is None offline, `entity` None for the user's own."""
+
+    id: str
+    mode: str
+    url: str | None
+    project: str
+    entity: str | None
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished training took and left; `peak_memory_bytes` by process, gpu0, …"""
+
+    finished: str
+    steps: int
+    seconds: float
+    train_loss: float
+    peak_memory_bytes: dict[str, int]
+    log_history: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A training: what is known before its first step, and its result."""
+
+    name: str
+    status: Literal["planned", "started", "interrupted", "diverged", "finished"]
+    created: str
+    command: str
+    task: TaskConfig
+    model: ModelConfig
+    training: TrainingSettings
+    device: str
+    precision_reason: str
+    max_new_tokens: int
+    hub_model_id: str | None
+    base_model: BaseModelRecord
+    base_model_card: BaseModelCard
+    prompt_format: PromptFormat
+    adapter: AdapterRecord
+    train_data: TrainDataRecord
+    validation_data: DataRecord | None
+    steps: int
+    environment: Environment
+    mismatches: list[str] = dataclasses.field(default_factory=list)  # what was otherwise when the run was resumed
+    tracker: TrackerRecord | None = None
+    result: TrainingResult | None = None
+
+    @property
+    def base_hub_id(self) -> str | None:
+        """The base model's Hub id; for a local folder the one that its card says it is a conversion of."""
+        if not self.base_model.weights_sha256:  # recorded of a local folder only
+            return self.base_model.name_or_path
+        name = self.base_model_card.converted_from or ""
+        return name if _HUB_ID.fullmatch(name) else None
+
+    @property
+    def base_display_name(self) -> str:
+        """The base model's Hub id, or its folder's name where it has none."""
+        return self.base_hub_id or folder_name(self.base_model.name_or_path)
+
+
+# Evaluation
+
+
+@dataclass(frozen=True)
+class LabelMetrics:
+    """Scores of one label; `support` is the number of its examples."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The scores of generated answers.
+
+    `parse_rate`: share that names a label word. `exact_match`: share that is a label word and nothing else.
+    `eos_rate`: share that ended with a stop token. `confusion_matrix`: labels by answers, unparsed ones last.
+    """
+
+    num_examples: int
+    macro_f1: float
+    macro_recall: float
+    accuracy: float
+    parse_rate: float
+    exact_match: float
+    eos_rate: float
+    per_label: dict[str, LabelMetrics]
+    confusion_matrix: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """95 % intervals of scores; `per_label_f1` in the label words' order."""
+
+    macro_f1: Interval
+    macro_recall: Interval
+    accuracy: Interval
+    per_label_f1: list[Interval]
+
+
+@dataclass(frozen=True)
+class LengthBand:
+    """Accuracy on texts of so many characters, from and to."""
+
+    characters: tuple[int, int]
+    num_examples: int
+    accuracy: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class ModelMetrics(Metrics):
+    """What was measured of one model."""
+
+    intervals: Intervals
+    by_length: list[LengthBand]
+    seconds: float
+    samples_per_second: float
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What guessing scores."""
+
+    macro_f1: float
+    macro_recall: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class MajorityBaseline(Baseline):
+    """What it scores to answer always with the most frequent label."""
+
+    label: str
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What any model is to be compared with."""
+
+    uniform: Baseline
+    majority: MajorityBaseline
+
+
+@dataclass(frozen=True)
+class MetricDifference:
+    """Fine-tuned minus base, on the same examples."""
+
+    difference: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Examples that became right (`fixed`) and wrong (`broken`), and the exact test's p-value."""
+
+    fixed: int
+    broken: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The fine-tuned model compared with the base."""
+
+    macro_f1: MetricDifference
+    macro_recall: MetricDifference
+    accuracy: MetricDifference
+    mcnemar: McNemar
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How the intervals were drawn."""
+
+    samples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """A measurement: of a run or an adapter (`base` and `finetuned`), or of a model alone (`base`)."""
+
+    created: str
+    command: str
+    kind: Literal["run", "adapter", "model"]
+    split: str
+    data: DataRecord
+    label_words: list[str]
+    precision: str
+    max_new_tokens: int
+    bootstrap: Bootstrap
+    base_model: BaseModelRecord
+    prompt_format: PromptFormat
+    adapter_sha256: str | None
+    base: ModelMetrics
+    finetuned: ModelMetrics | None
+    difference: Difference | None
+    baselines: Baselines
+    environment: Environment
+
+    @property
+    def models(self) -> dict[str, ModelMetrics]:
+        """What was measured, by name: base, and finetuned where there is one."""
+        return {"base": self.base} | ({"finetuned": self.finetuned} if self.finetuned else {})
+
+
+@dataclass(frozen=True)
+class GenerationRecord:
+    """An answer: its text, the label word found in it, and whether it ended with a stop token."""
+
+    text: str
+    predicted: str | None
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class PredictionRecord:
+    """The answers to one example; a line of predictions.jsonl."""
+
+    example_id: int
+    text: str
+    label: str
+    base: GenerationRecord
+    finetuned: GenerationRecord | None
+
+
+# Publishing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How like two models answer: the same answers, and how far the logits of the first token are apart."""
+
+    num_examples: int
+    equal_generations: int
+    max_logit_difference: float
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the Hub holds."""
+
+    repo_id: str
+    commit: str
+    url: str
+    changed: bool  # False: it held these files already
+    pull_request: str | None
+    removed: list[str]
+    left_alone: list[str]
+
+    @property
+    def revision(self) -> str:
+        """Under what it can be read: a pull request's commit is reached by its own name."""
+        return self.pull_request or self.commit
+
+
+@dataclass(frozen=True)
+class ReadBack(Comparison):
+    """What reading it back has shown; `files` were equal by hash."""
+
+    files: int
+
+
+@dataclass(frozen=True)
+class PublishRecord:
+    """What the Hub holds after a publish, and what reading it back has shown; None: not read back yet."""
+
+    created: str
+    command: str
+    published: Published
+    read_back: ReadBack | None
+    environment: Environment
+
+
+# Writing and reading
+
+
+def write_record(path: str, record: Any) -> None:
     """Write a record so that a reader finds either the old file or the whole new one."""
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    beside = f"{path}.{os.getpid()}.part"
-    with open(beside, "w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
+    write_json(path, {"record_version": RECORD_VERSION, **dataclasses.asdict(record)})
 
 
-def read_json(path: str) -> Any:
+def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Record:
     """Read a record.
 
     Raises:
-        InputError: the file is missing or is not JSON.
+        InputError: the file is missing, is not JSON, is of a version that is not read, or does not hold what `kind`
+            says.
+    """
+    value = read_json(path)
+    version = value.pop("record_version", None) if isinstance(value, dict) else None
+    if not isinstance(version, int) or not oldest_version <= version <= RECORD_VERSION:
+        older = f" and version {oldest_version}" if oldest_version < RECORD_VERSION else ""
+        raise InputError(
+            f"{path} has record version {version}; this code reads version {RECORD_VERSION}{older}. Use the state of "
+            "tweetdora that wrote it, or make it again."
+        )
+    return decode(kind, value if version == RECORD_VERSION else _from_version_2(kind, value), path)
+
+
+def write_predictions(path: str, predictions: Iterable[PredictionRecord]) -> None:
+    """Write one JSON line for each example."""
+    with open(path, "w", encoding="utf-8") as stream:
+        for prediction in predictions:
+            stream.write(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) + "\n")
+
+
+def read_predictions(path: str) -> list[PredictionRecord]:
+    """Read the lines that write_predictions wrote, in their order.
+
+    Raises:
+        InputError: the file is missing, or a line is not what it should be.
     """
     try:
         with open(path, encoding="utf-8") as stream:
-            return json.load(stream)
+            lines = [json.loads(line) for line in stream]
     except FileNotFoundError:
         raise InputError(f"{path} is missing.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); it was changed or cut.") from None
+        raise InputError(f"{path} has a line that is not JSON ({error}); it was cut.") from None
+    if lines and "example_id" not in lines[0]:
+        lines = [_from_version_2(PredictionRecord, line) for line in lines]
+    return [decode(PredictionRecord, line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def read_run(run_dir: str) -> dict[str, Any]:
+def read_run(run_dir: str) -> RunRecord:
     """The record of a finished run.
 
     Raises:
@@ -65,148 +519,133 @@ def read_run(run_dir: str) -> dict[str, Any]:
         known = f"Run folders here: {', '.join(os.path.join(RUNS_DIR, name) for name in runs)}." if runs else ""
         why = f"it has no {RUN_FILE}" if os.path.isdir(run_dir) else "there is no such folder"
         raise InputError(f"{run_dir} is not a run folder: {why}. Train first with train.py. {known}".rstrip())
-    run = read_json(path)
-    if run.get("record_version") != RECORD_VERSION:
+    run = read_record(RunRecord, path)
+    if run.status != "finished" or run.result is None:
         raise InputError(
-            f"{path} has record version {run.get('record_version')}; this code reads version {RECORD_VERSION}."
-        )
-    if run["status"] != "finished":
-        raise InputError(
-            f"the run in {run_dir} is {run['status']}, not finished. Go on with its train.py command and "
+            f"the run in {run_dir} is {run.status}, not finished. Go on with its train.py command and "
             "--resume_from_checkpoint true."
         )
     weights = os.path.join(run_dir, ADAPTER_DIR, ADAPTER_WEIGHTS)
     if not os.path.isfile(weights):
         raise InputError(f"{weights} is missing; the run record says that the run finished with it.")
-    if file_sha256(weights) != run["adapter"]["sha256"]:
+    if file_sha256(weights) != run.adapter.sha256:
         raise InputError(f"{weights} is not the adapter that {path} describes: its SHA-256 differs.")
     return run
+
+
+def run_status(run_dir: str) -> str | None:
+    """How far the run in a folder came, whatever its record's version; None where there is no record."""
+    path = os.path.join(run_dir, RUN_FILE)
+    return read_json(path)["status"] if os.path.exists(path) else None
 
 
 def _folders(path: str) -> list[str]:
     return os.listdir(path) if os.path.isdir(path) else []
 
 
-def file_sha256(path: str) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def folder_name(path: str) -> str:
+    """The last part of a path: what of it may be told to others."""
+    return os.path.basename(os.path.normpath(path))
 
 
-def tensors_sha256(named_tensors: list[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, shapes and values of tensors; used to name an adapter's random start."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named_tensors):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """`value`, as JSON gives it, as an object of the type `kind`.
 
+    >>> decode(Bootstrap, {"samples": 10, "seed": 0}, "test.json")
+    Bootstrap(samples=10, seed=0)
 
-def environment() -> dict[str, Any]:
-    """Versions, hardware and the state of the code, without anything that names a user or a path."""
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "hardware": hardware(),
-        "git": git_state(),
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores, memory and GPUs."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": _cpu_name(), "cores": cpu_cores(), "memory_bytes": memory, "gpus": gpus}
-
-
-def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def use_cpu_threads(device: torch.device, processes: int, threads: int = 0) -> int:
-    """Give this process its share of the cores when it computes on the CPU; the number of threads it then uses.
-
-    accelerate launch and torchrun set OMP_NUM_THREADS=1 unless told otherwise, which leaves all cores but one idle.
+    Raises:
+        InputError: a field is missing, unknown or of another type; `where` and the field's path name it.
     """
-    if device.type == "cpu":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        torch.set_num_threads(threads or max(1, cpu_cores() // here))
-    return torch.get_num_threads()
+    origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _decode_fields(kind, value, where)
+    if origin in (Union, types.UnionType):
+        options = [option for option in arguments if option is not type(None)]
+        if value is None and len(options) < len(arguments):
+            return None
+        if len(options) == 1:
+            return decode(options[0], value, where)
+        for option in options:
+            if isinstance(value, get_origin(option) or option):
+                return decode(option, value, where)
+    elif origin is list and isinstance(value, list):
+        return [decode(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value)]
+    elif origin is tuple and isinstance(value, list) and len(value) == len(arguments):
+        return tuple(decode(part, item, where) for part, item in zip(arguments, value, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif kind is Any or (origin is Literal and value in arguments) or type(value) is kind:  # True is no int
+        return value
+    elif kind is float and type(value) is int:  # other programs write 1.0 as 1
+        return float(value)
+    expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
+    raise InputError(f"{where} is {value!r}; expected {expected}. The file was changed, or other code wrote it.")
 
 
-def _cpu_name() -> str:
-    if os.path.isfile("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            for line in stream:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def _decode_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
+    hints, names = get_type_hints(kind), [item.name for item in dataclasses.fields(kind)]
+    for what, wrong in (("no", [*filter(lambda n: n not in value, names)]), ("unknown", [*value.keys() - {*names}])):
+        if wrong:
+            raise InputError(
+                f"{where} has {what} {', '.join(sorted(wrong))}; expected exactly the fields of {kind.__name__}. The "
+                "file was changed, or other code wrote it."
+            )
+    return kind(**{name: decode(hints[name], value[name], f"{where}.{name}") for name in names})
 
 
-def git_state() -> dict[str, Any] | None:
-    """Commit, whether the work tree differs from it, the SHA-256 of how its code does; None outside a checkout."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    try:
-        commit = _git(here, "rev-parse", "HEAD")
-        dirty = bool(_git(here, "status", "--porcelain", "--untracked-files=no"))
-        changes = _git(here, "diff", "HEAD", "--", "*.py")
-        digest = hashlib.sha256(changes.encode()).hexdigest() if changes else None
-        return {"commit": commit, "dirty": dirty, "changes_sha256": digest}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+# Names of record version 2 that are others now.
+_RENAMED = {
+    "after": "finetuned",
+    "answer": "text",
+    "answers": "completions",
+    "base": "base_model",
+    "base_card": "base_model_card",
+    "before": "base",
+    "changes": "mismatches",
+    "class_counts": "label_counts",
+    "cut_texts": "truncated",
+    "equal_answers": "equal_generations",
+    "eval_exact_rate": "eval_exact_match",
+    "eval_stop_rate": "eval_eos_rate",
+    "exact_rate": "exact_match",
+    "examples": "first_texts",
+    "n": "num_examples",
+    "per_class": "per_label",
+    "per_class_f1": "per_label_f1",
+    "reference_lines": "baselines",
+    "row": "example_id",
+    "row_tokens": "sequence_lengths",
+    "rows": "num_examples",
+    "stop_rate": "eos_rate",
+    "tweets_per_second": "samples_per_second",
+}
+_KEYED_BY_LABEL = ("class_counts", "examples", "per_class")  # a label word may be any of the names above
 
 
-def _git(folder: str, *words: str) -> str:
-    done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True, timeout=30)
-    return done.stdout.strip()
+def _from_version_2(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 2 under today's names; what it left out where there was nothing to say is None."""
 
+    def rename(found: Any, by_label: bool = False) -> Any:
+        """`found` with its keys renamed, at every depth."""
+        if isinstance(found, list):
+            return [rename(item) for item in found]
+        if not isinstance(found, dict):
+            return found
+        return {
+            name if by_label else _RENAMED.get(name, name): rename(item, not by_label and name in _KEYED_BY_LABEL)
+            for name, item in found.items()
+        }
 
-def command_line() -> str:
-    """How this script was started: launcher, script and flags, quoted for a shell.
-
-    Absolute paths would tell a user's name, and mean nothing elsewhere: those inside the working folder are made
-    relative to it, of others the last part is kept.
-    """
-    launcher = ["python"]
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch always sets it
-        processes = os.environ.get("WORLD_SIZE", "1")
-        launcher = ["accelerate", "launch", *([] if processes == "1" else ["--num_processes", processes])]
-        if os.environ["ACCELERATE_MIXED_PRECISION"] != "no":
-            launcher += ["--mixed_precision", os.environ["ACCELERATE_MIXED_PRECISION"]]
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *map(without_folders, sys.argv[1:])])
-
-
-def without_folders(word: str) -> str:
-    """A word of a command without what only this machine has in its paths."""
-    flag, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
-    if os.path.isabs(path) and (os.path.exists(path) or not re.search(r"\s", path)):  # no prompt that begins with /
-        inside = os.path.relpath(path)
-        path = os.path.basename(os.path.normpath(path)) if inside.startswith(os.pardir) else inside
-    return flag + equals + path
-
-
-def peak_memory_bytes() -> dict[str, int]:
-    """Highest resident memory of a process, and of each GPU's allocator: the largest figures of all processes.
-
-    All processes must call it.
-    """
-    peaks = gather_object([_own_peak_memory_bytes()])
-    return {name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]}
-
-
-def _own_peak_memory_bytes() -> dict[str, int]:
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    for index in range(torch.cuda.device_count()):
-        peak[f"gpu{index}"] = torch.cuda.max_memory_allocated(index)
-    return peak
-
-
-def utc_now() -> str:
-    """The time of day in UTC, to the second, in ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    new = rename(value)
+    if kind is RunRecord:
+        new = {"tracker": None, "result": None, **new}
+        new["adapter"] = {"sha256": None, **new["adapter"]}
+        new["base_model_card"] = dataclasses.asdict(BaseModelCard(**new["base_model_card"]))
+        if new["training"]["batching"] == "packed":
+            new["training"]["batching"] = "shared_prefix"
+    if kind in (EvaluationRecord, PredictionRecord):
+        if "base" not in new:  # a model alone was what came after
+            new["base"] = new.pop("finetuned")
+        new = {"finetuned": None, **({"difference": None} if kind is EvaluationRecord else {}), **new}
+    return new

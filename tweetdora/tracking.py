@@ -1,20 +1,23 @@
 """Weights & Biases: one run per training, offline when there is no login, never a prompt."""
 
+import logging
 import netrc
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import wandb
 
-from tweetdora.data import Rows
-from tweetdora.generation import UNPARSED, Answer
+from tweetdora.data import Examples
+from tweetdora.generation import UNPARSED, Generation
+from tweetdora.records import TrackerRecord
 
+log = logging.getLogger(__name__)
 UNPARSED_NAME = "unparsed"
 # How long a server that does not answer may keep a training from its start, and its end from being told.
 _INIT_SECONDS, _FINISH_SECONDS = 30.0, 60.0
-SAMPLE_ROWS = 50  # rows of the table of sample answers
+SAMPLE_ROWS = 50  # rows of the table of generations
 
 
 def wandb_mode() -> tuple[str, str]:
@@ -34,24 +37,21 @@ def wandb_mode() -> tuple[str, str]:
 
 
 def start_wandb(
-    run_dir: str, name: str, config: dict[str, Any], tracker: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    run_dir: str, name: str, config: dict[str, Any], tracker: TrackerRecord | None = None
+) -> TrackerRecord:
     """Open the W&B run that the Trainer's callback then uses.
 
     `tracker`, what an earlier call returned, continues that run where it lies, whatever the environment says now.
 
     A server that cannot be reached stops no training: the run is kept offline then, and a line says so.
-
-    Returns what the run's record keeps: id, mode, address (None offline), project, and entity (None: the user's own).
     """
     mode, _ = wandb_mode()
-    tracker = tracker or {}
-    settings = {
-        "project": tracker.get("project") or os.environ.get("WANDB_PROJECT", "tweetdora"),
-        "entity": tracker.get("entity"),
+    settings: dict[str, Any] = {
+        "project": tracker.project if tracker else os.environ.get("WANDB_PROJECT", "tweetdora"),
+        "entity": tracker.entity if tracker else None,
         "name": name,
         "dir": run_dir,
-        "id": tracker.get("id"),
+        "id": tracker.id if tracker else None,
         "resume": "allow" if tracker else None,
         "config": config,
         "settings": wandb.Settings(
@@ -59,30 +59,33 @@ def start_wandb(
         ),
     }
     try:
-        run = wandb.init(mode=mode, **settings)
+        run = wandb.init(mode=cast(Any, mode), **settings)  # whatever WANDB_MODE says
     except wandb.Error as error:
         if mode == "offline":
             raise
         reason = " ".join(str(error).split())[:200]
         wandb.teardown()  # its service holds the id of the run that it could not begin
         mode, run = "offline", wandb.init(mode="offline", **settings)
-        print(f"note: W&B does not take the run ({reason}). It is kept here; {_sync(run)} sends it.")
+        log.warning("note: W&B does not take the run (%s). It is kept here; %s sends it.", reason, _sync(run))
     url = run.url if mode == "online" else None
-    return {"id": run.id, "mode": mode, "url": url, "project": run.project, "entity": run.entity or None}
+    return TrackerRecord(id=run.id, mode=mode, url=url, project=run.project, entity=run.entity or None)
 
 
-def log_answers(prefix: str, rows: Rows, answers: Sequence[Answer], label_words: Sequence[str], step: int) -> None:
-    """Log a confusion matrix and a table of the first answers to the open W&B run."""
+def log_generations(
+    prefix: str, examples: Examples, generations: Sequence[Generation], label_words: Sequence[str], step: int
+) -> None:
+    """Log a confusion matrix and a table of the first generations to the open W&B run."""
     names = [*label_words, UNPARSED_NAME]
-    predictions = [len(label_words) if answer.predicted == UNPARSED else answer.predicted for answer in answers]
-    table = wandb.Table(columns=["row", "text", "label", "answer", "predicted", "stopped"])
-    shown = list(zip(rows.ids, rows.texts, rows.classes, answers, predictions, strict=True))[:SAMPLE_ROWS]
-    for row_id, text, label, answer, predicted in shown:
-        table.add_data(row_id, text, label_words[label], answer.text, names[predicted], answer.stopped)
+    predictions = [len(label_words) if found.predicted == UNPARSED else found.predicted for found in generations]
+    table = wandb.Table(columns=["example_id", "text", "label", "generation", "predicted", "stopped"])
+    ids, texts, labels = examples.example_ids, examples.texts, examples.labels
+    shown = list(zip(ids, texts, labels, generations, predictions, strict=True))[:SAMPLE_ROWS]
+    for example_id, text, label, found, predicted in shown:
+        table.add_data(example_id, text, label_words[label], found.text, names[predicted], found.stopped)
     matrix = wandb.plot.confusion_matrix(
-        y_true=rows.classes, preds=predictions, class_names=names, title=f"{prefix}, step {step}"
+        y_true=labels, preds=predictions, class_names=names, title=f"{prefix}, step {step}"
     )
-    wandb.log({f"{prefix}/confusion_matrix": matrix, f"{prefix}/answers": table, "train/global_step": step})
+    wandb.log({f"{prefix}/confusion_matrix": matrix, f"{prefix}/generations": table, "train/global_step": step})
 
 
 def finish_wandb(summary: dict[str, Any] | None = None, exit_code: int = 0) -> None:
@@ -95,7 +98,7 @@ def finish_wandb(summary: dict[str, Any] | None = None, exit_code: int = 0) -> N
         wandb.finish(exit_code=exit_code)
     except TimeoutError:
         waited = f"{_FINISH_SECONDS:.0f} s"
-        print(f"note: W&B did not take all of the run in {waited}. It is whole here; {_sync(run)} sends it.")
+        log.warning("note: W&B did not take all of the run in %s. It is whole here; %s sends it.", waited, _sync(run))
 
 
 def _sync(run: Any) -> str:

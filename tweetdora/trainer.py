@@ -1,16 +1,16 @@
-"""The Trainer: loss on answers only, validation by generation, and checkpoints that are whole or not there."""
+"""The Trainer: loss on completions only, validation by generation, and checkpoints that are whole or not there."""
 
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
@@ -18,57 +18,67 @@ from tweetdora.attention import check_packable
 from tweetdora.callbacks import (
     EvaluationStopped,
     LogBeforeCheckpoint,
-    MakeUpForEvaluation,
-    StopOnBrokenGradient,
+    RunMissedEvaluation,
+    StopOnNonFiniteGradient,
     StopOnSignal,
-    TrainingDiverged,
     after_divergence,
 )
 from tweetdora.checkpoints import SAVING_DIR, clear_unfinished, last_whole_checkpoint, publish_checkpoint
-from tweetdora.config import TaskConfig
-from tweetdora.data import Rows
-from tweetdora.errors import InputError
-from tweetdora.generation import Answer, answer_rows
-from tweetdora.metrics import measure
+from tweetdora.config import TaskConfig, TrainConfig
+from tweetdora.data import Examples
+from tweetdora.errors import DivergedError, ResourceError
+from tweetdora.generation import Generation, generate_all
+from tweetdora.metrics import compute_metrics
 from tweetdora.modeling import save_adapter
 from tweetdora.packing import PackedCollator, PaddedCollator, token_count
-from tweetdora.prompts import IGNORE_INDEX, Encoder, encode_rows
+from tweetdora.prompts import IGNORE_INDEX, PromptTokenizer, tokenize_examples
 
-# Validation figures that go to the log and the tracker while training.
-LOGGED_SCORES = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_rate", "stop_rate")
+# Validation metrics that go to the log and the tracker while training.
+LOGGED_SCORES = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_match", "eos_rate")
 
 
-class AnswerTrainer(Trainer):
-    """transformers' Trainer for rows of prompt and answer.
+class ClassificationTrainer(Trainer):
+    """transformers' Trainer for examples of prompt and completion.
 
     - The logits are computed only for the columns that carry loss, and in float32.
     - The loss is a sum over supervised tokens divided by their number in the whole optimizer step, over all processes
       and accumulation steps, so that the split of a batch does not change it.
-    - evaluate() answers the validation rows by generation.
+    - evaluate() answers the validation examples by generation.
     - A checkpoint holds the adapter, not the base, and is whole or not there (checkpoints.py).
     - A validation that a signal cut off, or that a stop skipped, is made up for when the run goes on.
     """
 
+    args: TrainConfig
+    model: PeftModel
+    processing_class: PreTrainedTokenizerBase
+    eval_dataset: Any
+
     def __init__(
-        self, *, task: TaskConfig, encoder: Encoder, validation_rows: Rows | None, **trainer_arguments: Any
+        self,
+        *,
+        task: TaskConfig,
+        prompt_tokenizer: PromptTokenizer,
+        validation_examples: Examples | None,
+        **trainer_arguments: Any,
     ) -> None:
-        packed = trainer_arguments["args"].batching == "packed"
-        collator = PackedCollator() if packed else PaddedCollator(pad_token_id=encoder.stop_token_id)
-        validation = encode_rows(validation_rows, encoder).examples if validation_rows else None
+        packed = trainer_arguments["args"].batching == "shared_prefix"
+        collator = PackedCollator() if packed else PaddedCollator(pad_token_id=prompt_tokenizer.stop_token_id)
+        validation = tokenize_examples(validation_examples, prompt_tokenizer).features if validation_examples else None
         super().__init__(data_collator=collator, eval_dataset=validation, **trainer_arguments)
         if packed:
-            check_packable(self.model.get_base_model())
-        self.task, self.encoder, self.validation_rows = task, encoder, validation_rows
-        self.last_answers: list[Answer] = []
-        self.add_callback(StopOnBrokenGradient(self))
+            check_packable(cast(Any, self.model).get_base_model())
+        self.task, self.prompt_tokenizer, self.validation_examples = task, prompt_tokenizer, validation_examples
+        self.last_generations: list[Generation | None] = []
+        self.add_callback(StopOnNonFiniteGradient(self))
         self.add_callback(LogBeforeCheckpoint())
-        self.add_callback(MakeUpForEvaluation(self))
+        self.add_callback(RunMissedEvaluation(self))
         # compute_loss divides by the supervised tokens of the whole step, so accumulation must not divide again.
         self.loss_is_scaled_for_ga = True
         # When the run would have begun had it never been interrupted; None before the first step.
         self._started: float | None = None
-        self._window_started, self._window_rows, self._window_tokens = None, 0, 0
-        self.step_row_ids: list[torch.Tensor] = []  # this process's rows of the optimizer step that is under way
+        self._window_started, self._window_examples = 0.0, 0
+        self._window_tokens: int | torch.Tensor = 0
+        self.step_example_ids: list[torch.Tensor] = []  # this process's, of the optimizer step that is under way
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -80,17 +90,17 @@ class AnswerTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches)
-        self.step_row_ids = [batch["row_ids"] for batch in batches]
+        self.step_example_ids = [batch["example_ids"] for batch in batches]
         return batches, self.accelerator.reduce(torch.as_tensor(supervised, device=device))
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One forward and backward pass; rows and tokens are counted for the log."""
+        """One forward and backward pass; examples and tokens are counted for the log."""
         if self._started is None:  # the first step, not what was set up before it
             self._window_started = time.perf_counter()
             self._started = self._window_started - training_seconds(self.state.log_history)
-        self._window_rows += len(inputs["row_ids"])
+        self._window_examples += len(inputs["example_ids"])
         self._window_tokens += token_count(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -99,16 +109,16 @@ class AnswerTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Cross-entropy over the supervised tokens of a collated batch.
 
         Raises:
-            TrainingDiverged: the loss is not finite.
+            DivergedError: the loss is not finite.
         """
         labels = inputs["labels"]  # (B, K)
         total = supervised_loss_sum(model, inputs)
-        self._check_finite(total.detach(), inputs["row_ids"])
+        self._check_finite(total.detach(), inputs["example_ids"])
         if num_items_in_batch is None:
             loss = total / (labels != IGNORE_INDEX).sum()
         else:
@@ -116,17 +126,17 @@ class AnswerTrainer(Trainer):
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
-    def _check_finite(self, loss_sum: torch.Tensor, row_ids: torch.Tensor) -> None:
+    def _check_finite(self, loss_sum: torch.Tensor, example_ids: torch.Tensor) -> None:
         """Refuse a loss that is not finite, in all processes at once: one alone would leave the others waiting."""
         broken = not torch.isfinite(loss_sum)
         if self.accelerator.num_processes > 1:
             broken = bool(self.accelerator.reduce(torch.tensor(int(broken), device=loss_sum.device)))
         if broken:
-            own = [] if torch.isfinite(loss_sum) else [(loss_sum.item(), row_ids.tolist())]
+            own = [] if torch.isfinite(loss_sum) else [(loss_sum.item(), example_ids.tolist())]
             found = gather_object(own)
-            rows = [row for _, process_rows in found for row in process_rows]
-            raise TrainingDiverged(
-                f"the loss is {found[0][0]} in step {self.state.global_step + 1}, training rows {rows}. "
+            ids = [example_id for _, process_ids in found for example_id in process_ids]
+            raise DivergedError(
+                f"the loss is {found[0][0]} in step {self.state.global_step + 1}, training examples {ids}. "
                 + after_divergence(self.args)
             )
 
@@ -138,18 +148,20 @@ class AnswerTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss and generated answers of the validation rows, each process a share of them."""
-        rows, stop = self.validation_rows, self._stop_on_signal()
-        indices = list(range(len(rows)))
+        """Loss and generations of the validation examples, each process a share of them."""
+        examples, stop = self.validation_examples, self._stop_on_signal()
+        if examples is None:
+            raise AssertionError("without validation examples the Trainer does not validate")
+        indices = list(range(len(examples)))
         with self.accelerator.split_between_processes(indices) as share:
             loss_parts = self._loss_parts(share)
         loss_sum, tokens = (sum(part) for part in zip(*gather_object(loss_parts), strict=True))
         with self.accelerator.autocast():
-            self.last_answers, _ = answer_rows(
+            self.last_generations, _ = generate_all(
                 self.model,
                 self.processing_class,
-                self.encoder,
-                rows,
+                self.prompt_tokenizer,
+                examples,
                 self.task.label_words,
                 batch_size=self.args.per_device_eval_batch_size,
                 max_new_tokens=self.args.max_new_tokens,
@@ -157,13 +169,16 @@ class AnswerTrainer(Trainer):
             )
         if stop is not None and stop.agree(self.args):
             raise EvaluationStopped
-        figures = measure(rows.classes, self.last_answers, self.task.label_words)
-        metrics = {"loss": loss_sum / tokens, **{name: figures[name] for name in LOGGED_SCORES}}
+        found = [
+            generation for generation in self.last_generations if generation is not None
+        ]  # all: it went to its end
+        scores = compute_metrics(examples.labels, found, self.task.label_words)
+        metrics = {"loss": loss_sum / tokens, **{name: getattr(scores, name) for name in LOGGED_SCORES}}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=len(examples))
 
     def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
-        """Answer and score the validation rows; cut off by a signal, ask for a checkpoint and the end instead."""
+        """Answer and score the validation examples; cut off by a signal, ask for a checkpoint and the end instead."""
         try:
             return super().evaluate(*arguments, **more)
         except EvaluationStopped:
@@ -186,7 +201,7 @@ class AnswerTrainer(Trainer):
 
     @torch.no_grad()
     def _loss_parts(self, share: Sequence[int]) -> list[tuple[float, int]]:
-        """Loss sum and supervised tokens of each batch of this process's validation rows."""
+        """Loss sum and supervised tokens of each batch of this process's validation examples."""
         self.model.eval()
         size, parts = self.args.per_device_eval_batch_size, []
         for start in range(0, len(share), size):
@@ -206,14 +221,14 @@ class AnswerTrainer(Trainer):
             logs["train_loss"] = mean_loss(self.state.log_history)
         if "loss" in logs:
             seconds = now - self._window_started
-            counts = torch.tensor([self._window_rows, int(self._window_tokens)], device=self.args.device)
-            rows, tokens = self.accelerator.reduce(counts).tolist()
-            logs["tweets_per_second"] = round(rows / seconds, 2)
+            counts = torch.tensor([self._window_examples, int(self._window_tokens)], device=self.args.device)
+            examples, tokens = self.accelerator.reduce(counts).tolist()
+            logs["samples_per_second"] = round(examples / seconds, 2)
             logs["tokens_per_second"] = round(tokens / seconds, 1)
         super().log(logs, start_time)
-        self._window_started, self._window_rows, self._window_tokens = time.perf_counter(), 0, 0
+        self._window_started, self._window_examples, self._window_tokens = time.perf_counter(), 0, 0
 
-    def take_over(self, checkpoint: str) -> None:
+    def restore_finished(self, checkpoint: str) -> None:
         """Take adapter and history of a checkpoint after which there is nothing left to train."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
@@ -230,12 +245,12 @@ class AnswerTrainer(Trainer):
         """Write a checkpoint beside, then, when all processes have written their part, put it in its place.
 
         Raises:
-            InputError: it could not be written; those before it are as they were.
+            ResourceError: it could not be written; those before it are as they were.
         """
         if self.args.should_save:
             clear_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        self._write(lambda: super(AnswerTrainer, self)._save_checkpoint(model, trial))
+        self._write(lambda: super(ClassificationTrainer, self)._save_checkpoint(model, trial))
         folder, step, keep = self.args.output_dir, self.state.global_step, self.args.save_total_limit
         self._write(lambda: publish_checkpoint(folder, step, keep) if self.args.should_save else None)
 
@@ -252,7 +267,7 @@ class AnswerTrainer(Trainer):
         if failures:
             if self.args.should_save:
                 clear_unfinished(self.args.output_dir)
-            raise InputError(self._not_saved(failures[0]))
+            raise ResourceError(self._not_saved(failures[0]))
 
     def _not_saved(self, said: str) -> str:
         """What is to be said of a checkpoint that could not be written."""
@@ -271,7 +286,7 @@ class AnswerTrainer(Trainer):
 
 def supervised_loss_sum(model: nn.Module | PeftModel, batch: dict[str, Any]) -> torch.Tensor:
     """Sum of the cross-entropy over the supervised tokens of a collated batch of either form, in float32."""
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "row_ids")}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "example_ids")}
     logits = model(**inputs, use_cache=False).logits  # (1, K, V) packed, (B, K, V) padded
     return nn.functional.cross_entropy(
         logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -286,7 +301,7 @@ def mean_loss(log_history: Sequence[dict[str, float]]) -> float:
     >>> mean_loss([{"step": 2, "loss": 4.0}, {"step": 2, "eval_loss": 9.0}, {"step": 3, "loss": 1.0}])
     3.0
     """
-    total, before = 0.0, 0
+    total, before = 0.0, 0.0
     for line in log_history:
         if "loss" in line:
             total += line["loss"] * (line["step"] - before)

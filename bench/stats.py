@@ -73,14 +73,14 @@ def step_operations(
     }
 
 
-def format_spread(figures: dict[str, float], unit: str = "") -> str:
+def format_spread(found: dict[str, float], unit: str = "") -> str:
     """Median and quartiles as one cell.
 
     >>> format_spread({"median": 3.0, "q1": 2.0, "q3": 40.04, "n": 5}, "s")
     '3.00 s [2.00, 40.0]'
     """
     unit = f" {unit}" if unit else ""
-    return f"{_short(figures['median'])}{unit} [{_short(figures['q1'])}, {_short(figures['q3'])}]"
+    return f"{_short(found['median'])}{unit} [{_short(found['q1'])}, {_short(found['q3'])}]"
 
 
 def _short(value: float) -> str:

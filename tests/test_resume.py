@@ -1,0 +1,305 @@
+"""Going on with a run: from the right checkpoint, and only as the run that it was."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from sample_records import sample_run, write_run
+
+from tweetdora.checkpoints import CHECKSUMS, SAVING_DIR, publish_checkpoint
+from tweetdora.config import TrainConfig
+from tweetdora.errors import InputError
+from tweetdora.records import GitState, RunRecord, TrackerRecord
+from tweetdora.resume import ResumePlan, check_same_run, continue_record, plan_resume
+
+
+def going_on(settings: TrainConfig) -> tuple[str | None, list[str]]:
+    """Where a run goes on from, and what is said of it."""
+    plan = plan_resume(settings)
+    return plan.checkpoint, plan.notes
+
+
+def make_checkpoint(run_dir: Path, step: int) -> str:
+    """A checkpoint as far as plan_resume looks."""
+    beside = run_dir / SAVING_DIR / f"checkpoint-{step}"
+    beside.mkdir(parents=True)
+    for name in ("trainer_state.json", "optimizer.pt"):
+        (beside / name).write_text("{}")
+    return publish_checkpoint(str(run_dir), step, keep=None)
+
+
+def make_record(run_dir: Path, status: str) -> RunRecord:
+    return write_run(run_dir, status=status, result=None)
+
+
+# Where to go on from
+
+
+@pytest.mark.parametrize("asked", [None, "", "false", "False"])
+def test_a_new_run_starts_from_nothing(asked, training):
+    assert plan_resume(training(resume_from_checkpoint=asked)) == ResumePlan()
+
+
+def test_a_new_run_may_start_in_a_folder_that_holds_something_else(training, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("")
+    assert plan_resume(training()) == ResumePlan()
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [
+        *(
+            (status, "Go on with it by --resume_from_checkpoint true, or choose")
+            for status in ("started", "interrupted")
+        ),
+        ("finished", "Choose"),
+        ("diverged", "Lower --learning_rate and choose"),
+    ],
+)
+def test_a_new_run_is_refused_a_folder_with_a_run(status, advice, training, tmp_path):
+    make_record(tmp_path / "run", status)
+    message = (
+        f"^--output_dir {tmp_path}/run already holds a run \\({status}\\). {advice} another --output_dir, or delete"
+    )
+    with pytest.raises(InputError, match=message):
+        plan_resume(training())
+
+
+def test_a_new_run_is_refused_a_folder_with_checkpoints(training, tmp_path):
+    make_checkpoint(tmp_path / "run", 10)
+    with pytest.raises(InputError, match=rf"^--output_dir {tmp_path}/run already holds a run \(unfinished\)"):
+        plan_resume(training())
+
+
+@pytest.mark.parametrize("asked", ["true", "True"])
+def test_a_resumed_run_goes_on_from_its_last_checkpoint(asked, training, tmp_path):
+    make_record(tmp_path / "run", "interrupted")
+    for step in (9, 100, 20):
+        make_checkpoint(tmp_path / "run", step)
+    assert plan_resume(training(resume_from_checkpoint=asked)).checkpoint == str(tmp_path / "run" / "checkpoint-100")
+
+
+def test_a_resumed_run_goes_on_from_the_checkpoint_that_is_named(training, tmp_path):
+    make_record(tmp_path / "run", "interrupted")
+    first = make_checkpoint(tmp_path / "run", 10)
+    make_checkpoint(tmp_path / "run", 20)
+    assert going_on(training(resume_from_checkpoint=first)) == (first, [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / CHECKSUMS).unlink(), f"{CHECKSUMS} is missing"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt cannot be read (No such file or directory)"),
+        (lambda folder: (folder / "optimizer.pt").write_text("cut"), "optimizer.pt is not what was written"),
+    ],
+)
+def test_a_resumed_run_passes_over_a_damaged_checkpoint_and_says_so(damage, said, training, tmp_path):
+    make_record(tmp_path / "run", "started")
+    whole, other = make_checkpoint(tmp_path / "run", 10), make_checkpoint(tmp_path / "run", 20)
+    damage(Path(other))
+    found, (note,) = going_on(training(resume_from_checkpoint="true"))
+    assert found == whole
+    assert note.startswith(f"note: {other} is damaged and passed over (") and said in note
+    assert note.endswith(f"; going on from {whole}.") and "\n" not in note
+    with pytest.raises(InputError, match=re.escape(f"--resume_from_checkpoint {other}: ") + ".*" + re.escape(said)):
+        plan_resume(training(resume_from_checkpoint=other))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_resumed(training, tmp_path):
+    make_record(tmp_path / "run", "started")
+    checkpoint = make_checkpoint(tmp_path / "run", 10)
+    Path(checkpoint, "optimizer.pt").unlink()
+    with pytest.raises(InputError, match=rf"found no whole checkpoint in .* \({checkpoint} is damaged, optimizer.pt"):
+        plan_resume(training(resume_from_checkpoint="true"))
+
+
+def test_a_checkpoint_that_was_being_written_is_not_looked_at(training, tmp_path):
+    make_record(tmp_path / "run", "started")
+    whole = make_checkpoint(tmp_path / "run", 10)
+    shutil.copytree(whole, tmp_path / "run" / SAVING_DIR / "checkpoint-20")
+    assert going_on(training(resume_from_checkpoint="true")) == (whole, [])
+
+
+def test_a_resumed_run_takes_no_copy_for_its_last_checkpoint(training, tmp_path):
+    make_record(tmp_path / "run", "interrupted")
+    last = make_checkpoint(tmp_path / "run", 10)
+    shutil.copytree(last, tmp_path / "run" / "checkpoint-10-copy")
+    assert going_on(training(resume_from_checkpoint="true")) == (last, [])
+
+
+def test_a_finished_run_is_not_resumed(training, tmp_path):
+    make_record(tmp_path / "run", "finished")
+    make_checkpoint(tmp_path / "run", 10)
+    with pytest.raises(
+        InputError,
+        match=f"^the run in {tmp_path}/run is finished; there is nothing to resume. Choose another --output_dir.$",
+    ):
+        plan_resume(training(resume_from_checkpoint="true"))
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_and_says_so(training, tmp_path):
+    make_record(tmp_path / "run", "started")
+    note = f"note: the run in {tmp_path}/run was stopped before its first checkpoint; it begins again."
+    assert plan_resume(training(resume_from_checkpoint="true")) == ResumePlan(None, None, [note])
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_another_folder_in_an_empty_one_only(training, tmp_path):
+    run = make_record(tmp_path / "other", "interrupted")
+    other = make_checkpoint(tmp_path / "other", 10)
+    assert plan_resume(training(resume_from_checkpoint=other)) == ResumePlan(other, run, [])
+    make_record(tmp_path / "run", "interrupted")
+    with pytest.raises(InputError, match="is of another run than --output_dir .*/run, which holds one already"):
+        plan_resume(training(resume_from_checkpoint=other))
+
+
+def test_a_folder_that_does_not_exist_is_not_resumed(training):
+    with pytest.raises(InputError, match="^--resume_from_checkpoint true: found no checkpoint in "):
+        plan_resume(training(resume_from_checkpoint="true"))
+
+
+def test_a_named_folder_that_is_no_checkpoint_is_not_resumed(training, tmp_path):
+    make_record(tmp_path / "run", "interrupted")
+    make_checkpoint(tmp_path / "run", 10)
+    named = f"{tmp_path}/run/checkpoint-11"
+    with pytest.raises(InputError, match=f"^--resume_from_checkpoint {named}: there is no such checkpoint.$"):
+        plan_resume(training(resume_from_checkpoint=named))
+
+
+# Whether it is the same run
+
+
+def test_the_same_settings_are_the_same_run(planned):
+    check_same_run(planned(), planned())
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"save_steps": 5},
+        {"logging_steps": 3},
+        {"output_dir": "elsewhere"},
+        {"max_eval_samples": 0},
+        {"report_to": ["wandb"]},
+        {"run_name": "another"},
+    ],
+)
+def test_settings_that_change_no_result_may_change(difference, planned):
+    check_same_run(planned(), planned(**difference))
+
+
+@pytest.mark.parametrize(
+    ("difference", "named"),
+    [
+        ({"learning_rate": 1e-4}, "training.learning_rate: was 3e-05, now 0.0001"),
+        ({"lr_scheduler_type": "cosine"}, "training.lr_scheduler_type: was 'linear', now 'cosine'"),
+        ({"global_batch_size": 8}, "training.global_batch_size: was 16, now 8"),
+        ({"max_steps": 9}, "training.max_steps: was -1, now 9"),
+        ({"seed": 7}, "training.seed: was 42, now 7"),
+        ({"batching": "padded"}, "training.batching: was 'shared_prefix', now 'padded'"),
+        ({"model": {"r": 4}}, "model.r: was 8, now 4"),
+        ({"model": {"method": "lora"}}, "model.method: was 'dora', now 'lora'"),
+        ({"examples": 40}, "train_data.num_examples: was 48, now 40"),
+    ],
+)
+def test_a_setting_that_differs_is_named_with_both_values(difference, named, planned):
+    pair = planned(), planned(**difference)
+    with pytest.raises(
+        InputError,
+        match="^--resume_from_checkpoint: this is not the run that was interrupted. .*another --output_dir.$",
+    ) as refusal:
+        check_same_run(*pair)
+    assert named in str(refusal.value)
+
+
+def test_another_prompt_is_another_run(planned):
+    other = {"system_prompt": "Something else"}
+    with pytest.raises(InputError, match="task.system_prompt: was 'Say how the day is.*', now 'Something else'"):
+        check_same_run(planned(), planned(task=other))
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("base_model", "weights_sha256"),
+        ("base_model", "revision"),
+        ("train_data", "sha256"),
+        ("prompt_format", "tail"),
+        ("task", "max_length"),
+    ],
+)
+def test_changed_data_base_or_prompt_are_another_run(part, key, planned):
+    run = planned()
+    changed = dataclasses.replace(run, **{part: dataclasses.replace(getattr(run, part), **{key: "changed"})})
+    with pytest.raises(InputError, match=rf"{part}\.{key}: was .*, now 'changed'"):
+        check_same_run(planned(), changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("training.world_size", {"training": {"world_size": 2}}),
+        ("training.batching", {"training": {"batching": "padded"}}),
+        ("code", {"environment": {"git": GitState("b" * 40, dirty=False, changes_sha256=None)}}),
+        ("code", {"environment": {"git": GitState("e" * 40, dirty=True, changes_sha256="f")}}),
+        ("code", {"environment": {"git": None}}),
+        ("packages", {"environment": {"packages": {"torch": "9.9", "peft": "0.21.2"}}}),
+    ],
+)
+def test_what_may_differ_is_refused_by_name_and_allowed_by_name(name, change):
+    saved = sample_run()
+    ((part, fields),) = change.items()
+    now = dataclasses.replace(saved, **{part: dataclasses.replace(getattr(saved, part), **fields)})
+    assert check_same_run(saved, saved) == []
+    with pytest.raises(InputError, match=re.escape(f"(--allow_mismatch {name} goes on all the same)")):
+        check_same_run(saved, now)
+    (said,) = check_same_run(saved, now, [name])
+    assert said.startswith(name) and ": was " in said and ", now " in said
+
+
+def test_other_validation_examples_are_another_run_and_more_of_them_are_not():
+    run = sample_run()
+    other = dataclasses.replace(run.validation_data, sha256="other")
+    with pytest.raises(InputError, match="validation_data.sha256: was 'c', now 'other'"):
+        check_same_run(run, dataclasses.replace(run, validation_data=other))
+    more = dataclasses.replace(other, num_examples=300)
+    assert check_same_run(run, dataclasses.replace(run, validation_data=more)) == []
+
+
+def test_what_makes_another_run_is_allowed_by_no_name(planned, training):
+    """Said in the first second, and of a run that is not resumed too."""
+    with pytest.raises(InputError, match="--allow_mismatch training.learning_rate: expected some of training.world"):
+        plan_resume(training(allow_mismatch=["training.learning_rate"]))
+    with pytest.raises(InputError, match="training.learning_rate: was 3e-05, now 0.0001. Give"):
+        check_same_run(planned(), planned(learning_rate=1e-4), ["code", "packages"])
+
+
+def test_all_differences_are_named_at_once(planned):
+    with pytest.raises(InputError, match="model.r: was 8, now 4.*; training.learning_rate: was 3e-05, now 0.0001"):
+        check_same_run(planned(), planned(model={"r": 4}, learning_rate=1e-4))
+
+
+def test_the_record_goes_on_where_the_interrupted_runs_was():
+    tracker = TrackerRecord("id", "online", "https://wandb.test/id", "tweetdora", None)
+    saved = sample_run(created="then", command="first", tracker=tracker, mismatches=["code: earlier"], result=None)
+    now = sample_run(created="now", command="second", status="planned", result=None)
+    now = dataclasses.replace(now, training=dataclasses.replace(now.training, batching="padded"))
+    run, mismatches = continue_record(saved, now, ["training.batching"])
+    assert (run.created, run.command, run.tracker, run.training.batching) == ("then", "first", tracker, "padded")
+    assert len(mismatches) == 1 and run.mismatches == ["code: earlier", *mismatches]
+
+
+def test_a_checkpoint_of_the_record_version_before_is_refused(training, tmp_path):
+    """Its log has other names, and its code was other code."""
+    make_record(tmp_path / "run", "interrupted")
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "record_version": 2}))
+    make_checkpoint(tmp_path / "run", 10)
+    with pytest.raises(
+        InputError, match="has record version 2; this code reads version 3. Use the state of tweetdora"
+    ):
+        plan_resume(training(resume_from_checkpoint="true"))

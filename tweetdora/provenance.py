@@ -1,0 +1,76 @@
+"""Where a result comes from: command, code, libraries, machine and time, without anything that names a user."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+from tweetdora.device import hardware
+from tweetdora.records import Environment, GitState
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "wandb")
+
+
+def environment() -> Environment:
+    """Versions, hardware and the state of the code."""
+    return Environment(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        packages={name: importlib.metadata.version(name) for name in _PACKAGES},
+        hardware=hardware(),
+        git=git_state(),
+    )
+
+
+def git_state() -> GitState | None:
+    """The state of the checkout that this code runs from; None outside of one."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        dirty = bool(_git(here, "status", "--porcelain", "--untracked-files=no"))
+        changes = _git(here, "diff", "HEAD", "--", "*.py")
+        digest = hashlib.sha256(changes.encode()).hexdigest() if changes else None
+        return GitState(commit, dirty, digest)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: str, *words: str) -> str:
+    done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True, timeout=30)
+    return done.stdout.strip()
+
+
+def command_line() -> str:
+    """How this script was started: launcher, script and flags, quoted for a shell.
+
+    Absolute paths would tell a user's name, and mean nothing elsewhere: those inside the working folder are made
+    relative to it, of others the last part is kept.
+    """
+    launcher = ["python"]
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch always sets it
+        processes = os.environ.get("WORLD_SIZE", "1")
+        launcher = ["accelerate", "launch", *([] if processes == "1" else ["--num_processes", processes])]
+        if os.environ["ACCELERATE_MIXED_PRECISION"] != "no":
+            launcher += ["--mixed_precision", os.environ["ACCELERATE_MIXED_PRECISION"]]
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *map(without_folders, sys.argv[1:])])
+
+
+def without_folders(word: str) -> str:
+    """A word of a command without what only this machine has in its paths."""
+    flag, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    if os.path.isabs(path) and (os.path.exists(path) or not re.search(r"\s", path)):  # no prompt that begins with /
+        inside = os.path.relpath(path)
+        path = os.path.basename(os.path.normpath(path)) if inside.startswith(os.pardir) else inside
+    return flag + equals + path
+
+
+def utc_now() -> str:
+    """The time of day in UTC, to the second, in ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
