@@ -4,12 +4,16 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench.record import read_bench
+from bench.stats import format_spread, ratios, spread
 from tweetdora.cli import parse_train, parse_with_target, read_task
 from tweetdora.config import EvaluateConfig, PushConfig
 from tweetdora.errors import InputError
+from tweetdora.records import EvaluationRecord, RunRecord, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,3 +94,68 @@ def test_the_package_imports_only_downwards():
         source = (ROOT / "tweetdora" / f"{name}.py").read_text(encoding="utf-8")
         for imported in re.findall(r"^from tweetdora\.(\w+) import", source, re.MULTILINE):
             assert floor_of[imported] >= floor, f"{name} imports {imported}"
+
+
+def shown(value: float) -> str:
+    """A share as the README's table writes it: 4.4 %, and 100 % for all."""
+    return "100 %" if value == 1 else f"{value:.1%}".replace("%", " %")
+
+
+def test_the_table_of_results_is_the_records():
+    record = read_record(EvaluationRecord, str(ROOT / "results/quickstart/test.json"))
+    run = read_record(RunRecord, str(ROOT / "results/quickstart/run.json"))
+    assert record.adapter_sha256 == run.adapter.sha256, "the two records are of one run"
+
+    def row(name: str, scores: Any) -> str:
+        """A line of the table, without what is left empty."""
+        return f"| {name} | {scores.macro_f1:.3f} | | {scores.macro_recall:.3f} | {scores.accuracy:.3f} | | |"
+
+    def measured(name: str, mark: str, found: Any) -> str:
+        """A line of the table, of a model."""
+        low, high = found.intervals.macro_f1
+        rates = f"{shown(found.parse_rate)} | {shown(found.eos_rate)} |"
+        scores = f"{mark}{found.macro_f1:.3f}{mark} | [{low:.3f}, {high:.3f}] | {found.macro_recall:.3f}"
+        return f"| {name} | {scores} | {found.accuracy:.3f} | {rates}"
+
+    difference = record.difference
+    low, high = difference.macro_f1.interval
+    for line in (
+        f"{run.result.steps} steps, one seed ({run.training.seed}), {record.data.num_examples} test examples, "
+        f"answered in {record.precision};",
+        f"| {run.train_data.display_name}, {record.split}, n = {record.data.num_examples} | macro-F1 |",
+        measured(f"base: {run.base_hub_id.rpartition('/')[2]}", "", record.base),
+        measured("**fine-tuned: DoRA on k and v, r 8**", "**", record.finetuned),
+        row("uniform guessing", record.baselines.uniform),
+        row(f'always "{record.baselines.majority.label}"', record.baselines.majority),
+        f"The difference is {difference.macro_f1.difference:+.3f} [{low:+.3f}, {high:+.3f}], paired; "
+        f"{difference.mcnemar.fixed} examples became right and {difference.mcnemar.broken} wrong.",
+    ):
+        assert line in README.replace("\n", " ").replace("  ", " ") or line in README, line
+
+
+def cells_of(what: str) -> list[str]:
+    """The cells of a line of README's table of speed, by how the line begins."""
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {what}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_of_speed_is_the_records():
+    """The lines of training and memory; the others are formatted by hand from the same table."""
+    parts = read_bench(str(ROOT / "results/bench/cpu.json")).parts
+    for what, precision in (("training step, float32", "fp32"), ("training step, bf16", "bf16")):
+        sample = parts["training"].samples[precision]
+        ours, other = sample["our_seconds"], sample["trl_seconds"]
+        expected = [format_spread(spread(seconds), "s") for seconds in (ours, other)]
+        _, *found = cells_of(what)
+        assert found[:2] == expected
+        times = ratios(other, ours)
+        assert found[2] == f"{times['median']:.1f} [{times['q1']:.1f}, {times['q3']:.1f}]"
+    losses = read_bench(str(ROOT / "results/bench/losses.json")).parts["training"].samples["fp32"]
+    apart = max(abs(a - b) for a, b in zip(losses["our_losses"], losses["trl_losses"], strict=True))
+    name, found, *_ = cells_of("largest difference of the loss")
+    assert found == f"{apart:.1e}".replace("e-0", "e-") and f"{len(losses['our_losses'])} steps" in name
+    memory = parts["memory"].samples
+    peaks = {name: f"{sample['peak_bytes'] / 1e9:.2f}" for name, sample in memory.items()}
+    _, ours, other, *_ = cells_of("peak memory")
+    assert ours == f"{peaks['fp32:ours']} / {peaks['bf16:ours']} GB"
+    assert other == f"{peaks['fp32:trl']} / {peaks['bf16:trl_bf16']} GB"

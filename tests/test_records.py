@@ -245,7 +245,7 @@ def test_predictions_of_the_version_before_are_read(tmp_path):
 # Those of the repository
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("cpu.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json*")), ids=lambda path: path.name)
 def test_every_record_of_the_repository_loads(path):
     if path.parent.name == "bench":
         assert read_bench(str(path)).parts
