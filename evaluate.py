@@ -17,13 +17,13 @@ import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
 
 # isort: split
 import logging
-import os
 
 from tweetdora.cli import parse_with_target, run_script
 from tweetdora.config import EvaluateConfig
 from tweetdora.data import load_examples
-from tweetdora.device import compute_state, decide_precision, use_cpu_threads
+from tweetdora.device import compute_state, use_cpu_threads
 from tweetdora.evaluation import (
+    decide_decoding,
     evaluation_record,
     find_eval_target,
     format_results,
@@ -33,6 +33,7 @@ from tweetdora.evaluation import (
     track_results,
 )
 from tweetdora.hub import pin_revision, use_cache_if_unreachable
+from tweetdora.tracking import wandb_mode
 
 log = logging.getLogger("tweetdora.evaluate")
 
@@ -44,26 +45,29 @@ def main(argv: list[str] | None = None) -> int:
         argv, EvaluateConfig, __doc__.partition("\n")[0], "Run folder, adapter, or model id; see the top of this file."
     )
     state = compute_state()
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    precision, reason = decide_precision(config.precision, set(), launcher, state.device.type)
     use_cpu_threads(state.device, state.num_processes)
+
+    if config.report_to == "wandb":
+        wandb_mode()  # refuses a WANDB_MODE that is none before the work, not after it
 
     # load
     use_cache_if_unreachable(name)
     target = find_eval_target(name, config)
+    decoding = decide_decoding(target, config, state.device.type)
     use_cache_if_unreachable(target.task.dataset_name, target.base)
     base_revision = pin_revision(target.base, target.base_revision)
     data_revision = pin_revision(target.task.dataset_name, target.task.dataset_revision, "dataset")
     examples = load_examples(target.task, config.split, data_revision).head(config.max_eval_samples)
     if state.is_main_process:
-        log.info("%s: %s %s examples, %s (%s)", name, f"{len(examples):,}", config.split, precision, reason)
+        count = f"{len(examples):,} {config.split} examples"
+        log.info("\n".join([f"{name}: {count}, {decoding.precision} ({decoding.reason})", *decoding.notes]))
 
     # work
-    measured = generate_base_and_finetuned(target, base_revision, examples, config, precision)
+    measured = generate_base_and_finetuned(target, base_revision, examples, config, decoding)
     if not state.is_main_process:
         return 0
     save_generations(examples, measured, target, config.split)
-    record = evaluation_record(target, examples, measured, config, precision)
+    record = evaluation_record(target, examples, measured, config, decoding)
 
     # save
     save_results(record, target)

@@ -25,7 +25,7 @@ from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.plan import check_disk, format_plan
 from tweetdora.prompts import show_example
 from tweetdora.resume import continue_record, pin_commits, plan_resume
-from tweetdora.tracking import finish_wandb
+from tweetdora.tracking import finish_wandb, wandb_mode
 from tweetdora.training import begin_record, is_unfinished, load, make_trainer, run_trainer, save_run, write_run
 
 log = logging.getLogger("tweetdora.train")
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     task, model_config, training = parse_train(argv, description=__doc__.partition("\n")[0])
     resume = plan_resume(training)
     threads = use_cpu_threads(training.device, training.world_size, training.cpu_threads)
+    if "wandb" in training.report_to:
+        wandb_mode()  # refuses a WANDB_MODE that is none
     state = PartialState()
     say = log.info if state.is_main_process else log.debug
 

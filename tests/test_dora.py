@@ -11,7 +11,7 @@ from torch import nn
 
 from tweetdora.config import ModelConfig
 from tweetdora.dora import DoraLinear, row_norms
-from tweetdora.modeling import attach_adapter, load_adapter, save_adapter
+from tweetdora.modeling import attach_adapter, load_adapter, load_base, merge, save_adapter
 
 
 class Layers(nn.Module):
@@ -104,6 +104,50 @@ def test_gradients_are_those_of_finite_differences():
                 values.append((by_hand(x, *moved) * target).sum())
             slopes.view(-1)[place] = (values[0] - values[1]) / 2e-6
         torch.testing.assert_close(actual[number], slopes, rtol=1e-6, atol=1e-7)
+
+
+def test_a_row_of_zeros_stays_one_and_the_others_are_pefts():
+    """o_proj of Llama-3.1-8B has such rows. PEFT divides 0 by 0 there, in value, gradient and merge."""
+    peft, ours = pair(False, torch.float32)
+    for model in (peft, ours):
+        layer = model.base_model.model.second
+        with torch.no_grad():
+            layer.get_base_layer().weight[1] = 0
+            layer.lora_B["default"].weight[1] = 0
+            layer.lora_magnitude_vector["default"].weight[1] = 0
+    torch.manual_seed(2)
+    x = torch.randn(7, 10)
+    expected, actual = (model.base_model.model.second(x) for model in (peft, ours))
+    assert expected[:, 1].isnan().all(), "when this fails, PEFT has a guard of its own; take ours out"
+    kept = [0, 2, 3]
+    torch.testing.assert_close(actual[:, kept], expected[:, kept], rtol=1e-5, atol=1e-6)
+    assert actual[:, 1].eq(0).all()
+    _, gradients = value_and_gradients(ours, torch.randn(2, 5, 6))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    before = ours.base_model.model.second(x)
+    merged = ours.merge_and_unload(safe_merge=True).second
+    torch.testing.assert_close(merged(x), before, rtol=1e-5, atol=1e-6)
+
+
+def test_a_base_with_a_row_of_zeros_trains_is_saved_and_merged(make_model, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[3] = 0
+    model.save_pretrained(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"), None, torch.float32, torch.device("cpu"))
+    ours = attach_adapter(base, ModelConfig(model_name_or_path=str(tmp_path / "base"))).train()
+    ids = torch.tensor([[5, 9, 300, 7, 11]])
+    optimizer = torch.optim.AdamW([weight for weight in ours.parameters() if weight.requires_grad], lr=1e-2)
+    for _ in range(3):
+        ours(input_ids=ids, labels=ids).loss.backward()
+        assert all(weight.grad.isfinite().all() for weight in ours.parameters() if weight.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = ours.eval()(input_ids=ids).logits
+    save_adapter(ours, str(tmp_path / "adapter"))
+    again = load_base(str(tmp_path / "base"), None, torch.float32, torch.device("cpu"))
+    loaded = load_adapter(again, str(tmp_path / "adapter"))
+    torch.testing.assert_close(merge(loaded)(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_by_hand():

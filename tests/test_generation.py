@@ -1,5 +1,6 @@
 """Answers: greedy, the same one by one as together, read from new tokens only, and parsed by whole words."""
 
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -420,3 +421,29 @@ def test_what_is_packable_shares_its_prefix_and_what_is_not_is_answered_too(
     gemma2 = {"head_dim": 8, "attn_logit_softcapping": 50.0, "pad_token_id": 0}
     assert len(answers_of(make_model("gemma2", **gemma2), tokenizer, prompt_tokenizer, few)) == 3
     assert taken == ["generate_packed", "generate_padded"]
+
+
+# Words of every script
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "found"),
+    [
+        (["否定", "肯定"], "这是肯定的。", 1),  # Chinese: nothing stands between words
+        (["悪い", "良い"], "とても良いです", 1),
+        (["ลบ", "บวก"], "ความรู้สึกบวกมาก", 1),
+        (["부정", "긍정"], "긍정입니다.", 1),  # Korean: the ending is written on
+        (["बुरा", "अच्छा"], "यह अच्छा है", 1),
+        (["सकार", "नकार"], "सकारात्मक", UNPARSED),  # Hindi: a vowel sign goes on with the word
+        (["müde", "wach"], unicodedata.normalize("NFD", "Müde!"), 0),  # an accent as a character of its own
+        ([unicodedata.normalize("NFD", "müde"), "wach"], "MÜDE", 0),
+        (["STRASSE", "weg"], "straße", 0),
+        (["ΣΊΣΥΦΟΣ", "x"], "σίσυφος", 0),  # the same capital for two small letters
+        (["a b", "a"], "a bc", 1),  # the longer word is no whole one there
+        (["not funny", "funny"], "not funny", 0),
+        (["positive", "x"], "_positive positive9 positively", UNPARSED),
+        (["positive", "x"], "(positive)", 0),
+    ],
+)
+def test_a_label_word_is_found_as_its_script_writes_it(words, text, found):
+    assert LabelParser(words)(text) == found

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import httpx2
 import pytest
 import torch
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tweetdora import modeling
@@ -512,6 +513,109 @@ def test_weights_that_are_a_pointer_or_cut_are_refused(content, model_dir, tmp_p
     weights.write_bytes(content or weights.read_bytes()[:5000])
     with pytest.raises(InputError, match=f"^--model_name_or_path {tmp_path}: its weights are not whole .*git lfs"):
         base_of(str(tmp_path))
+
+
+def altered(model_dir: str, folder: Path, change: Callable[[dict[str, torch.Tensor]], None], **config: Any) -> str:
+    """A copy of the model whose weights, and fields of its config, are others."""
+    shutil.copytree(model_dir, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **config}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (
+            lambda weights: [weights.pop(name) for name in list(weights) if "layers.1.mlp" in name],
+            {},
+            "it lacks model.layers.1.mlp.down_proj.weight, model.layers.1.mlp.gate_proj.weight, model.layers.1.mlp.up",
+        ),
+        (
+            lambda weights: weights.update({"score.weight": weights.pop("lm_head.weight")[:3]}),
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "it lacks lm_head.weight, which would be random; and it has score.weight besides, for which the model has "
+            "no place. config.json says LlamaForSequenceClassification; expected a whole causal language model.",
+        ),
+        (
+            lambda weights: None,
+            {"num_hidden_layers": 1},
+            "it has model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight, model.layers.1.mlp."
+            "gate_proj.weight and 6 more besides, for which the model has no place",
+        ),
+        (lambda weights: weights.update({"lm_head.weight": weights["lm_head.weight"][:-1]}), {}, "lm_head.weight"),
+        (lambda weights: weights.clear(), {}, "it lacks lm_head.weight, model.embed_tokens.weight, model.layers.0.in"),
+    ],
+    ids=["a layer's part missing", "a classifier", "layers too many", "another shape", "nothing"],
+)
+def test_a_checkpoint_that_is_not_the_models_is_refused_by_the_weights_names(
+    change, config, message, model_dir, tmp_path
+):
+    """transformers fills what is missing at random, and only warns."""
+    folder = altered(model_dir, tmp_path / "model", change, **config)
+    with pytest.raises(InputError, match=f"^--model_name_or_path {folder}: ") as caught:
+        base_of(folder)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_tied_head_that_is_not_in_the_file_is_not_missing(kind, make_model, tmp_path):
+    make_model(kind, tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    base = base_of(str(tmp_path))
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+
+
+def test_a_base_folder_with_an_adapter_inside_is_refused(model_dir, tmp_path):
+    """transformers puts it on, so that the base would be another one than its weights' hashes say."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    save_adapter(disturbed(model_dir, method="lora"), str(folder))
+    with pytest.raises(InputError, match=f"^--model_name_or_path {folder} holds an adapter too .adapter_config.json"):
+        base_of(str(folder))
+
+
+def test_an_adapter_that_lacks_a_weight_is_refused(model_dir, tmp_path):
+    """PEFT only warns, and that weight would be a new adapter's."""
+    save_adapter(disturbed(model_dir), str(tmp_path))
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    removed = next(name for name in weights if "lora_B" in name)
+    del weights[removed]
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="does not fit the base model .*missing adapter keys"):
+        load_adapter(base_of(model_dir), str(tmp_path))
+
+
+def test_an_adapter_on_a_head_that_is_the_embeddings_too_is_refused(make_model, tmp_path):
+    """Merged, it would change what the model reads."""
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    make_model(tie_word_embeddings=False).save_pretrained(tmp_path / "apart")
+    tied, apart = str(tmp_path / "tied"), str(tmp_path / "apart")
+    with pytest.raises(InputError, match="^--target_modules lm_head: in .*tied its weight is that of the embeddings"):
+        new_adapter(tied, target_modules=["k_proj", "lm_head"])
+    save_adapter(new_adapter(apart, target_modules=["k_proj", "lm_head"]), str(tmp_path / "adapter"))
+    with pytest.raises(InputError, match="^the adapter in .*adapter is on lm_head: in .*tied its weight is that"):
+        load_adapter(base_of(tied), str(tmp_path / "adapter"))
+    load_adapter(base_of(apart), str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(task_type="SEQ_CLS"), "is for SEQ_CLS; expected CAUSAL_LM"),
+        (
+            PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            "is of the kind PROMPT_TUNING, which has no",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_answer_in_words_or_cannot_be_merged_is_refused(config, message, tmp_path):
+    config.base_model_name_or_path = "someone/tiny"
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"^the adapter {tmp_path} {message}"):
+        read_adapter_config(str(tmp_path))
 
 
 def head_inputs(model: PreTrainedModel) -> torch.Tensor:

@@ -217,8 +217,10 @@ def test_a_setting_that_differs_is_named_with_both_values(difference, named, pla
 
 
 def test_another_prompt_is_another_run(planned):
-    other = {"system_prompt": "Something else"}
-    with pytest.raises(InputError, match="task.system_prompt: was 'Say how the day is.*', now 'Something else'"):
+    other = {"system_prompt": "Something else, neutral"}
+    with pytest.raises(
+        InputError, match="task.system_prompt: was 'Say how the day is.*', now 'Something else, neutral'"
+    ):
         check_same_run(planned(), planned(task=other))
 
 

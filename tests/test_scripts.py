@@ -59,7 +59,7 @@ def train_flags(model_dir, data_dir, output_dir):
         "dataset_name": data_dir,
         "output_dir": output_dir,
         "max_train_samples": 0,
-        "system_prompt": "Say how the day is.",
+        "system_prompt": "Say how the day is, neutral or not.",
         "method": "dora",
         "r": 8,
         "learning_rate": 2e-2,
@@ -107,7 +107,7 @@ def test_the_three_commands_leave_what_the_readme_says(finished):
 def test_a_secret_on_the_card_stops_the_build_and_leaves_no_folder(finished, tmp_path, monkeypatch):
     """The system prompt stands on the card; here it is the password of a service as well."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".env").write_text("PASSWORD=Say how the day is.\n")
+    (tmp_path / ".env").write_text("PASSWORD=Say how the day is, neutral or not.\n")
     said = refused("push_to_hub.py", finished[0], "--dry_run", "true", "--output_dir", tmp_path / "out")
     assert re.match(r"README\.md, line \d+, holds the value of PASSWORD in \.env\. Nothing was published\.", said)
     assert [path.name for path in tmp_path.iterdir()] == [".env"]
@@ -126,7 +126,8 @@ def test_the_run_record_names_everything_that_a_later_script_needs(finished, tea
     folder, _ = finished
     record = read(folder / "run.json")
     assert (record["status"], record["name"], record["steps"]) == ("finished", "tiny", 40)
-    assert record["task"]["label_words"] == WORDS and record["task"]["system_prompt"] == "Say how the day is."
+    assert record["task"]["label_words"] == WORDS
+    assert record["task"]["system_prompt"] == "Say how the day is, neutral or not."
     assert record["model"]["method"] == "dora" and record["training"]["learning_rate"] == 2e-2
     assert record["train_data"]["label_counts"] == {"negative": 16, "neutral": 16, "positive": 16}
     assert record["base_model"]["weights_sha256"]["model.safetensors"] == sha256(f"{teachable_dir}/model.safetensors")
@@ -184,7 +185,7 @@ def test_the_published_folder_and_the_adapter_measure_like_the_run(finished, tmp
     """evaluate.py takes a run, an adapter and a model, and they are the same model."""
     folder, _ = finished
     recipe = tmp_path / "task.yaml"
-    recipe.write_text(f"dataset_name: {data_dir}\nsystem_prompt: Say how the day is.\n")
+    recipe.write_text(f"dataset_name: {data_dir}\nsystem_prompt: Say how the day is, neutral or not.\n")
     expected = read(folder / "evaluation/test.json")
     for target in ("publish", "adapter"):
         out = tmp_path / target

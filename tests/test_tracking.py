@@ -17,6 +17,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from tweetdora.callbacks import LogGenerations
 from tweetdora.data import Examples, make_examples
+from tweetdora.errors import InputError
 from tweetdora.generation import UNPARSED, Generation
 from tweetdora.plan import _tracker_line
 from tweetdora.records import TrackerRecord
@@ -315,6 +316,37 @@ def test_the_project_is_the_one_of_the_environment(tmp_path, monkeypatch):
     started = start_wandb(str(tmp_path), "a run", {})
     finish_wandb()
     assert started.project == "mine"
+
+
+@pytest.mark.parametrize("value", ["true", "TRUE", "1", "yes", "on"])
+def test_a_tracker_that_is_switched_off_gets_nothing(value, tmp_path, monkeypatch):
+    """The variable is transformers' own; W&B does not know it."""
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert wandb_mode() == ("disabled", "WANDB_DISABLED says so")
+    assert start_wandb(str(tmp_path), "a run", {}).mode == "disabled"
+    log_generations("validation", EXAMPLES, ANSWERS, WORDS, step=1)
+    finish_wandb()
+    assert list(tmp_path.rglob("*.wandb")) == []
+
+
+@pytest.mark.parametrize("value", ["false", "0", ""])
+def test_a_tracker_that_is_not_switched_off_is_not(value, monkeypatch):
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_mode()[0] == "offline"
+
+
+@pytest.mark.parametrize(("value", "mode"), [("dryrun", "offline"), ("run", "online"), ("shared", "shared")])
+def test_the_modes_of_wandb_have_their_other_names(value, mode, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", value)
+    assert wandb_mode() == (mode, "WANDB_MODE says so")
+
+
+def test_a_mode_that_is_none_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(InputError, match="^WANDB_MODE is 'ofline'; expected one of online, offline, disabled, shared"):
+        wandb_mode()
 
 
 # A server that fails

@@ -7,6 +7,7 @@ annotation, as a Flag.
 import dataclasses
 import os
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
@@ -20,6 +21,7 @@ from tweetdora.errors import InputError
 
 PUBLISHED_REPO = "liuhailin0123/llm-course-hw3-dora"
 RUNS_DIR = "runs"
+MAX_NEW_TOKENS = 16  # for one label word and the stop token; a run's own record says otherwise where it differs
 DEFAULT_RUN_DIR = os.path.join(RUNS_DIR, "llm-course-hw3-dora")
 
 
@@ -107,6 +109,14 @@ SYSTEM_PROMPT = (
 )
 
 
+def normalize_label(text: str) -> str:
+    """A text in which words that look alike are alike: composed (NFC), without upper case, without spaces around.
+
+    Folding may take a text apart again, so it is composed twice (Unicode 15, section 3.13, D145).
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).strip()
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """What is classified: data, label words and the prompt that asks for one of them."""
@@ -161,7 +171,7 @@ class TaskConfig:
             object.__setattr__(self, "max_train_samples", None)
         if self.max_train_samples is not None and self.max_train_samples < 0:
             raise InputError(f"--max_train_samples is {self.max_train_samples}; give a positive number, or 0 for all.")
-        folded = [word.strip().casefold() for word in self.label_words]
+        folded = [normalize_label(word) for word in self.label_words]
         if len(folded) < 2 or len(set(folded)) < len(folded) or "" in folded:
             raise InputError(
                 f"--label_words is {self.label_words}; expected at least two words that differ in more than case."
@@ -248,7 +258,7 @@ class TrainConfig(TrainingArguments):
         default=100, metadata={"help": "Validate every N steps; below 1: a share of all steps."}
     )
     max_new_tokens: Annotated[int, Flag(range=AT_LEAST_1)] = field(
-        default=16, metadata={"help": "Longest generated answer, in tokens."}
+        default=MAX_NEW_TOKENS, metadata={"help": "Longest generated answer, in tokens."}
     )
     logging_steps: Annotated[float, Flag(range=ABOVE_0)] = field(
         default=10,
@@ -461,11 +471,13 @@ class EvaluateConfig:
     batch_size: Annotated[int, Flag(range=AT_LEAST_1)] = field(
         default=128, metadata={"help": "Examples answered at once."}
     )
-    max_new_tokens: Annotated[int, Flag(range=AT_LEAST_1)] = field(
-        default=16, metadata={"help": "Longest generated answer, in tokens."}
+    max_new_tokens: Annotated[int | None, Flag(range=AT_LEAST_1)] = field(
+        default=None,
+        metadata={"help": f"Longest generated answer, in tokens; none: the run's own, else {MAX_NEW_TOKENS}."},
     )
     precision: Precision = field(
-        default="auto", metadata={"help": "Compute precision; auto: bf16 where the device has it."}
+        default="auto",
+        metadata={"help": "Compute precision; auto: the run's own, else bf16 where the device has it."},
     )
     bootstrap_samples: Annotated[int, Flag(range=AT_LEAST_1)] = field(
         default=10_000, metadata={"help": "Resamples behind the 95 %% intervals."}

@@ -12,6 +12,7 @@ from tweetdora.config import TaskConfig
 from tweetdora.errors import HubError, InputError, UserError
 from tweetdora.records import DataRecord, DataSource
 
+_SPLIT_HINT = "Name a split that is there, or a slice of one, with --train_split, --validation_split or --test_split."
 _FILE_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -109,7 +110,9 @@ def _dataset_load_error(task: TaskConfig, split_name: str, error: Exception) -> 
     # datasets says "An error occurred while generating the dataset"; what went wrong is its cause.
     said = " ".join(str(error.__cause__ or error).split())[:300]
     if os.path.exists(task.dataset_name):
-        return InputError(f"{name}, split {split_name!r}: {said}")
+        return InputError(
+            f"{name}, split {split_name!r}: {said} {_SPLIT_HINT if 'nown split' in said else ''}".rstrip()
+        )
     is_asset = task.dataset_name.startswith("assets/")
     is_file = os.path.splitext(task.dataset_name)[1].lower() in _FILE_BUILDERS
     if is_asset or is_file or task.dataset_name.count("/") != 1:

@@ -70,6 +70,13 @@ def decide_precision(
     return cast(Precision, precision), f"asked for by {source}"
 
 
+def can_compute(precision: Precision, device_type: str) -> bool:
+    """Whether the device computes in that precision by itself."""
+    if precision == "fp16":
+        return device_type == "cuda"
+    return precision == "fp32" or has_bf16(device_type)
+
+
 def has_bf16(device_type: str) -> bool:
     """Whether the device has bf16 arithmetic of its own (PyTorch can emulate it anywhere, slowly)."""
     if device_type == "cuda":

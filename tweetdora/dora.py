@@ -11,20 +11,52 @@ which never changes, is computed once (arXiv 2603.22276):
     |W + s B A|^2 = |W|^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B        each row by itself
 
 The layer goes in by PEFT's extension point for custom layers; the adapter's weights, names and files are PEFT's own.
+
+A row of zeros in W, which there are in real models, has the norm 0 and the magnitude 0: PEFT computes 0 / 0. Here such
+a norm counts as 1, so that the row stays one of zeros, in the layer and in a merge.
 """
 
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
+
+
+class _GuardedMagnitude(DoraLinearLayer):
+    """PEFT's magnitude, in whose norms there is no 0."""
+
+    def get_weight_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """|W + s B A| of each row, as PEFT's own forward and merge ask for it."""
+        return without_zeros(super().get_weight_norm(*args, **kwargs))
+
+
+class _GuardedDora(DoraLinearVariant):
+    """PEFT's DoRA with that magnitude."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Make the adapter's magnitude."""
+        DoraLinearVariant.init(module, adapter_name, **kwargs)
+        made: Any = module.lora_magnitude_vector[adapter_name]
+        guarded = _GuardedMagnitude(made.fan_in_fan_out)
+        guarded.weight = made.weight
+        module.lora_magnitude_vector[adapter_name] = guarded
 
 
 class DoraLinear(Linear):
     """PEFT's LoRA layer for nn.Linear, with the ordinary case of DoRA computed here.
 
-    Ordinary is: one active DoRA adapter, not merged, without dropout on its input. The rest is PEFT's.
+    Ordinary is: one active DoRA adapter, not merged, without dropout on its input. The rest is PEFT's, but for rows of
+    zeros.
     """
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """PEFT's kinds of LoRA, DoRA's with a norm for rows of zeros."""
+        return {**super().lora_variants, ("use_dora",): _GuardedDora}
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Adapted output (..., out) of x (..., in), in x's format."""
@@ -67,7 +99,13 @@ def row_norms(
     """
     cross = (weight.to(lora_A.dtype) @ lora_A.T * lora_B).sum(1)
     square = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)
-    return (squared_norms + 2 * scaling * cross + scaling**2 * square).sqrt()
+    total = squared_norms + 2 * scaling * cross + scaling**2 * square
+    return without_zeros(total.clamp(min=0).sqrt())  # rounding may leave a little less than 0
+
+
+def without_zeros(norms: torch.Tensor) -> torch.Tensor:
+    """Norms by which one can divide: 1 where a row is all zeros."""
+    return norms.where(norms > 0, 1)
 
 
 class _AddAndScale(torch.autograd.Function):

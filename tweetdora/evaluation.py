@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import asdict, dataclass
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tweetdora.cli import read_task
-from tweetdora.config import RUNS_DIR, EvaluateConfig, TaskConfig
+from tweetdora.config import MAX_NEW_TOKENS, RUNS_DIR, EvaluateConfig, TaskConfig
 from tweetdora.data import Examples, data_record
+from tweetdora.device import Precision, can_compute, decide_precision
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256
 from tweetdora.generation import UNPARSED, Generation, generate_all
@@ -29,11 +30,13 @@ from tweetdora.modeling import (
     DTYPES,
     adapter_folder,
     base_identity,
+    check_ids_fit,
     load_adapter,
     load_base,
     load_tokenizer,
     merge,
     read_adapter_config,
+    tokenizer_folder,
 )
 from tweetdora.plots import SHOWN_NAMES, confusion_title, plot_confusion
 from tweetdora.prompts import PromptTokenizer, read_prompt_format
@@ -67,8 +70,9 @@ class EvalTarget:
     base: str
     base_revision: str | None
     adapter_dir: str | None
+    tokenizer: str | None  # the adapter's own, which was trained with; None: the base's
     task: TaskConfig
-    prompt_format: PromptFormat | None  # None: read it off the base's chat template
+    prompt_format: PromptFormat | None  # None: read it off the chat template
     run: RunRecord | None
     results_dir: str
 
@@ -103,6 +107,7 @@ def find_eval_target(name: str, config: EvaluateConfig) -> EvalTarget:
             base=run.base_model.name_or_path,
             base_revision=run.base_model.revision,
             adapter_dir=os.path.join(name, ADAPTER_DIR),
+            tokenizer=tokenizer_folder(os.path.join(name, ADAPTER_DIR)),
             task=run.task,
             prompt_format=run.prompt_format,
             run=run,
@@ -112,9 +117,42 @@ def find_eval_target(name: str, config: EvaluateConfig) -> EvalTarget:
     results_dir = config.output_dir or _results_dir(name)
     adapter = read_adapter_config(name)
     if adapter is None:
-        return EvalTarget(name, "model", name, None, None, task, None, None, results_dir)
+        return EvalTarget(name, "model", name, None, None, None, task, None, None, results_dir)
     base, folder = adapter.base_model_name_or_path or "", adapter_folder(name)  # it is not empty: it was read
-    return EvalTarget(name, "adapter", base, adapter.revision, folder, task, None, None, results_dir)
+    tokenizer = tokenizer_folder(folder)
+    return EvalTarget(name, "adapter", base, adapter.revision, folder, tokenizer, task, None, None, results_dir)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the answers of a measurement are generated, and what is to be said of it."""
+
+    precision: Precision
+    reason: str
+    max_new_tokens: int
+    notes: list[str]
+
+
+def decide_decoding(target: EvalTarget, config: EvaluateConfig, device_type: str) -> Decoding:
+    """Precision and budget: what was asked for, else what the run was trained and validated with, else the defaults.
+
+    Raises:
+        InputError: the device cannot compute in the precision that was asked for.
+    """
+    launcher, run = os.environ.get("ACCELERATE_MIXED_PRECISION"), target.run
+    notes = []
+    precision, reason = decide_precision(config.precision, set(), launcher, device_type)
+    if run is not None and precision != run.training.precision:
+        if not reason.startswith("asked for") and can_compute(run.training.precision, device_type):
+            precision, reason = run.training.precision, "as the run was trained"
+        else:
+            notes.append(f"note: answers in {precision} ({reason}); the run was trained in {run.training.precision}.")
+    elif run is not None and not reason.startswith("asked for"):
+        reason = "as the run was trained"
+    budget = config.max_new_tokens or (run.max_new_tokens if run else MAX_NEW_TOKENS)
+    if run is not None and budget != run.max_new_tokens:
+        notes.append(f"note: --max_new_tokens {budget}; the run was validated with {run.max_new_tokens}.")
+    return Decoding(precision, reason, budget, notes)
 
 
 def _is_run(name: str) -> bool:
@@ -135,36 +173,39 @@ def _results_dir(name: str) -> str:
 
 
 def generate_base_and_finetuned(
-    target: EvalTarget, revision: str | None, examples: Examples, config: EvaluateConfig, precision: str
+    target: EvalTarget, revision: str | None, examples: Examples, config: EvaluateConfig, decoding: Decoding
 ) -> Measured:
-    """Answer all examples with the base at its commit `revision`, then with the adapter on it, if there is one.
+    """Answer all examples with the base at its commit `revision`, and with the adapter on it, if there is one.
 
     The tuned model is measured as it is published: the adapter merged into the base in float32, then cast to the
     precision of the measurement.
     """
-    task, device, dtype = target.task, PartialState().device, DTYPES[precision]
-    tokenizer = load_tokenizer(target.base, revision)
+    task, device, dtype = target.task, PartialState().device, DTYPES[decoding.precision]
+    tokenizer = load_tokenizer(*((target.tokenizer, None) if target.tokenizer else (target.base, revision)))
     prompt_format = target.prompt_format or read_prompt_format(tokenizer, task)
     prompt_tokenizer = PromptTokenizer(tokenizer, prompt_format, task.max_length)
-    model: Any = load_base(target.base, revision, dtype, device)
+    model: Any = load_base(target.base, revision, torch.float32 if target.adapter_dir else dtype, device)
     identity = base_identity(model, target.base, revision)
     if target.run is not None and identity != target.run.base_model:
         raise InputError(
             f"{target.base} is not the base model that {target.name} was trained on: found {asdict(identity)}, the "
             f"run's record says {asdict(target.run.base_model)}."
         )
+    prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
+    check_ids_fit(model, tokenizer, chain.from_iterable(prompts))
     generations, seconds, adapter_sha256 = {}, {}, None
-    generations["base"], seconds["base"] = _generate(
-        "base", model, tokenizer, prompt_tokenizer, examples, task, config
-    )
+    # The fine-tuned model first: what is wrong with an adapter shows before any example is answered.
     if target.adapter_dir:
-        del model  # room for the other
-        base = load_base(target.base, revision, torch.float32, device)
-        model = nn.Module.to(merge(load_adapter(base, target.adapter_dir)), dtype)
+        model = nn.Module.to(merge(load_adapter(model, target.adapter_dir)), dtype)
         adapter_sha256 = file_sha256(os.path.join(target.adapter_dir, ADAPTER_WEIGHTS))
         generations["finetuned"], seconds["finetuned"] = _generate(
-            "finetuned", model, tokenizer, prompt_tokenizer, examples, task, config
+            "finetuned", model, tokenizer, prompt_tokenizer, examples, task, config, decoding
         )
+        del model  # room for the other
+        model = load_base(target.base, revision, dtype, device)
+    generations["base"], seconds["base"] = _generate(
+        "base", model, tokenizer, prompt_tokenizer, examples, task, config, decoding
+    )
     return Measured(generations, seconds, identity, prompt_format, adapter_sha256)
 
 
@@ -176,6 +217,7 @@ def _generate(
     examples: Examples,
     task: TaskConfig,
     config: EvaluateConfig,
+    decoding: Decoding,
 ) -> tuple[list[Generation], float]:
     state = PartialState()
     shown = SHOWN_NAMES[name]
@@ -187,14 +229,14 @@ def _generate(
             examples,
             task.label_words,
             batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=decoding.max_new_tokens,
             on_progress=lambda done: progress.update(done * state.num_processes),
         )
     return [generation for generation in found if generation is not None], seconds  # nothing stops it
 
 
 def evaluation_record(
-    target: EvalTarget, examples: Examples, measured: Measured, config: EvaluateConfig, precision: str
+    target: EvalTarget, examples: Examples, measured: Measured, config: EvaluateConfig, decoding: Decoding
 ) -> EvaluationRecord:
     """The scores of what was generated, with intervals, and the difference where there are two models."""
     words, bootstrap = target.task.label_words, Bootstrap(config.bootstrap_samples, config.seed)
@@ -221,8 +263,8 @@ def evaluation_record(
         split=config.split,
         data=data_record(examples, words),
         label_words=words,
-        precision=precision,
-        max_new_tokens=config.max_new_tokens,
+        precision=decoding.precision,
+        max_new_tokens=decoding.max_new_tokens,
         bootstrap=bootstrap,
         base_model=measured.base_model,
         prompt_format=measured.prompt_format,

@@ -2,6 +2,7 @@
 
 import re
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +19,14 @@ from transformers import (
 )
 
 from tweetdora.attention import ATTENTION, PackedKVCache
+from tweetdora.config import normalize_label
 from tweetdora.data import Examples
 from tweetdora.packing import pack
 from tweetdora.prompts import PromptTokenizer, stop_token_ids
 
 _LEAVE = 0.75  # the share of a batch that goes on, at most, for the rest to leave it
+# As Unicode names their letters. Korean has spaces, but endings are written on to a word.
+_SCRIPTS_WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 UNPARSED = -1  # the label id of a generation that names no label word
 
 
@@ -36,24 +40,57 @@ class Generation:
 
 
 class LabelParser:
-    """Finds the first label word in a text: whole word, upper or lower case.
+    """Finds the first label word in a text: whole word, upper or lower case, whichever way accents are written.
 
     >>> parse = LabelParser(["negative", "neutral", "positive"])
     >>> parse("Neutral, not positive."), parse("neutralitive"), parse("")
     (1, -1, -1)
+    >>> LabelParser(["否定", "肯定"])("这是肯定的。")  # nothing stands between words there
+    1
     """
 
     def __init__(self, label_words: Sequence[str]) -> None:
-        self._label_ids = {word.strip().casefold(): number for number, word in enumerate(label_words)}
+        self._label_ids = {normalize_label(word): number for number, word in enumerate(label_words)}
         # Longer words first: of "not funny" and "funny" the one that begins earlier is meant, and at the same place
         # the longer one.
-        words = "|".join(re.escape(word) for word in sorted(self._label_ids, key=len, reverse=True))
-        self._pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)")
+        self._words = sorted(self._label_ids, key=len, reverse=True)
+        self._start = re.compile("|".join(re.escape(word) for word in self._words))
 
     def __call__(self, text: str) -> int:
         """The label id of the first label word, or UNPARSED."""
-        found = self._pattern.search(text.casefold())
-        return self._label_ids[found[0]] if found else UNPARSED
+        text = normalize_label(text)
+        found = self._start.search(text)
+        while found:
+            for word in self._words:
+                if text.startswith(word, found.start()) and _is_whole(text, found.start(), found.start() + len(word)):
+                    return self._label_ids[word]
+            found = self._start.search(text, found.start() + 1)
+        return UNPARSED
+
+
+def _is_whole(text: str, start: int, end: int) -> bool:
+    """Whether text[start:end] is no part of a longer word."""
+    before, after = text[start - 1 : start], text[end : end + 1]
+    return not (_joins(before, text[start]) or _joins(text[end - 1], after))
+
+
+def _joins(left: str, right: str) -> bool:
+    """Whether two neighbouring characters belong to one word: letters, digits and the marks on them do.
+
+    In scripts that put no space between words, or none before an ending, nothing is known of neighbouring letters.
+    """
+    if right and unicodedata.category(right).startswith("M"):
+        return True  # an accent or vowel sign of the letter before it
+    letters = bool(left) and bool(right) and _is_of_a_word(left) and _is_of_a_word(right)
+    return letters and not (_has_no_spaces(left) or _has_no_spaces(right))
+
+
+def _is_of_a_word(character: str) -> bool:
+    return character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
+
+
+def _has_no_spaces(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(_SCRIPTS_WITHOUT_SPACES)
 
 
 def generate_all(

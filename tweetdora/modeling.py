@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import os
 import re
-from typing import Any
+import warnings
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 import yaml
@@ -35,6 +37,7 @@ from tweetdora.errors import HubError, InputError, ResourceError, UserError
 from tweetdora.files import file_sha256
 from tweetdora.records import ADAPTER_WEIGHTS, BaseModelCard, BaseModelRecord
 
+_TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,8 +69,14 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
                 "its answers. Choose the full-precision model."
             )
         # transformers 5 prefers safetensors; weights that are pickles could run code when they are read.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path, revision=revision, config=config, dtype=dtype, use_safetensors=True
+        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
+            name_or_path,
+            revision=revision,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # _check_weights names them
+            output_loading_info=True,
         )
     except InputError:
         raise
@@ -76,14 +85,46 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
             f"--model_name_or_path {name_or_path}: its weights are not whole ({error}); a cut download, or a Git LFS "
             "pointer in a file's place (`git lfs pull` fetches the file). Fetch the model again."
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a library says of a folder; an error of ours would not come from there
         raise _model_load_error(name_or_path, revision, error) from error
+    _check_weights(name_or_path, model, report)
     if is_packable(model):
         model.set_attn_implementation(ATTENTION)
     # The last column of a batch's states is a strided view, and torch.matmul copies a frozen weight once for every row
     # rather than that view once: 10 s of 15 s when 64 rows were answered on two CPU cores.
     model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
     return model.to(device).eval()
+
+
+def _check_weights(name_or_path: str, model: Any, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint that is not this model's: transformers fills what is missing at random, with a warning only.
+
+    `report` is what from_pretrained has found; tied weights, and those that a model is known to do without, are not in
+    it.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"--model_name_or_path {name_or_path} holds an adapter too (adapter_config.json), which transformers has "
+            "put on the model. Give the model alone: merge the adapter, or move its two files elsewhere."
+        )
+    kinds = {
+        "lacks {}, which would be random": sorted(report["missing_keys"]),
+        "has {} in another shape": sorted(key for key, *_ in report["mismatched_keys"]),
+        "has {} besides, for which the model has no place": sorted(report["unexpected_keys"]),
+    }
+    wrong = [kind.format(_some(names)) for kind, names in kinds.items() if names]
+    if wrong:
+        saved_as = ", ".join(model.config.architectures or []) or "an unknown class"
+        raise InputError(
+            f"--model_name_or_path {name_or_path}: its checkpoint is not that of a {type(model).__name__}: it "
+            f"{'; and it '.join(wrong)}. config.json says {saved_as}; expected a whole causal language model."
+        )
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """The first names of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _model_load_error(
@@ -143,6 +184,22 @@ def _as_words(value: Any) -> Any:
     return value if value is None else str(value)
 
 
+def check_ids_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        InputError: names the token, and how many ids the model knows.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    known, largest = len(embeddings.weight), max(ids)
+    if largest >= known:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path} writes {token!r} as id {largest}, but {model.name_or_path} "
+            f"has embeddings for {known} ids only. They are not of one model; fetch both again."
+        )
+
+
 def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
     """A new adapter on a frozen base; its weights are float32 whatever the base's format.
 
@@ -159,6 +216,7 @@ def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
             f"--target_modules {' '.join(missing)} matches no linear layer of {base.name_or_path}; "
             f"its linear layers are {', '.join(sorted(linear))}."
         )
+    _check_not_tied(base, config.target_modules, "--target_modules")
     peft_config = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
@@ -170,8 +228,26 @@ def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
         revision=config.model_revision,
     )
     if config.method == "dora":
-        peft_config._register_custom_module({torch.nn.Linear: DoraLinear})
+        peft_config._register_custom_module({nn.Linear: DoraLinear})
     return get_peft_model(base, peft_config, autocast_adapter_dtype=True)
+
+
+def _check_not_tied(base: PreTrainedModel, target_modules: Iterable[str], what: str) -> None:
+    """Refuse an adapter on an output layer that shares its weight with the embeddings.
+
+    Merged, it would change what the model reads as well as what it writes.
+
+    Raises:
+        InputError: names the layer.
+    """
+    embeddings: Any = base.get_input_embeddings()
+    for name, module in base.named_modules():
+        shared = getattr(module, "weight", None) is embeddings.weight
+        if shared and name.rsplit(".", 1)[-1] in target_modules:
+            raise InputError(
+                f"{what} {name.rsplit('.', 1)[-1]}: in {base.name_or_path} its weight is that of the embeddings too, "
+                "so an adapter on it cannot be merged. Leave it out."
+            )
 
 
 def trainable_parameters(model: PeftModel) -> int:
@@ -206,9 +282,16 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
     """
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         raise InputError(f"{folder} holds no adapter_config.json; expected an adapter folder that PEFT wrote.")
+    check_adapter_fits(base, folder)
     try:
-        return PeftModel.from_pretrained(base, folder).eval()
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            # PEFT only warns of weights that the file lacks; they would be those of a new adapter.
+            warnings.filterwarnings("error", ".*missing adapter keys.*")
+            config = PeftConfig.from_pretrained(folder)
+            if getattr(config, "use_dora", False):
+                config._register_custom_module({nn.Linear: DoraLinear})
+            return PeftModel.from_pretrained(base, folder, config=config).eval()
+    except Exception as error:  # whatever PEFT says of a folder
         raise InputError(
             f"the adapter in {folder} does not fit the base model {base.name_or_path}: "
             + " ".join(str(error).split())[:300]
@@ -235,7 +318,28 @@ def read_adapter_config(name_or_path: str) -> PeftConfig | None:
         ) from error
     if not config.base_model_name_or_path:
         raise InputError(f"the adapter_config.json of {name_or_path} names no base_model_name_or_path; write it in.")
+    # Another task's adapter has a head of its own, which a causal language model would drop.
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise InputError(
+            f"the adapter {name_or_path} is for {config.task_type}; expected CAUSAL_LM, one that answers in words."
+        )
+    if config.is_prompt_learning:
+        raise InputError(
+            f"the adapter {name_or_path} is of the kind {getattr(config.peft_type, 'value', config.peft_type)}, which "
+            "has no weights to merge; expected LoRA or DoRA."
+        )
     return config
+
+
+def check_adapter_fits(base: PreTrainedModel, folder: str) -> None:
+    """Refuse an adapter that cannot be merged into this base.
+
+    Raises:
+        InputError: names what stands in the way.
+    """
+    targets = getattr(PeftConfig.from_pretrained(folder), "target_modules", None)
+    if not isinstance(targets, str) and targets is not None:  # a text is a pattern
+        _check_not_tied(base, targets, f"the adapter in {folder} is on")
 
 
 def _fetch_adapter_config(repo_id: str) -> str | None:
@@ -263,12 +367,17 @@ def adapter_folder(name_or_path: str) -> str:
     folder = name_or_path
     if not os.path.isdir(name_or_path):
         try:
-            folder = snapshot_download(name_or_path, allow_patterns=["adapter_*"])
+            folder = snapshot_download(name_or_path, allow_patterns=["adapter_*", *_TOKENIZER_FILES])
         except (OSError, ValueError, HTTPError) as error:
             raise _model_load_error(name_or_path, None, error, "adapter") from error
     if not os.path.isfile(os.path.join(folder, ADAPTER_WEIGHTS)):
         raise InputError(f"the adapter {name_or_path} has no {ADAPTER_WEIGHTS}; save it again with PEFT.")
     return folder
+
+
+def tokenizer_folder(folder: str) -> str | None:
+    """The folder, if a tokenizer lies in it."""
+    return folder if os.path.isfile(os.path.join(folder, "tokenizer_config.json")) else None
 
 
 def merge(model: PeftModel) -> PreTrainedModel:

@@ -8,12 +8,16 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import wandb
+from transformers.utils import ENV_VARS_TRUE_VALUES
 
 from tweetdora.data import Examples
+from tweetdora.errors import InputError
 from tweetdora.generation import UNPARSED, Generation
 from tweetdora.records import TrackerRecord
 
 log = logging.getLogger(__name__)
+_MODES = ("online", "offline", "disabled", "shared")
+_OTHER_NAMES = {"dryrun": "offline", "run": "online"}  # W&B's own, of earlier days
 UNPARSED_NAME = "unparsed"
 # How long a server that does not answer may keep a training from its start, and its end from being told.
 _INIT_SECONDS, _FINISH_SECONDS = 30.0, 60.0
@@ -21,8 +25,17 @@ SAMPLE_ROWS = 50  # rows of the table of generations
 
 
 def wandb_mode() -> tuple[str, str]:
-    """online, offline, shared or disabled, and the reason; WANDB_MODE decides, else whether there is a login."""
+    """online, offline, shared or disabled, and the reason; the environment decides, else whether there is a login.
+
+    Raises:
+        InputError: WANDB_MODE is no mode of W&B's.
+    """
+    if is_wandb_disabled():
+        return "disabled", "WANDB_DISABLED says so"
     if mode := os.environ.get("WANDB_MODE"):
+        mode = _OTHER_NAMES.get(mode, mode)
+        if mode not in _MODES:
+            raise InputError(f"WANDB_MODE is {mode!r}; expected one of {', '.join(_MODES)}, or no such variable.")
         return mode, "WANDB_MODE says so"
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "online", "the environment holds a W&B login"
@@ -34,6 +47,11 @@ def wandb_mode() -> tuple[str, str]:
     except (OSError, netrc.NetrcParseError):
         pass  # no readable netrc file is no login
     return "offline", "no W&B login was found (wandb login, or WANDB_API_KEY)"
+
+
+def is_wandb_disabled() -> bool:
+    """Whether the user has switched W&B off for transformers, which has a variable of its own for it."""
+    return os.environ.get("WANDB_DISABLED", "").upper() in ENV_VARS_TRUE_VALUES
 
 
 def start_wandb(

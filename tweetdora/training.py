@@ -3,22 +3,25 @@
 import contextlib
 import dataclasses
 import os
+import shlex
 from dataclasses import dataclass
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from tweetdora.callbacks import EvaluationStopped, LogGenerations, StopOnSignal
 from tweetdora.checkpoints import checkpoint_step
-from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
+from tweetdora.config import SYSTEM_PROMPT, ModelConfig, TaskConfig, TrainConfig, normalize_label
 from tweetdora.data import Examples, check_trainable, data_record, load_examples
-from tweetdora.errors import DivergedError, ResourceError
+from tweetdora.errors import DivergedError, InputError, UserError
 from tweetdora.files import file_sha256, tensors_sha256
+from tweetdora.generation import LabelParser
 from tweetdora.modeling import (
     DTYPES,
     attach_adapter,
     base_identity,
+    check_ids_fit,
     load_base,
     load_tokenizer,
     read_base_card,
@@ -65,19 +68,25 @@ def load(
     task: TaskConfig, model_config: ModelConfig, training: TrainConfig, commits: Commits, state: PartialState
 ) -> tuple[Loaded, RunRecord]:
     """Examples, tokenizer and model; and the record of the run so far, which says what they are."""
+    check_prompt(task)
     name = model_config.model_name_or_path
     with state.main_process_first():  # the others find it in the cache
         train_examples = load_examples(task, "train", commits.data)
         validation_examples = None
         if training.max_eval_samples:
             validation_examples = load_examples(task, "validation", commits.data).head(training.max_eval_samples)
+        load_examples(task, "test", commits.data)  # evaluate.py will want it; said now, not after the training
         tokenizer = load_tokenizer(name, commits.base)
     check_trainable(train_examples, task)
     prompt_tokenizer = PromptTokenizer(tokenizer, read_prompt_format(tokenizer, task), task.max_length)
+    check_label_words(prompt_tokenizer, task)
+    check_budget(prompt_tokenizer, task, training)
     tokenized = tokenize_examples(train_examples, prompt_tokenizer)
     with state.main_process_first():
         base = load_base(name, commits.base, DTYPES[training.precision], training.device)
     base_model = base_identity(base, name, commits.base)  # before the adapter, which adds parameters
+    check_ids_fit(base, tokenizer, (token for feature in tokenized.features for token in feature["input_ids"]))
+    check_positions(base, tokenized)
     set_seed(training.seed)  # before the adapter's random start
     model = attach_adapter(base, model_config)
     adapter_start = [(name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad]
@@ -103,6 +112,72 @@ def load(
         environment=environment(),
     )
     return Loaded(model, tokenizer, prompt_tokenizer, tokenized, validation_examples), run
+
+
+def check_prompt(task: TaskConfig) -> None:
+    """Refuse a system prompt that asks for other words than the label words: a base would never answer with them.
+
+    Raises:
+        InputError: with the line to add.
+    """
+    words = [normalize_label(word) for word in task.label_words]
+    asked = normalize_label(task.system_prompt)
+    if not any(word in asked for word in words):
+        quoted = ", ".join(f'"{word}"' for word in task.label_words[:-1]) + f' or "{task.label_words[-1]}"'
+        line = f"Classify the text. Answer with exactly one word: {quoted}."
+        which = "the default, for tweets," if task.system_prompt == SYSTEM_PROMPT else repr(task.system_prompt[:60])
+        raise InputError(
+            f"--system_prompt is {which} which names none of --label_words {' '.join(task.label_words)}. Give one "
+            f"that does, such as --system_prompt {shlex.quote(line)}"
+        )
+
+
+def check_label_words(prompt_tokenizer: PromptTokenizer, task: TaskConfig) -> None:
+    """Refuse label words that are not found in what the model is trained to write.
+
+    A tokenizer may normalise what it takes, or have no token for a letter: then a perfect model would score 0.
+
+    Raises:
+        InputError: names the word, and what becomes of it.
+    """
+    parse = LabelParser(task.label_words)
+    for number, (word, ids) in enumerate(zip(task.label_words, prompt_tokenizer.completion_ids, strict=True)):
+        written = str(prompt_tokenizer.tokenizer.decode(ids[:-1], skip_special_tokens=False))
+        if parse(written) != number:
+            raise InputError(
+                f"--label_words: {word!r} becomes {written!r} in the tokens of "
+                f"{prompt_tokenizer.tokenizer.name_or_path}, in which it is not found again. Choose another word."
+            )
+
+
+def check_positions(base: PreTrainedModel, tokenized: TokenizedExamples) -> None:
+    """Refuse examples beyond the last position that the model has learned.
+
+    Raises:
+        InputError: names the length, and what the model has.
+    """
+    positions = getattr(base.config, "max_position_embeddings", None)
+    longest = tokenized.sequence_lengths["longest"]
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"the longest example has {longest} tokens, but {base.name_or_path} has learned {positions} positions. "
+            f"Give --max_length {positions} or less."
+        )
+
+
+def check_budget(prompt_tokenizer: PromptTokenizer, task: TaskConfig, training: TrainConfig) -> None:
+    """Refuse a --max_new_tokens in which an answer does not fit: validation would call the right ones wrong.
+
+    Raises:
+        InputError: names the longest label word and what it needs.
+    """
+    lengths = [len(ids) for ids in prompt_tokenizer.completion_ids]
+    if max(lengths) > training.max_new_tokens:
+        word = task.label_words[lengths.index(max(lengths))]
+        raise InputError(
+            f"--max_new_tokens is {training.max_new_tokens}, but {word!r} and its stop token are {max(lengths)} "
+            f"tokens. Give --max_new_tokens {max(lengths)} or more, or shorter --label_words."
+        )
 
 
 def make_trainer(task: TaskConfig, training: TrainConfig, loaded: Loaded, stop: StopOnSignal) -> ClassificationTrainer:
@@ -148,7 +223,7 @@ def run_trainer(trainer: ClassificationTrainer, checkpoint: str | None, run: Run
         else:
             with contextlib.suppress(EvaluationStopped):  # before the first step; its checkpoint is the one resumed
                 trainer.train(resume_from_checkpoint=checkpoint)
-    except (DivergedError, ResourceError) as error:
+    except UserError as error:
         if state.is_main_process:
             if isinstance(error, DivergedError):
                 write_run(dataclasses.replace(run, status="diverged"), trainer.args.output_dir)

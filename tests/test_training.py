@@ -1,0 +1,116 @@
+"""What a training refuses after loading and before its first step."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+from accelerate import PartialState
+from tokenizers import normalizers
+
+from tweetdora.config import ModelConfig, TaskConfig
+from tweetdora.errors import InputError
+from tweetdora.resume import Commits
+from tweetdora.training import load
+
+PROMPT = "Say it: negative and I am afraid so, or what you like; or plain."
+LONG = ["negative and I am afraid so", "neither of the two of them", "positive and altogether so"]
+
+
+@pytest.fixture
+def load_with(model_dir, task, training, make_tokenizer, tmp_path):
+    """load_with(task_fields={}, tokenizer=None, model=None, **training settings): load a run on a tiny model."""
+
+    def run(tokenizer=None, model=None, task_fields=None, **settings):
+        folder = model_dir
+        if tokenizer is not None or model is not None:
+            folder = str(tmp_path / "model")
+            shutil.copytree(model_dir, folder)
+            for part in (tokenizer, model):
+                if part is not None:
+                    part.save_pretrained(folder)
+        config = ModelConfig(model_name_or_path=folder)
+        changed = dataclasses.replace(task, **(task_fields or {}))
+        return load(changed, config, training(**settings), Commits(None, None), PartialState())
+
+    return run
+
+
+def test_an_answer_that_does_not_fit_the_budget_is_refused_with_what_it_needs(load_with):
+    loaded, _ = load_with(task_fields={"label_words": LONG, "system_prompt": PROMPT}, max_new_tokens=64)
+    needed = max(len(ids) for ids in loaded.prompt_tokenizer.completion_ids)
+    assert needed > 16, "the default would not be enough"
+    message = f"^--max_new_tokens is {needed - 1}, but '.*' and its stop token are {needed} tokens. Give --max_new_tok"
+    fields = {"label_words": LONG, "system_prompt": PROMPT}
+    load_with(task_fields=fields, max_new_tokens=needed)
+    with pytest.raises(InputError, match=message):
+        load_with(task_fields=fields, max_new_tokens=needed - 1)
+
+
+def test_label_words_that_the_tokenizer_makes_others_of_are_refused(load_with, make_tokenizer):
+    """A normaliser that takes accents away: what is trained is never found again, and a perfect model scores 0."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    fields = {"label_words": ["schlecht", "plain", "schön"], "system_prompt": PROMPT}
+    with pytest.raises(InputError, match="^--label_words: 'schön' becomes 'schon' in the tokens of .*Choose another"):
+        load_with(tokenizer, task_fields=fields)
+
+
+def test_label_words_in_another_normal_form_than_the_tokenizers_are_fine(load_with, make_tokenizer):
+    import unicodedata
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    words = [unicodedata.normalize("NFD", word) for word in ("schlecht", "plain", "schön")]
+    load_with(tokenizer, task_fields={"label_words": words, "system_prompt": PROMPT})
+
+
+def test_ids_that_the_model_has_no_embedding_for_are_refused(load_with, make_tokenizer):
+    """A tokenizer with a token more than the weights, as after add_tokens without resize_token_embeddings."""
+    tokenizer = make_tokenizer()
+    known = len(tokenizer)
+    tokenizer.add_tokens(["how the day"])  # words of the system prompt
+    message = f"writes 'how the day' as id {known}, but .* has embeddings for {known} ids only"
+    with pytest.raises(InputError, match=message):
+        load_with(tokenizer)
+
+
+def test_examples_beyond_the_models_last_position_are_refused(load_with, make_model):
+    with pytest.raises(InputError, match="^the longest example has [0-9]+ tokens, but .* has learned 24 positions"):
+        load_with(model=make_model(max_position_embeddings=24))
+
+
+def test_a_test_split_that_is_not_there_is_said_before_the_training(load_with):
+    with pytest.raises(
+        InputError, match="split 'exam': .*Name a split that is there, or a slice of one, with --train"
+    ):
+        load_with(task_fields={"test_split": "exam"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"label_words": ["bad", "fair", "good"], "system_prompt": TaskConfig().system_prompt},
+            "^--system_prompt is the default, for tweets, which names none of --label_words bad fair good. Give one "
+            "that "
+            'does, such as --system_prompt \'Classify the text. Answer with exactly one word: "bad", "fair" or '
+            '"good".\'$',
+        ),
+        (
+            {"system_prompt": "How is it?"},
+            "^--system_prompt is 'How is it.' which names none of --label_words negative",
+        ),
+    ],
+)
+def test_a_prompt_that_asks_for_other_words_is_refused_with_the_line_to_add(fields, message, load_with):
+    with pytest.raises(InputError, match=message):
+        load_with(task_fields=fields)
+
+
+def test_a_prompt_may_name_the_words_in_another_case(load_with):
+    load_with(task_fields={"system_prompt": "Negative or not?"})
+
+
+def test_the_model_folder_of_the_tests_is_left_as_it_was(model_dir):
+    assert not (Path(model_dir) / "adapter_config.json").exists()
