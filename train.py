@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     # load
     use_cache_if_unreachable(task.dataset_name, model_config.model_name_or_path)
     commits = pin_commits(task, model_config, resume.saved)
-    loaded, run = load(task, model_config, training, commits, state)
+    loaded, run = load(task, model_config, training, commits, state, resume.saved)
     say("\n".join([run.name, format_plan(run, training, threads), *resume.notes]))
     if training.dry_run:
         example = show_example(loaded.tokenized.features[0], loaded.tokenizer)

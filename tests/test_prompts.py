@@ -1,6 +1,7 @@
 """Prompts: exactly the chat template's ids, loss on answer and stop token, and a tweet is never more than text."""
 
 import dataclasses
+import datetime
 import json
 import random
 import time
@@ -18,14 +19,17 @@ from tweetdora.prompts import (
     PromptTokenizer,
     TokenizedExamples,
     check_example,
+    freeze_template,
     read_prompt_format,
     show_example,
     stop_token_ids,
     tokenize_examples,
+    writes_a_date,
 )
 from tweetdora.records import PromptFormat
 
 CONTROL_IDS = range(len(SPECIAL_TOKENS))
+TASK = TaskConfig(system_prompt=SYSTEM_PROMPT)
 
 # Chat templates like well-known ones, cut down to what matters here.
 LLAMA2 = (
@@ -148,6 +152,8 @@ def test_prompts_are_the_ids_of_the_chat_template_as_one_text(kind, template):
     assert len(texts) > 100
     prompts, cut = prompt_tokenizer.prompt_ids(texts)
     assert cut == 0
+    # Qwen 3's own generation prompt leaves open whether the model thinks; frozen, it does not.
+    assert freeze_template(prompt_tokenizer.tokenizer, prompt_tokenizer.format, TASK) == (template == "qwen3")
     for text, prompt in zip(texts, prompts, strict=True):
         assert prompt == template_ids(prompt_tokenizer, text), text
 
@@ -424,11 +430,91 @@ def test_a_template_without_special_tokens_around_the_answer_keeps_its_space_and
     assert tokens == [["▁negative", "</s>"], ["▁neutral", "</s>"], ["▁positive", "</s>"]]
 
 
-def test_an_empty_thought_in_front_of_the_answer_is_left_out():
-    """Qwen 3 writes one into the answer; answers are generated right behind the prompt."""
+def test_an_empty_thought_in_front_of_the_answer_is_part_of_the_prompt():
+    """Qwen 3 writes one into the answer: a prompt without it would let the model think."""
     found = format_of(QWEN3)
-    assert found.tail.endswith("assistant\n")
+    assert found.tail.endswith("assistant\n<think>\n\n</think>\n\n")
     assert (found.completions, found.stop_token) == (["negative", "neutral", "positive"], "<|im_end|>")
+
+
+# The generation prompt opens a thought; the answer of a chat that is over has an empty one, or none.
+OPEN_THOUGHT = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+EMPTY_THOUGHT = OPEN_THOUGHT.replace(
+    "message['content'] +",
+    "('<think>\n\n</think>\n\n' if message['role'] == 'assistant' else '') + message['content'] +",
+)
+NO_HEADER = CHATML.partition("{% if add_generation_prompt")[0]
+CAN_THINK = CHATML.replace(
+    "assistant\n' }}",
+    "assistant\n' + ('<think>\n' if enable_thinking | default(true) else '<think>\n\n</think>\n\n') }}",
+)
+DATED = "{{ '<|im_start|>today is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
+
+
+@pytest.mark.parametrize("template", [OPEN_THOUGHT, EMPTY_THOUGHT, CAN_THINK], ids=["open", "empty", "can be asked"])
+def test_a_thought_that_the_template_opens_is_closed_in_front_of_the_label(template):
+    """Else the label would be trained inside it, and the base would think for all its tokens."""
+    found = format_of(template)
+    assert found.tail.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert (found.completions, found.stop_token) == (["negative", "neutral", "positive"], "<|im_end|>")
+
+
+def test_a_template_that_can_leave_thinking_out_is_asked_to():
+    """SmolLM3 says in the system turn whether the model is to think."""
+    says = "{{ '<|im_start|>reasoning ' + ('on' if enable_thinking | default(true) else 'off') + '<|im_end|>\n' }}"
+    assert format_of(says + CHATML).head.startswith("<|im_start|>reasoning off<|im_end|>")
+
+
+def test_a_thought_that_is_never_closed_is_refused():
+    template = OPEN_THOUGHT.replace(
+        "message['role'] + '\n' +",
+        "message['role'] + '\n' + ('<think>\n' if message['role'] == 'assistant' else '') +",
+    )
+    with pytest.raises(InputError, match="opens <think> for an answer and never closes it; the label would be part"):
+        format_of(template)
+
+
+def test_an_assistants_header_that_the_generation_prompt_leaves_out_is_part_of_the_prompt():
+    assert format_of(NO_HEADER) == format_of(CHATML)
+
+
+@pytest.mark.parametrize("template", [OPEN_THOUGHT, EMPTY_THOUGHT, CAN_THINK, NO_HEADER, DATED, QWEN3])
+def test_a_template_that_would_write_another_prompt_is_frozen(template):
+    prompt_tokenizer = encoder_of(tokenizer_of("bytes", template))
+    prompt = prompt_of(prompt_tokenizer, "good day")
+    assert freeze_template(prompt_tokenizer.tokenizer, prompt_tokenizer.format, TASK)
+    assert template_ids(prompt_tokenizer, "good day") == prompt == template_ids(prompt_tokenizer, " good day\n")
+    messages = [
+        *prompt_tokenizer.format.messages(SYSTEM_PROMPT, "good day"),
+        {"role": "assistant", "content": "neutral"},
+    ]
+    answered = prompt_tokenizer.tokenizer.apply_chat_template(messages)["input_ids"]
+    assert answered == prompt + prompt_tokenizer.completion_ids[1]
+    assert not freeze_template(prompt_tokenizer.tokenizer, prompt_tokenizer.format, TASK), "once is enough"
+
+
+def test_a_frozen_template_takes_the_prompt_from_the_users_turn_where_there_is_no_other_place():
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    prompt_tokenizer = encoder_of(tokenizer_of("bytes", refuses + DATED))
+    assert prompt_tokenizer.format.system_in_user_turn
+    prompt = prompt_of(prompt_tokenizer, "good day")
+    assert freeze_template(prompt_tokenizer.tokenizer, prompt_tokenizer.format, TASK)
+    assert template_ids(prompt_tokenizer, "good day") == prompt
+
+
+def test_a_template_that_writes_the_date_is_known_and_read_as_of_a_day():
+    tokenizer = tokenizer_of("bytes", DATED)
+    assert writes_a_date(tokenizer, TASK) and not writes_a_date(tokenizer_of("bytes", CHATML), TASK)
+    found = read_prompt_format(tokenizer, TASK, datetime.date(2026, 3, 4))
+    assert found.head.startswith("<|im_start|>today is 04 Mar 2026<|im_end|>")
+    assert read_prompt_format(tokenizer, TASK) == read_prompt_format(tokenizer, TASK, datetime.date.today())
+
+
+def test_a_template_that_fails_is_a_line_with_its_words():
+    with pytest.raises(
+        InputError, match="^the chat template of .* fails for the roles user: UndefinedError: 'nothing'"
+    ):
+        format_of("{{ nothing.at_all }}")
 
 
 def test_an_empty_thought_at_the_end_of_the_prompt_stays_there():

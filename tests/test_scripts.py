@@ -354,6 +354,23 @@ def test_on_a_mac_the_scripts_compute_on_the_cpu(apple_gpu):
     assert compute_state().device.type == "cpu"
 
 
+def test_a_published_template_writes_the_prompt_that_was_trained(teachable_dir, data_dir, tokenizer, tmp_path):
+    """The base's own writes a date, and leaves the assistant's header out."""
+    base, run_dir = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(teachable_dir, base)
+    dated = "{{ 'today is ' + strftime_now('%d %b %Y') }}"
+    template = dated + tokenizer.chat_template.partition("{% if add_generation_prompt")[0]
+    (base / "chat_template.jinja").write_text(template)
+    flags = [*train_flags(base, data_dir, run_dir), "--max_steps", "2", "--max_eval_samples", "0"]
+    assert main_of("train.py")([str(flag) for flag in flags]) == 0
+    assert main_of("evaluate.py")([str(run_dir), "--max_eval_samples", "6", "--bootstrap_samples", "50"]) == 0
+    assert main_of("push_to_hub.py")([str(run_dir), "--dry_run", "true", "--check_samples", "3"]) == 0
+    record = read(run_dir / "run.json")
+    published = (run_dir / "publish/chat_template.jinja").read_text()
+    assert "strftime_now" not in published and json.dumps(record["prompt_format"]["head"]) in published
+    assert record["prompt_format"]["tail"].endswith("<|im_start|>assistant\n")
+
+
 def test_on_a_mac_accelerate_alone_would_take_the_gpu(apple_gpu):
     """The companion: were it not so, the test above could not fail."""
     assert PartialState().device.type == "mps"

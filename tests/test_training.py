@@ -1,17 +1,22 @@
 """What a training refuses after loading and before its first step."""
 
 import dataclasses
+import datetime
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 from accelerate import PartialState
+from conftest import CHATML
+from sample_records import sample_run
 from tokenizers import normalizers
 
 from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.errors import InputError
-from tweetdora.resume import Commits
-from tweetdora.training import load
+from tweetdora.prompts import read_prompt_format
+from tweetdora.resume import Commits, ResumePlan
+from tweetdora.training import load, trained_format
 
 PROMPT = "Say it: negative and I am afraid so, or what you like; or plain."
 LONG = ["negative and I am afraid so", "neither of the two of them", "positive and altogether so"]
@@ -110,6 +115,37 @@ def test_a_prompt_that_asks_for_other_words_is_refused_with_the_line_to_add(fiel
 
 def test_a_prompt_may_name_the_words_in_another_case(load_with):
     load_with(task_fields={"system_prompt": "Negative or not?"})
+
+
+def test_a_run_goes_on_on_another_day_with_the_date_that_it_was_begun_with(load_with, make_tokenizer):
+    """Some templates write today's date into the system prompt; it is part of what is trained."""
+    dated = "{{ 'today is ' + strftime_now('%d %b %Y') }}" + CHATML
+    loaded, run = load_with(make_tokenizer(chat_template=dated))
+    today = datetime.date.today()
+    assert run.prompt_format.head.startswith(f"today is {today:%d %b %Y}")
+    begun = today - datetime.timedelta(days=40)
+    then = read_prompt_format(loaded.tokenizer, run.task, begun)
+    saved = dataclasses.replace(run, created=f"{begun:%Y-%m-%d}T23:59:59Z", prompt_format=then)
+    assert trained_format(loaded.tokenizer, run.task, saved) == then != run.prompt_format
+    other = dataclasses.replace(then, tail="other")
+    assert trained_format(loaded.tokenizer, run.task, dataclasses.replace(saved, prompt_format=other)) is None
+    assert trained_format(loaded.tokenizer, run.task, None) is None
+
+
+def test_train_py_hands_the_interrupted_runs_record_on(monkeypatch, tmp_path):
+    """Its prompt, and the commits of base and data, are what the run goes on with."""
+    saved, given = sample_run(status="interrupted", result=None), []
+
+    def stop(*arguments):
+        given.extend(arguments)
+        raise InputError("seen")
+
+    monkeypatch.setattr("tweetdora.resume.plan_resume", lambda training: ResumePlan("checkpoint-1", saved, []))
+    monkeypatch.setattr("tweetdora.training.load", stop)
+    main = runpy.run_path(str(Path(__file__).resolve().parent.parent / "train.py"))["main"]
+    with pytest.raises(InputError, match="^seen$"):
+        main(["--output_dir", str(tmp_path / "run"), "--report_to", "none", "--precision", "fp32"])
+    assert given[-1] is saved and Commits("a" * 40, "b" * 40) in given
 
 
 def test_the_model_folder_of_the_tests_is_left_as_it_was(model_dir):

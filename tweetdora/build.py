@@ -29,7 +29,7 @@ from tweetdora.modeling import (
     save_merged,
 )
 from tweetdora.plots import confusion_title, plot_confusion, plot_training
-from tweetdora.prompts import PromptTokenizer, stop_token_ids
+from tweetdora.prompts import PromptTokenizer, freeze_template, stop_token_ids
 from tweetdora.records import (
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,
@@ -109,6 +109,7 @@ def build_model(
     adapter_dir = os.path.join(run_dir, ADAPTER_DIR)
     tokenizer = load_tokenizer(adapter_dir)
     prompt_tokenizer = PromptTokenizer(tokenizer, run.prompt_format, task.max_length)
+    freeze_template(tokenizer, run.prompt_format, task)
     base = load_base(name, revision, torch.float32, device)
     if (identity := base_identity(base, name, revision)) != run.base_model:
         raise InputError(

@@ -9,12 +9,13 @@ Head, text and tail are the prompt. Loss is on the label word and on the stop to
 """
 
 import bisect
+import datetime
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from tweetdora.config import TaskConfig
@@ -22,67 +23,161 @@ from tweetdora.data import Examples, data_record, first_text_per_label
 from tweetdora.errors import InputError
 from tweetdora.records import PromptFormat, TrainDataRecord, chat_messages
 
+# Variables of templates that can leave a thought out; others do not know them.
+_WITHOUT_THOUGHT: dict[str, Any] = {"enable_thinking": False, "thinking": False}
+_OPEN_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*$")
+# Head and tail as they were trained; the user's last text between them, and what was answered, if anything was.
+_FROZEN = """{{%- set found = namespace(text="", answer=none) -%}}
+{{%- for message in messages -%}}
+{{%- if message["role"] == "user" -%}}{{%- set found.text = message["content"] -%}}{{%- set found.answer = none -%}}
+{{%- elif message["role"] == "assistant" -%}}{{%- set found.answer = message["content"] -%}}{{%- endif -%}}
+{{%- endfor -%}}
+{{%- if {prefix} and found.text.startswith({prefix}) -%}}
+{{%- set found.text = found.text.replace({prefix}, "", 1) -%}}{{%- endif -%}}
+{{{{- {head} }}}}{{{{- found.text | trim }}}}{{{{- {tail} }}}}
+{{%- if found.answer is not none -%}}{{{{- found.answer + {stop} }}}}{{%- endif -%}}"""
 IGNORE_INDEX = -100  # what torch.nn.functional.cross_entropy leaves out
 _TEXT_MARK = "THE-TEXT-STANDS-HERE"
 
 
-def read_prompt_format(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> PromptFormat:
-    """Read the format of prompts off the tokenizer's chat template.
+def read_prompt_format(
+    tokenizer: PreTrainedTokenizerBase, task: TaskConfig, date: datetime.date | None = None
+) -> PromptFormat:
+    """Read the format of prompts off the tokenizer's chat template, as it is on that date; None: today.
+
+    The model is not to think: where a template opens a thought in front of an answer, or writes an empty one there,
+    the prompt closes it.
 
     Raises:
-        InputError: there is no chat template, or it does not leave the text as it is.
+        InputError: there is no chat template, it fails, or it does not leave the text as it is.
     """
     if not tokenizer.chat_template:
         raise InputError(
             f"--model_name_or_path {tokenizer.name_or_path} has no chat template; "
             "choose an instruction-tuned (chat) model."
         )
-    system_in_user_turn = not _takes_system_role(tokenizer, task.system_prompt)
+    system_in_user_turn = not _takes_system_role(tokenizer, task.system_prompt, date)
     messages = chat_messages(task.system_prompt, _TEXT_MARK, system_in_user_turn)
-    prompt = _render(tokenizer, messages, add_generation_prompt=True)
+    prompt = _render(tokenizer, messages, True, date)
     if prompt.count(_TEXT_MARK) != 1:
         raise InputError(f"the chat template of {tokenizer.name_or_path} does not repeat the user's text once.")
+    answers = [_answer_in_template(tokenizer, messages, prompt, word, date) for word in task.label_words]
+    openings = {opening for opening, _, _ in answers}
+    if len(openings) > 1:
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path} begins answers in {len(openings)} ways "
+            f"({', '.join(map(repr, sorted(openings)))}); expected one."
+        )
     head, tail = prompt.split(_TEXT_MARK)
-    completions, stop_tokens = [], set()
-    for word in task.label_words:
-        completion, stop_token = _completion_in_template(tokenizer, messages, prompt, word)
-        completions.append(completion)
-        stop_tokens.add(stop_token)
-    return PromptFormat(head, tail, completions, stop_tokens.pop(), system_in_user_turn)
+    completions = [completion for _, completion, _ in answers]
+    return PromptFormat(head, tail + openings.pop(), completions, answers[-1][2], system_in_user_turn)
+
+
+def writes_a_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> bool:
+    """Whether the chat template writes the date of the day on which it is asked."""
+    dates = (datetime.date(2001, 2, 3), datetime.date(2034, 10, 21))
+    first, second = (read_prompt_format(tokenizer, task, date) for date in dates)
+    return first != second
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    add_generation_prompt: bool = False,
+    date: datetime.date | None = None,
 ) -> str:
-    """The chat as the template writes it."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    """The chat as the template writes it, without a thought where it can be asked for that.
+
+    Raises:
+        InputError: the template fails.
+    """
+    settings: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **_WITHOUT_THOUGHT}
+    try:
+        if date is not None:
+            settings["chat_template"] = _as_of(date, str(tokenizer.get_chat_template()))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
+    except Exception as error:  # a template is a program of somebody's: it may fail in any way
+        roles = ", ".join(message["role"] for message in messages)
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path} fails for the roles {roles}: {type(error).__name__}: "
+            f"{said}. Choose another chat model, or mend its template."
+        ) from error
 
 
-def _takes_system_role(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> bool:
+def _as_of(date: datetime.date, template: str) -> str:
+    """The template with that date for today's: strftime_now, by which templates ask, is given its answers.
+
+    apply_chat_template takes no functions, so the answers are written in front, for each form of a date that is asked.
+    """
+    forms = {form for _, form in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1", template)}
+    answers = json.dumps({form: date.strftime(form) for form in forms})
+    return (
+        f"{{%- set dates_as_of = {answers} -%}}{{%- macro strftime_now(form) -%}}{{{{- dates_as_of[form] -}}}}"
+        f"{{%- endmacro -%}}{template}"
+    )
+
+
+def _takes_system_role(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, date: datetime.date | None = None
+) -> bool:
     """Whether the template shows a system message; some refuse the role, some leave it out without a word."""
     try:
-        rendered = _render(tokenizer, chat_messages(system_prompt, _TEXT_MARK, False))
-    except jinja2.TemplateError:
+        rendered = _render(tokenizer, chat_messages(system_prompt, _TEXT_MARK, False), date=date)
+    except InputError:
         return False
     return system_prompt.strip() in rendered
 
 
-def _completion_in_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: str, word: str
-) -> tuple[str, str]:
-    """What the template writes for the answer `word`, and the stop token behind it."""
-    full = _render(tokenizer, [*messages, {"role": "assistant", "content": word}])
-    # Templates that open the answer with something of their own (an empty thought, say) do not continue the prompt.
-    written = full[len(prompt) :] if full.startswith(prompt) else full[full.rindex(word) :]
-    before, found, after = written.partition(word)
+def _answer_in_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    prompt: str,
+    word: str,
+    date: datetime.date | None,
+) -> tuple[str, str, str]:
+    """What the template writes for the answer `word`: what opens it behind the prompt, word, and stop token.
+
+    The opening is the assistant's header, in templates whose generation prompt leaves it out, or an empty thought.
+    """
+    full = _render(tokenizer, [*messages, {"role": "assistant", "content": word}], date=date)
+    thought = _OPEN_THOUGHT.search(prompt)
+    if full.startswith(prompt):
+        before, found, after = full[len(prompt) :].partition(word)
+    else:  # what the generation prompt opens, a thought above all, is left out of answers that are over
+        _, found, after = full[max(full.rfind(word), 0) :].partition(word)
+        before = f"\n</{thought[1]}>\n\n" if thought else ""
+    if thought and f"</{thought[1]}>" not in before:
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path} opens {thought[0].strip()} for an answer and never closes "
+            "it; the label would be part of a thought. Choose a model that answers."
+        )
     specials = _control_tokens(tokenizer).search(after)
     stop_token = specials[0] if specials else tokenizer.eos_token
     if not found or not stop_token:
         raise InputError(
-            f"the chat template of {tokenizer.name_or_path} writes {written!r} for the answer {word!r}; expected the "
-            "word and then a stop token."
+            f"the chat template of {tokenizer.name_or_path} writes {before + found + after!r} for the answer "
+            f"{word!r}; expected the word and then a stop token."
         )
-    return (before + word if not before.strip() else word), stop_token
+    # White space belongs to the word: some tokenizers make one token of both.
+    return ("", before + word, stop_token) if not before.strip() else (before, word, stop_token)
+
+
+def freeze_template(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, task: TaskConfig) -> bool:
+    """Give the tokenizer a template that writes this prompt for ever, if its own would not; whether it was given one.
+
+    Its own would not where it writes a date, thinks unless told otherwise, or leaves the assistant's header out.
+    """
+    messages = prompt_format.messages(task.system_prompt, _TEXT_MARK)
+    own = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    if own == prompt_format.head + _TEXT_MARK + prompt_format.tail and not writes_a_date(tokenizer, task):
+        return False
+    prefix = f"{task.system_prompt}\n\n" if prompt_format.system_in_user_turn else ""
+    literals = {name: json.dumps(text) for name, text in (("prefix", prefix), ("stop", prompt_format.stop_token))}
+    tokenizer.chat_template = _FROZEN.format(
+        head=json.dumps(prompt_format.head), tail=json.dumps(prompt_format.tail), **literals
+    )
+    return True
 
 
 class PromptTokenizer:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import shlex
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from tweetdora.records import (
     ADAPTER_WEIGHTS,
     RUN_FILE,
     AdapterRecord,
+    PromptFormat,
     RunRecord,
     TrainingResult,
     training_settings,
@@ -65,9 +67,17 @@ class Loaded:
 
 
 def load(
-    task: TaskConfig, model_config: ModelConfig, training: TrainConfig, commits: Commits, state: PartialState
+    task: TaskConfig,
+    model_config: ModelConfig,
+    training: TrainConfig,
+    commits: Commits,
+    state: PartialState,
+    saved: RunRecord | None = None,
 ) -> tuple[Loaded, RunRecord]:
-    """Examples, tokenizer and model; and the record of the run so far, which says what they are."""
+    """Examples, tokenizer and model; and the record of the run so far, which says what they are.
+
+    `saved` is the record of the run that is gone on with.
+    """
     check_prompt(task)
     name = model_config.model_name_or_path
     with state.main_process_first():  # the others find it in the cache
@@ -78,7 +88,8 @@ def load(
         load_examples(task, "test", commits.data)  # evaluate.py will want it; said now, not after the training
         tokenizer = load_tokenizer(name, commits.base)
     check_trainable(train_examples, task)
-    prompt_tokenizer = PromptTokenizer(tokenizer, read_prompt_format(tokenizer, task), task.max_length)
+    prompt_format = trained_format(tokenizer, task, saved) or read_prompt_format(tokenizer, task)
+    prompt_tokenizer = PromptTokenizer(tokenizer, prompt_format, task.max_length)
     check_label_words(prompt_tokenizer, task)
     check_budget(prompt_tokenizer, task, training)
     tokenized = tokenize_examples(train_examples, prompt_tokenizer)
@@ -178,6 +189,18 @@ def check_budget(prompt_tokenizer: PromptTokenizer, task: TaskConfig, training: 
             f"--max_new_tokens is {training.max_new_tokens}, but {word!r} and its stop token are {max(lengths)} "
             f"tokens. Give --max_new_tokens {max(lengths)} or more, or shorter --label_words."
         )
+
+
+def trained_format(
+    tokenizer: PreTrainedTokenizerBase, task: TaskConfig, saved: RunRecord | None
+) -> PromptFormat | None:
+    """The prompt that a run was begun with, if the template differs from it in the day's date only."""
+    if saved is None:
+        return None
+    begun = datetime.date.fromisoformat(saved.created[:10])  # in UTC; where the run began it may have been another day
+    dates = [begun + datetime.timedelta(days=days) for days in (0, -1, 1)]
+    same = any(read_prompt_format(tokenizer, task, date) == saved.prompt_format for date in dates)
+    return saved.prompt_format if same else None
 
 
 def make_trainer(task: TaskConfig, training: TrainConfig, loaded: Loaded, stop: StopOnSignal) -> ClassificationTrainer:
