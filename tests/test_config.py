@@ -728,6 +728,32 @@ def test_what_the_user_can_mend_is_a_message_without_a_traceback_and_a_status_by
     assert end_of(main, capsys) == (status, "train.py: --r is 0; give 1.\n")
 
 
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ([], False),
+        (["--traceback"], True),
+        (["--traceback", "true"], True),
+        (["--traceback=true"], True),
+        (["--traceback", "false"], False),
+        (["--traceback", "--r", "0"], True),
+    ],
+)
+def test_the_traceback_of_a_refusal_is_shown_where_it_is_asked_for(flags, shown, capsys, silenced, monkeypatch):
+    def main() -> int:
+        raise InputError("--r is 0; give 1.") from ValueError("of a library")
+
+    monkeypatch.setattr("sys.argv", ["train.py", *flags])
+    status, said = end_of(main, capsys)
+    assert status == 2 and said.endswith("train.py: --r is 0; give 1.\n")
+    assert ("Traceback" in said and "ValueError: of a library" in said) == shown
+
+
+def test_the_flag_for_it_is_every_scripts():
+    parse("--traceback", "true")
+    assert parse_with_target(["runs/x", "--traceback", "true"], PushConfig, "Push.", "Folder.")[1] == "runs/x"
+
+
 def test_ctrl_c_is_a_message_and_the_shells_status_for_it(capsys, silenced):
     def main() -> int:
         raise KeyboardInterrupt

@@ -618,6 +618,25 @@ def test_an_adapter_that_does_not_answer_in_words_or_cannot_be_merged_is_refused
         read_adapter_config(str(tmp_path))
 
 
+def test_a_tokenizer_of_an_unknown_form_is_a_line_with_the_librarys_words(model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "tokenizer.json").write_text('{"version": "9.0", "model": {"type": "Unheard"}}')
+    with pytest.raises(InputError, match=f"^--model_name_or_path {folder}: "):
+        load_tokenizer(str(folder))
+
+
+def test_layers_that_peft_puts_no_adapter_on_are_refused_with_its_words(model_dir, monkeypatch):
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise RuntimeError("no such layer\nfor us")
+
+    monkeypatch.setattr(modeling, "get_peft_model", fail)
+    message = (
+        "^--target_modules k_proj: PEFT puts no dora adapter on a LlamaForCausalLM there .RuntimeError: no such lay"
+    )
+    with pytest.raises(InputError, match=message):
+        new_adapter(model_dir, target_modules=["k_proj"])
+
+
 def head_inputs(model: PreTrainedModel) -> torch.Tensor:
     """What the head multiplies its weight with when only the last column's logits are wanted."""
     seen = []

@@ -12,11 +12,11 @@ from conftest import CHATML
 from sample_records import sample_run
 from tokenizers import normalizers
 
-from tweetdora.config import ModelConfig, TaskConfig
+from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.errors import InputError
 from tweetdora.prompts import read_prompt_format
 from tweetdora.resume import Commits, ResumePlan
-from tweetdora.training import load, trained_format
+from tweetdora.training import check_optimizer, load, trained_format
 
 PROMPT = "Say it: negative and I am afraid so, or what you like; or plain."
 LONG = ["negative and I am afraid so", "neither of the two of them", "positive and altogether so"]
@@ -146,6 +146,15 @@ def test_train_py_hands_the_interrupted_runs_record_on(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="^seen$"):
         main(["--output_dir", str(tmp_path / "run"), "--report_to", "none", "--precision", "fp32"])
     assert given[-1] is saved and Commits("a" * 40, "b" * 40) in given
+
+
+@pytest.mark.parametrize("optim", ["apollo_adamw", "galore_adamw", "adamw_8bit"])
+def test_an_optimizer_that_cannot_be_made_is_refused_by_its_flag(optim, load_with):
+    loaded, _ = load_with()
+    settings = TrainConfig(output_dir="x", precision="fp32", report_to=[], optim=optim)
+    with pytest.raises(InputError, match=f"^--optim {optim}: [A-Za-z]+: "):
+        check_optimizer(settings, loaded.model)
+    check_optimizer(TrainConfig(output_dir="x", precision="fp32", report_to=[]), loaded.model)
 
 
 def test_the_model_folder_of_the_tests_is_left_as_it_was(model_dir):

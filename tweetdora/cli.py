@@ -11,6 +11,7 @@ import difflib
 import errno
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
@@ -159,6 +160,8 @@ def run_script(main: Callable[[], int], name: str) -> NoReturn:
     try:
         sys.exit(main())
     except UserError as error:
+        if _wants_traceback(sys.argv[1:]):
+            traceback.print_exc()
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except OSError as error:
@@ -170,6 +173,12 @@ def run_script(main: Callable[[], int], name: str) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C; nothing that was finished before is lost.", file=sys.stderr)
         sys.exit(130)
+
+
+def _wants_traceback(argv: Sequence[str]) -> bool:
+    """Whether --traceback is on; read by itself, as what is refused may be another flag."""
+    value = next((after for flag, after in zip(argv, [*argv, ""][1:], strict=True) if flag == "--traceback"), "false")
+    return "--traceback=true" in argv or value.lower() not in ("false", "no", "0")
 
 
 def show_log() -> None:
@@ -238,6 +247,14 @@ def _parser(config_classes: list[Any], description: str) -> _Parser:
     parser = _Parser(config_classes, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     if TaskConfig in config_classes:
         parser.add_argument("--config", metavar="FILE", help="Recipe: a YAML file of these flags; flags win over it.")
+    parser.add_argument(
+        "--traceback",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Show where a refusal comes from.",
+    )
     # The --no_... twin of a flag says nothing that "--flag false" does not.
     for action in parser._actions:
         if action.option_strings and action.option_strings[0].startswith("--no_"):

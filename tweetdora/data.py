@@ -100,8 +100,7 @@ def _load_table(task: TaskConfig, split_name: str, revision: str | None) -> data
         return datasets.load_dataset(name, task.dataset_config, revision=revision, split=split_name)
     except StopIteration as error:  # what datasets 5 says of an empty file of JSON lines
         raise InputError(f"--dataset_name {name}: the file is empty; expected rows.") from error
-    # A RuntimeError is what datasets says of a data set that is a script.
-    except (ConnectionError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # whatever datasets, or the reader of a file behind it, says
         raise _dataset_load_error(task, split_name, error) from error
 
 

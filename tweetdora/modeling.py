@@ -50,7 +50,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     """
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises plain Exceptions of a file that it does not know
         raise _model_load_error(name_or_path, revision, error) from error
 
 
@@ -229,7 +229,14 @@ def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
     )
     if config.method == "dora":
         peft_config._register_custom_module({nn.Linear: DoraLinear})
-    return get_peft_model(base, peft_config, autocast_adapter_dtype=True)
+    try:
+        return get_peft_model(base, peft_config, autocast_adapter_dtype=True)
+    except Exception as error:  # PEFT has layers, and models, that it puts no adapter on
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(
+            f"--target_modules {' '.join(config.target_modules)}: PEFT puts no {config.method} adapter on a "
+            f"{type(base).__name__} there ({said}). Choose other layers, or --method lora."
+        ) from error
 
 
 def _check_not_tied(base: PreTrainedModel, target_modules: Iterable[str], what: str) -> None:
@@ -310,7 +317,7 @@ def read_adapter_config(name_or_path: str) -> PeftConfig | None:
         return None
     try:
         config = PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever PEFT says of the file
         said = f"{type(error).__name__}: {error}"
         raise InputError(
             f"the adapter_config.json of {name_or_path} cannot be read by PEFT ({said[:300]}); save or "

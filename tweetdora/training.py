@@ -6,6 +6,7 @@ import datetime
 import os
 import shlex
 from dataclasses import dataclass
+from typing import cast
 
 from accelerate import PartialState
 from peft import PeftModel
@@ -203,8 +204,22 @@ def trained_format(
     return saved.prompt_format if same else None
 
 
+def check_optimizer(training: TrainConfig, model: PeftModel) -> None:
+    """Refuse an optimizer that cannot be made, before the tracker is started and a run recorded.
+
+    Raises:
+        InputError: names the flag, and what the Trainer says.
+    """
+    try:
+        ClassificationTrainer.get_optimizer_cls_and_kwargs(training, cast(PreTrainedModel, model))
+    except Exception as error:  # above all a package that is missing
+        name = getattr(training.optim, "value", training.optim)
+        raise InputError(f"--optim {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
 def make_trainer(task: TaskConfig, training: TrainConfig, loaded: Loaded, stop: StopOnSignal) -> ClassificationTrainer:
     """The trainer, with its callbacks."""
+    check_optimizer(training, loaded.model)
     trainer = ClassificationTrainer(
         task=task,
         args=training,
