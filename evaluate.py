@@ -31,6 +31,7 @@ from tweetdora.evaluation import (
     save_generations,
     save_results,
     track_results,
+    warn_of_guessing,
 )
 from tweetdora.hub import pin_revision, use_cache_if_unreachable
 from tweetdora.tracking import wandb_mode
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.report_to == "wandb":
         track_results(record, examples, measured, target)
     log.info("\n%s\n\nWrote %s.", format_results(record), target.results_dir)
+    if warning := warn_of_guessing(record):
+        log.info(warning)
     if target.kind == "run" and config.output_dir is None:  # push_to_hub.py reads the run folder
         split = "" if config.split == "test" else f" --split {config.split}"
         log.info("Next: python push_to_hub.py %s%s --dry_run true", name, split)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sample_records import sample_run
+from sample_records import sample_evaluation, sample_metrics, sample_run
 
 from tweetdora import device, evaluation
 from tweetdora.config import DEFAULT_RUN_DIR, PUBLISHED_REPO, EvaluateConfig, ModelConfig, TaskConfig
@@ -18,9 +18,10 @@ from tweetdora.evaluation import (
     decide_decoding,
     find_eval_target,
     generate_base_and_finetuned,
+    warn_of_guessing,
 )
 from tweetdora.modeling import attach_adapter, load_base, save_adapter
-from tweetdora.records import RunRecord
+from tweetdora.records import MajorityBaseline, RunRecord
 
 
 @pytest.fixture
@@ -191,3 +192,32 @@ def test_an_adapter_that_does_not_fit_is_refused_before_an_example_is_answered(
     monkeypatch.setattr(evaluation, "_generate", None)
     with pytest.raises(InputError, match="^the adapter in .* does not fit the base model"):
         measure_adapter(adapter_dir, task)
+
+
+# Guessing
+
+
+@pytest.mark.parametrize(
+    ("finetuned", "base", "said"),
+    [
+        (0.60, 0.1, None),
+        (0.5012, 0.1, "note: the fine-tuned model's macro-F1, 0.501, is not above that of uniform guessing, 0.501."),
+        (0.30, 0.9, "note: the fine-tuned model's macro-F1, 0.300, is not above that of uniform guessing, 0.501."),
+        (None, 0.30, "note: the base model's macro-F1, 0.300, is not above that of uniform guessing, 0.501."),
+        (None, 0.60, None),
+    ],
+)
+def test_a_model_that_is_no_better_than_guessing_is_said(finetuned, base, said):
+    matrix = [[1, 1, 0], [1, 1, 1]]
+    record = sample_evaluation(
+        base=sample_metrics(base, matrix), finetuned=finetuned and sample_metrics(finetuned, matrix)
+    )
+    assert warn_of_guessing(record) == said
+
+
+def test_the_better_guess_is_the_one_to_beat():
+    baselines = dataclasses.replace(
+        sample_evaluation().baselines, majority=MajorityBaseline(0.6, 0.5, 0.5, label="good")
+    )
+    record = sample_evaluation(baselines=baselines, finetuned=sample_metrics(0.55, [[1, 1, 0], [1, 1, 1]]))
+    assert "is not above that of always the same label, 0.600." in warn_of_guessing(record)

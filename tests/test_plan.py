@@ -212,7 +212,8 @@ def test_the_plan_says_all_that_the_run_will_be(planned, training, task, model_d
     # 48 texts of two or three words each; the tokens are counted in a test above.
     tokens = f"{run.train_data.tokens:,}"
     parameters = 367 * 32 * 2 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
-    assert plan_lines(run, config, threads=2) == {
+    shown = plan_lines(run, config, threads=2)
+    assert shown == {
         "base model": f"{model_dir} (LlamaForCausalLM, {parameters:,} parameters)",
         "adapter": "dora on k_proj, v_proj, r 8, alpha 16: 1,600 trainable parameters "
         f"({100 * 1600 / parameters:.3f}%)",
@@ -245,21 +246,33 @@ def test_steps_below_one_are_a_share_of_all_steps(planned, training):
 
 
 def test_the_plan_says_how_many_gpus_stay_idle(planned, training):
-    settings = training()
+    settings = training(max_steps=100)
     settings.visible_gpus = 4
     expected = "4 GPUs are visible, 1 is used: accelerate launch --multi_gpu train.py uses all"
-    assert plan_lines(planned(), settings)["note"] == expected
+    assert plan_lines(planned(max_steps=100), settings)["note"] == expected
 
 
 def test_the_plan_says_where_a_template_puts_the_prompt_that_it_has_no_role_for(planned, training):
-    run = planned()
+    run = planned(max_steps=100)
     run = replace(run, prompt_format=replace(run.prompt_format, system_in_user_turn=True))
     expected = "the chat template takes no system message: the prompt heads the user's turn"
     assert plan_lines(run, training())["note"] == expected
 
 
 def test_the_plan_of_an_ordinary_run_has_no_note(planned, training):
-    assert "note" not in plan_lines(planned(), training())
+    settings = {"num_train_epochs": 20}
+    assert "note" not in plan_lines(planned(**settings), training(**settings))
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "said"), [(49, 9e-5, True), (50, 9e-5, False), (49, 1e-4, False), (3, 3e-5, True)]
+)
+def test_a_run_that_will_teach_nothing_is_said(steps, rate, said, planned, training):
+    settings = {"max_steps": steps, "learning_rate": rate}
+    shown = plan_lines(planned(**settings), training(**settings))
+    assert ("note" in shown) == said
+    if said:
+        assert shown["note"].startswith(f"{steps} steps at {rate:g} teach next to nothing; give more examples")
 
 
 def test_the_plan_names_a_configuration_of_the_data_set(planned, training, task):

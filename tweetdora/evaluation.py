@@ -360,6 +360,19 @@ def format_results(record: EvaluationRecord) -> str:
     return "\n".join(lines)
 
 
+def warn_of_guessing(record: EvaluationRecord) -> str | None:
+    """A line for a person, if what was measured last is no better than guessing."""
+    name, metrics = list(record.models.items())[-1]
+    guesses = {"uniform guessing": record.baselines.uniform, "always the same label": record.baselines.majority}
+    best = max(guesses, key=lambda guess: guesses[guess].macro_f1)
+    if metrics.macro_f1 > guesses[best].macro_f1:
+        return None
+    return (
+        f"note: the {SHOWN_NAMES[name]} model's macro-F1, {metrics.macro_f1:.3f}, is not above that of {best}, "
+        f"{guesses[best].macro_f1:.3f}."
+    )
+
+
 def format_p(value: float) -> str:
     """A p-value as one writes it: three digits, or a bound where it is too small to tell."""
     return "< 1e-300" if value < 1e-300 else f"= {value:.2g}"

@@ -11,6 +11,10 @@ from tweetdora.errors import ResourceError
 from tweetdora.records import RunRecord
 from tweetdora.tracking import wandb_mode
 
+# Below both an adapter hardly leaves its start: README's own recipe for another task once trained 3 steps at 3e-5, and
+# answered after it as before.
+_FEW_STEPS, _LOW_RATE = 50, 1e-4
+
 
 def check_disk(training: TrainConfig, trainable: int) -> None:
     """Refuse to start where the checkpoints will not fit.
@@ -106,6 +110,14 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
         )
     if run.prompt_format.system_in_user_turn:
         lines.append(("note", "the chat template takes no system message: the prompt heads the user's turn"))
+    if run.steps < _FEW_STEPS and training.learning_rate < _LOW_RATE:
+        lines.append(
+            (
+                "note",
+                f"{run.steps} steps at {training.learning_rate:g} teach next to nothing; give more examples, epochs, "
+                "or a higher --learning_rate",
+            )
+        )
     return "\n".join(f"  {label:<14} {text}" for label, text in lines)
 
 
