@@ -39,7 +39,7 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: str, title: str) 
             for name, colour, label in (*shown, ("eval_eos_rate", _GREY, "EOS rate")):
                 _curve(axes[0, 1], [(entry["step"], entry[name]) for entry in validation], colour, label, "o-")
             axes[0, 1].set(xlabel="step", ylim=(0, 1.03), title="validation examples, answered by generation")
-            axes[0, 1].legend(frameon=False, loc="lower right")
+            axes[0, 1].legend(frameon=False)  # where the curves leave room
         figure.savefig(path)
         plt.close(figure)
 
