@@ -793,6 +793,29 @@ def test_a_mistake_of_ours_keeps_its_traceback(silenced):
         run_script(main, "train.py")
 
 
+# What a launcher asks for
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
+    ],
+)
+def test_a_launch_that_shares_a_model_out_is_refused(name, what, monkeypatch):
+    """From `accelerate config` on the machine, which a user may have forgotten."""
+    monkeypatch.setenv(name, "false")
+    parse()
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(
+        InputError, match=f"^accelerate launch asks for {what} .{name}., .* --config_file accelerate_con"
+    ):
+        parse()
+
+
 # Where a flag is added
 
 

@@ -103,6 +103,14 @@ _REFUSED_ARGUMENTS = {
     "parallelism_config": _ONE_WHOLE_MODEL,
 }
 
+# What `accelerate launch` puts into the environment, often from a config file of the machine that nobody remembers.
+_REFUSED_LAUNCHES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
 SYSTEM_PROMPT = (
     "You are a tweet sentiment classifier. For each tweet input, analyze its sentiment and output exactly one word: "
     '"negative", "neutral", or "positive". Do not include any extra text.'
@@ -395,6 +403,12 @@ class TrainConfig(TrainingArguments):
         for name, reason in _REFUSED_ARGUMENTS.items():
             if (value := getattr(self, name)) not in (fields[name].default, None, ""):
                 raise InputError(f"--{name} is {value!r}, which does not fit here: {reason}. Leave it out.")
+        for name, what in _REFUSED_LAUNCHES.items():
+            if os.environ.get(name, "").lower() in ("true", "1"):
+                raise InputError(
+                    f"accelerate launch asks for {what} ({name}), which does not fit here: {_ONE_WHOLE_MODEL}. Launch "
+                    "with --config_file accelerate_config.yaml, or change the machine's own by `accelerate config`."
+                )
         # Imported late: it says that W&B runs offline, which scripts without a tracker need not hear.
         from transformers.integrations import get_available_reporting_integrations
 
