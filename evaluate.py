@@ -20,18 +20,19 @@ import logging
 
 from tweetdora.cli import parse_with_target, run_script
 from tweetdora.config import EvaluateConfig
-from tweetdora.data import load_examples
 from tweetdora.device import compute_state, use_cpu_threads
 from tweetdora.evaluation import (
     decide_decoding,
+    describe,
     evaluation_record,
     find_eval_target,
     format_results,
     generate_base_and_finetuned,
+    load_eval_examples,
+    no_better_than_guessing,
     save_generations,
     save_results,
     track_results,
-    warn_of_guessing,
 )
 from tweetdora.hub import pin_revision, use_cache_if_unreachable
 from tweetdora.tracking import wandb_mode
@@ -58,25 +59,25 @@ def main(argv: list[str] | None = None) -> int:
     use_cache_if_unreachable(target.task.dataset_name, target.base)
     base_revision = pin_revision(target.base, target.base_revision)
     data_revision = pin_revision(target.task.dataset_name, target.task.dataset_revision, "dataset")
-    examples = load_examples(target.task, config.split, data_revision).head(config.max_eval_samples)
+    trained_on = target.run.train_data.revision if target.run else None
+    examples, notes = load_eval_examples(target, config, data_revision, trained_on)
     if state.is_main_process:
-        count = f"{len(examples):,} {config.split} examples"
-        log.info("\n".join([f"{name}: {count}, {decoding.precision} ({decoding.reason})", *decoding.notes]))
+        log.info("\n".join(describe(target, config.split, examples, decoding, notes)))
 
     # work
     measured = generate_base_and_finetuned(target, base_revision, examples, config, decoding)
     if not state.is_main_process:
         return 0
     save_generations(examples, measured, target, config.split)
-    record = evaluation_record(target, examples, measured, config, decoding)
+    record = evaluation_record(target, examples, measured, config, decoding, notes)
 
     # save
     save_results(record, target)
     if config.report_to == "wandb":
         track_results(record, examples, measured, target)
     log.info("\n%s\n\nWrote %s.", format_results(record), target.results_dir)
-    if warning := warn_of_guessing(record):
-        log.info(warning)
+    if warning := no_better_than_guessing(record):
+        log.info("note: %s", warning)
     if target.kind == "run" and config.output_dir is None:  # push_to_hub.py reads the run folder
         split = "" if config.split == "test" else f" --split {config.split}"
         log.info("Next: python push_to_hub.py %s%s --dry_run true", name, split)

@@ -26,7 +26,7 @@ from tweetdora.device import compute_state, use_cpu_threads
 from tweetdora.evaluation import format_results
 from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.leaks import check_contents
-from tweetdora.model_card import check_records, front_matter, plan_publication, render_card
+from tweetdora.model_card import check_records, check_skill, front_matter, plan_publication, render_card
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.publish import (
     add_tag,
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     # load
     records = read_records(run, run_dir, config.split)
     check_records(records)
+    if warning := check_skill(records, config):
+        log.info("note: %s", warning)
     publication = plan_publication(records, config, folder)
     use_cache_if_unreachable(run.base_model.name_or_path)
     repo = None

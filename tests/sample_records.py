@@ -46,6 +46,7 @@ DATA: dict[str, Any] = {
     "revision": "b" * 40,
     "local": False,
     "sha256": "c",
+    "skipped": {},
 }
 ENVIRONMENT = Environment(
     python="3.11.7",
@@ -179,6 +180,8 @@ def sample_evaluation(**changes: Any) -> EvaluationRecord:
             uniform=Baseline(0.5012, 0.5, 0.5), majority=MajorityBaseline(0.3337, 0.5, 0.5, label="good")
         ),
         environment=ENVIRONMENT,
+        notes=[],
+        corrections=[],
     )
     return replace(evaluation, **changes)
 

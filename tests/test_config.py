@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 from tweetdora import cli, config, device
 from tweetdora.cli import parse_train, parse_with_target, read_task, run_script
 from tweetdora.config import (
+    CORRECTIONS,
+    SYSTEM_PROMPT,
     EvaluateConfig,
     ModelConfig,
     PushConfig,
@@ -661,13 +663,13 @@ def test_help_shows_our_flags_and_hides_the_trainers_obscure_ones(capsys):
     ours |= {"--config", "--help_all", "--learning_rate", "--global_batch_size", "--precision", "--batching", "--seed"}
     assert ours <= shown
     assert not shown & {"--adam_beta1", "--fsdp", "--hub_token", "--logging_nan_inf_filter", "--remove_unused_columns"}
-    assert len(text.splitlines()) < 120
+    assert len(text.splitlines()) < 130
 
 
 def test_help_is_readable(capsys):
     text = help_text(capsys, "--help")
     assert "\nTrain.\n" in text
-    assert "slices such as train[:80%] work. (default: train)" in text
+    assert "slices such as train[:80%] work, and are taken unshuffled, in" in text
     assert "--dry_run [bool]" in text and "--learning_rate float" in text
     for clutter in ("--no_", "--learning-rate", "string_to_bool", "LEARNING_RATE", "(default: None)", "==SUPPRESS=="):
         assert clutter not in text, clutter
@@ -848,3 +850,58 @@ def test_settings_are_not_changed_after_they_are_made():
     for made in (TaskConfig(), ModelConfig(), EvaluateConfig(), PushConfig()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(made, dataclasses.fields(made)[0].name, "other")
+
+
+def test_a_launch_that_asks_for_torch_compile_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # what accelerate launch sets where nobody asks
+    parse()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    message = "^accelerate launch asks for torch.compile .ACCELERATE_DYNAMO_BACKEND=INDUCTOR., .*`accelerate config`"
+    with pytest.raises(InputError, match=message):
+        parse()
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    with pytest.raises(InputError, match="^--torch_compile is True, which does not fit here: each batch has another"):
+        parse("--torch_compile", "true")
+
+
+def test_what_the_machines_own_launch_config_asks_for_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(InputError, match="fp16 needs a GPU. Use --precision bf16 or fp32. Or launch with --mixed"):
+        parse()
+
+
+# The prompt and the words
+
+
+def test_the_prompt_is_made_from_the_label_words():
+    assert TaskConfig().system_prompt == SYSTEM_PROMPT
+    assert TaskConfig(label_words=["spam", "ham"]).system_prompt == (
+        'Classify the text. Answer with exactly one of these words: "spam" or "ham". Write nothing else.'
+    )
+    assert TaskConfig(label_words=["a", "b", "c"], system_prompt=" ").system_prompt.endswith(
+        'these words: "a", "b" or "c". Write nothing else.'
+    )
+    assert TaskConfig(label_words=["spam", "ham"], system_prompt="Spam?").system_prompt == "Spam?"
+
+
+def test_variables_of_the_template_stand_in_a_recipe_as_they_are(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("chat_template_kwargs:\n  effort: low\n  tries: [1, 2]\n")
+    task, *_ = parse_train(["--config", str(tmp_path / "recipe.yaml"), "--report_to", "none"], "")
+    assert task.chat_template_kwargs == {"effort": "low", "tries": [1, 2]}
+
+
+def test_a_mapping_is_refused_where_none_is_meant(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("text_column:\n  a: b\n")
+    with pytest.raises(InputError, match="text_column is .*; expected a plain value or a list of them"):
+        parse_train(["--config", str(tmp_path / "recipe.yaml")], "")
+
+
+def test_what_is_given_to_correct_a_task_is_told_from_what_is_not():
+    assert EvaluateConfig().corrections == {}
+    given = {"test_split": "holdout", "skip_bad_rows": False}
+    assert EvaluateConfig(**given).corrections == given
+    task_fields = {item.name for item in dataclasses.fields(TaskConfig)}
+    assert set(CORRECTIONS) <= task_fields
+    fixed_by_the_run = {"label_words", "system_prompt", "chat_template", "chat_template_kwargs", "max_length"}
+    other = {"max_train_samples", "validation_share", "test_share", "split_seed"}
+    assert task_fields == {*CORRECTIONS, *fixed_by_the_run, *other}

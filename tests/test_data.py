@@ -58,7 +58,11 @@ def test_a_folder_is_read_in_order_with_its_own_classes(task):
     assert examples.texts[:4] == ["Such a bad trip", "Such a plain trip", "Such a good trip", "The bad trip"]
     assert examples.source == DataSource(task.dataset_name, config=None, revision=None, local=True, split="validation")
     assert data_record(examples, WORDS) == DataRecord(
-        **vars(examples.source), num_examples=12, sha256=examples.sha256, label_counts=dict.fromkeys(WORDS, 4)
+        **vars(examples.source),
+        num_examples=12,
+        sha256=examples.sha256,
+        label_counts=dict.fromkeys(WORDS, 4),
+        skipped={},
     )
 
 
@@ -137,10 +141,6 @@ def test_space_around_a_text_is_dropped(make_task):
     assert load_examples(make_task("rows.csv", 'text,label\n" fine  ",1\n'), "train", None).texts == ["fine"]
 
 
-def test_an_empty_text_is_a_text(make_task):
-    assert load_examples(make_task("rows.jsonl", '{"text": " ", "label": 1}'), "train", None).texts == [""]
-
-
 # The first rows, and the hash
 
 
@@ -156,7 +156,7 @@ def test_head_is_all_rows_where_there_are_fewer():
     examples = make_examples(["a", "b"], [0, 1], SOURCE)
     assert examples.head(None) is examples
     assert examples.head(3) == examples
-    assert examples.head(1) == make_examples(["a"], [0], SOURCE)
+    assert examples.head(1) == dataclasses.replace(make_examples(["a"], [0], SOURCE), is_part=True)
     assert len(examples.head(0)) == 0
 
 
@@ -229,44 +229,207 @@ def test_what_the_folder_does_not_hold_is_refused(task, fields, message):
 @pytest.mark.parametrize(
     ("content", "fields", "message"),
     [
-        ("text,label\na,0\nb,3\n", {}, "rows.csv, row 1: --label_column label holds 3; expected one of 0, 1, 2. Name"),
-        ("text,label\na,-1\n", {}, "rows.csv, row 0: --label_column label holds -1; expected one of 0, 1, 2"),
-        ("text,label\na,1.5\n", {}, "rows.csv, row 0: --label_column label holds 1.5; expected one of"),
-        ("text,label\na,0\nb,\n", {}, "rows.csv, row 1: --label_column label holds None; expected"),
+        (
+            "text,label\na,0\nb,3\n",
+            {},
+            "rows.csv, split 'train': 1 of 2 rows cannot be used: line 3: --label_column label holds '3'. Labels are "
+            "expected to be one of '0', '1', '2'; name others with --label_values, in the order of --label_words. "
+            "--skip_bad_rows true leaves such rows out, and counts them.",
+        ),
+        ("text,label\na,0\nb,1.5\n", {}, "line 3: --label_column label holds '1.5'. Labels"),
+        ("text,label\na,0\nb,\n", {}, "line 3: --label_column label is empty. --skip_bad_rows"),
+        ("text,label\na,0\n\n ,2\n", {}, "line 4: --text_column text is empty. --skip_bad_rows"),
         (
             "text,label\na,neutral\nb,Positive\n",
             {},
-            "row 1: --label_column label holds 'Positive'; expected one of 'negative', 'neutral', 'positive'. Name "
-            "the values in the order of --label_words with --label_values",
+            "line 3: --label_column label holds 'Positive'. Labels are expected to be one of 'negative', 'neutral', "
+            "'positive'; name others",
         ),
         (
             "text,label\na,0\nb,2\n",
             {"label_values": ["0", "4", "8"]},
-            "row 1: --label_column label holds '2'; expected one of '0', '4', '8'",
+            "line 3: --label_column label holds '2'. Labels are expected to be one of '0', '4', '8'; name others",
         ),
-        ("text,label\na,0\n,1\n", {}, "rows.csv, row 1: --text_column text holds None; expected text"),
-        ("text,label\n7,0\n", {}, "rows.csv, row 0: --text_column text holds 7; expected text"),
+        (
+            "text,label\nhi, there,0\nb,1\n",
+            {},
+            "line 2: has 3 fields, the header 2 (a text that holds the delimiter needs quotes). --skip_bad_rows",
+        ),
+        ("text,label\na\nb,1\n", {}, "line 2: has 1 fields, the header 2 (a text"),
+        (
+            'text,label\n"a\nb",0\nc,1\n"d,2\n',
+            {},
+            "1 of 3 rows cannot be used: line 5: has a quote that is not closed, or not at the end of its field (",
+        ),
     ],
 )
-def test_a_row_that_does_not_fit_is_named(make_task, content, fields, message):
-    with pytest.raises(InputError, match=message):
+def test_a_row_that_does_not_fit_is_named_with_its_line(make_task, content, fields, message):
+    """And with --skip_bad_rows it is left out and counted, and the others keep their numbers."""
+    with pytest.raises(InputError, match=re.escape(message)):
         load_examples(make_task("rows.csv", content, **fields), "train", None)
+    examples = load_examples(make_task("rows.csv", content, skip_bad_rows=True, **fields), "train", None)
+    assert sum(examples.skipped.values()) == 1
+    assert examples.texts in (["a"], ["b"], ["a\nb", "c"])
+    assert examples.example_ids == ([1] if examples.texts == ["b"] else [*range(len(examples))])
+
+
+def test_the_first_five_bad_rows_are_shown_and_all_are_counted(make_task):
+    """Line by line: 2 good, 3 no text, 4 no label, 5 no JSON, 6 no object, 7 unknown, 8 a number, 9 good."""
+    lines = [
+        {"text": "a", "label": 0},
+        {"text": " ", "label": 0},
+        {"text": "b"},
+        "{",
+        "[]",
+        {"text": "c", "label": 7},
+        {"text": 7, "label": 1},
+        {"text": "d", "label": 1},
+    ]
+    content = "\n" + "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    with pytest.raises(InputError) as refusal:
+        load_examples(make_task("rows.jsonl", content), "train", None)
+    said = str(refusal.value)
+    assert "6 of 8 rows cannot be used: line 3: --text_column text is empty; line 4: --label_column label is " in said
+    assert "line 5: is no JSON (" in said and "line 6: is no JSON object; line 7: --label_column label holds 7" in said
+    assert "; and 1 more. Labels are expected to be one of 0, 1, 2" in said and "line 8" not in said
+    examples = load_examples(make_task("rows.jsonl", content, skip_bad_rows=True), "train", None)
+    assert (examples.texts, examples.labels, examples.example_ids) == (["a", "d"], [0, 1], [0, 7])
+    reasons = {"a row that cannot be read": 2, "no label": 1, "no text": 2, "unknown label": 1}
+    assert examples.skipped == reasons
+    assert data_record(examples, WORDS).skipped == reasons
+
+
+def test_rows_are_not_skipped_if_none_is_left(make_task):
+    """Then the settings are wrong, not the rows."""
+    with pytest.raises(InputError, match="2 of 2 rows cannot be used: .* in the order of --label_words.$"):
+        load_examples(make_task("rows.csv", "text,label\na,x\nb,y\n", skip_bad_rows=True), "train", None)
+
+
+def test_bad_rows_of_a_data_set_that_is_no_text_file_are_named_by_their_number(make_task):
+    frame = pandas.DataFrame({"text": ["a", None, "c"], "label": [0, 1, 9]})
+    message = "2 of 3 rows cannot be used: row 1: --text_column text is empty; row 2: --label_column label holds 9. La"
+    with pytest.raises(InputError, match=message):
+        load_examples(make_task("rows.parquet", frame.to_parquet()), "train", None)
+    examples = load_examples(make_task("rows.parquet", frame.to_parquet(), skip_bad_rows=True), "train", None)
+    assert (examples.texts, examples.skipped) == (["a"], {"no text": 1, "unknown label": 1})
+
+
+def test_a_slice_counts_all_rows_of_a_file(make_task):
+    content = "text,label\na,0\nb,1\nc\nd,2\n"
+    task = make_task("rows.csv", content, skip_bad_rows=True, train_split="train[:1]+train[50%:]")
+    examples = load_examples(task, "train", None)
+    assert (examples.texts, examples.skipped, examples.is_part) == (["a", "d"], {"a row that cannot be read": 1}, True)
+
+
+def test_label_words_that_are_digits_are_words(make_task):
+    """In a file without types, "1" may be the word or the number; the word was named."""
+    task = make_task("rows.csv", "text,label\na,1\nb,0\n", label_words=["1", "0"])
+    assert load_examples(task, "train", None).labels == [0, 1]
+
+
+def test_a_text_longer_than_csv_allows_by_itself_is_read(make_task):
+    assert len(load_examples(make_task("rows.csv", f"text,label\n{'a' * 200_000},1\n"), "train", None).texts[0]) == 2e5
+
+
+# Encodings and delimiters
+
+ROWS = "text,label\nGrüße 🎉,0\nça va,1\n"
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+@pytest.mark.parametrize(
+    ("encoding", "hint"),
+    [
+        ("cp1252", "--encoding, such as latin-1 or cp1252."),
+        ("utf-16", "--encoding utf-16."),
+        ("utf-16-le", "--encoding utf-16-le."),
+        ("utf-16-be", "--encoding utf-16-be."),
+        ("utf-32", "--encoding utf-32."),
+    ],
+)
+def test_another_encoding_is_refused_with_its_flag_and_read_with_it(make_task, name, encoding, hint):
+    rows = [("Grüße", 0), ("ça va", 1)]
+    lines = [f"{text},{label}" for text, label in rows]
+    if name.endswith("jsonl"):
+        lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in rows]
+    content = "\n".join(lines if name.endswith("jsonl") else ["text,label", *lines]).encode(encoding)
+    with pytest.raises(InputError) as refusal:
+        load_examples(make_task(name, content), "train", None)
+    assert hint in str(refusal.value), str(refusal.value)
+    examples = load_examples(make_task(name, content, encoding=encoding), "train", None)
+    assert (examples.texts, examples.labels) == (["Grüße", "ça va"], [0, 1])
+
+
+def test_utf_16_of_plain_letters_is_told_from_utf_8_by_its_zeros(make_task):
+    """Each of its bytes is UTF-8 too."""
+    content = "text,label\nab,0\n".encode("utf-16-le")
+    with pytest.raises(InputError, match="has no column 'text'.* give --encoding utf-16-le."):
+        load_examples(make_task("rows.csv", content), "train", None)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(make_task):
+    assert load_examples(make_task("rows.csv", ROWS.encode("utf-8-sig")), "train", None).labels == [0, 1]
+
+
+def test_an_encoding_that_there_is_not_is_refused(make_task):
+    with pytest.raises(InputError, match="^--encoding is 'klingon'; expected one that Python knows, such as utf-8"):
+        make_task("rows.csv", ROWS, encoding="klingon")
+
+
+@pytest.mark.parametrize(("delimiter", "shown"), [(";", '";"'), ("\t", "$'\\t'"), ("|", '"|"')])
+def test_another_delimiter_is_refused_with_its_flag_and_read_with_it(make_task, delimiter, shown):
+    content = f"text{delimiter}label\nwell, well{delimiter}0\n"
+    with pytest.raises(InputError, match="has no column 'text'.* separated by .*: give") as refusal:
+        load_examples(make_task("rows.csv", content, skip_bad_rows=True), "train", None)
+    assert str(refusal.value).endswith(f"give --csv_delimiter {shown}.")
+    examples = load_examples(make_task("rows.csv", content, csv_delimiter=delimiter), "train", None)
+    assert (examples.texts, examples.labels) == (["well, well"], [0])
+
+
+@pytest.mark.parametrize(("flag", "value"), [("csv_delimiter", ";"), ("encoding", "latin-1")])
+def test_a_flag_of_text_files_is_refused_elsewhere(task, flag, value):
+    with pytest.raises(InputError, match=f"--{flag} is of a .csv, .tsv or .jsonl file; --dataset_name is"):
+        load_examples(dataclasses.replace(task, **{flag: value}), "train", None)
+
+
+@pytest.mark.parametrize("delimiter", ["", ",,"])
+def test_a_delimiter_is_one_character(make_task, delimiter):
+    with pytest.raises(InputError, match=f"--csv_delimiter is '{delimiter}'; expected one character."):
+        make_task("rows.csv", ROWS, csv_delimiter=delimiter)
+
+
+def test_a_header_of_quoted_names_between_other_delimiters_is_refused_with_the_flag(make_task):
+    content = '"text";"label"\n"a";0\n'
+    with pytest.raises(InputError, match='rows.csv: its header, .* cannot be read .*give --csv_delimiter ";"'):
+        load_examples(make_task("rows.csv", content), "train", None)
+    assert load_examples(make_task("rows.csv", content, csv_delimiter=";"), "train", None).texts == ["a"]
+
+
+def test_a_header_that_names_a_column_twice_is_refused(make_task):
+    with pytest.raises(InputError, match="rows.csv: its header names 'text' more than once."):
+        load_examples(make_task("rows.csv", "text,text,label\na,b,0\n"), "train", None)
 
 
 def test_several_labels_in_a_row_are_refused(make_task):
-    with pytest.raises(InputError, match="rows.jsonl: --label_column label holds List.*; expected one label in a row"):
+    with pytest.raises(
+        InputError, match="line 1: --label_column label holds .0, 2.. Labels are expected to be one of"
+    ):
         load_examples(make_task("rows.jsonl", '{"text": "a", "label": [0, 2]}'), "train", None)
+    with pytest.raises(InputError, match="rows.json: --label_column label holds List.*; expected one label in a row"):
+        load_examples(make_task("rows.json", '[{"text": "a", "label": [0, 2]}]'), "train", None)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.csv", "", "rows.csv, split 'train': .*No columns to parse from file"),
+        ("rows.csv", "", "rows.csv is empty; expected a header line with the columns' names, and rows"),
+        ("rows.jsonl", "\n", "rows.jsonl has no rows; the first line of a .csv names the columns"),
         ("rows.json", '{"text": "a"', "rows.json, split 'train': .*JSON parse error"),
         ("rows.parquet", "PAR", "rows.parquet, split 'train': .*(Parquet|too small)"),
-        ("rows.csv", "text,label\n", "rows.csv, split 'train': .*no data"),
+        ("rows.csv", "text,label\n", "rows.csv has no rows; the first line of a .csv names the columns"),
+        ("rows.csv", "a day,1\n", "rows.csv has no rows; the first line of a .csv names the columns"),
     ],
-    ids=["empty", "broken JSON", "no parquet", "head line only"],
+    ids=["empty", "empty lines", "broken JSON", "no parquet", "head line only", "one row without a head"],
 )
 def test_a_broken_file_is_refused_with_the_cause(make_task, name, content, message):
     with pytest.raises(InputError, match=message):
@@ -364,3 +527,79 @@ def test_texts_and_classes_of_unlike_number_are_a_mistake():
 
 def test_rows_know_their_length():
     assert len(Examples(["a", "b", "c"], [0, 1, 0], [0, 1, 2], {})) == 3
+
+
+# Shares
+
+
+def rows_by_label(counts: list[int]) -> str:
+    """A CSV file, sorted by label, in which each text tells its label."""
+    rows = [f"text {label} {number},{label}\n" for label, count in enumerate(counts) for number in range(count)]
+    return "text,label\n" + "".join(rows)
+
+
+def test_shares_part_a_split_by_label_at_random_and_for_good(make_task):
+    task = make_task("rows.csv", rows_by_label([60, 30, 10]), validation_share=0.1, test_share=0.2)
+    parts = {split: load_examples(task, split, None) for split in ("train", "validation", "test")}
+    assert {split: [part.labels.count(label) for label in range(3)] for split, part in parts.items()} == {
+        "train": [42, 21, 7],
+        "validation": [6, 3, 1],
+        "test": [12, 6, 2],
+    }
+    assert sorted(row for part in parts.values() for row in part.example_ids) == list(range(100)), "each row once"
+    assert all(text.startswith(f"text {label}") for part in parts.values() for text, label in pairs(part))
+    assert not any(part.is_sorted for part in parts.values())
+    assert parts["train"].labels[:42] != [0] * 42, "so that the first N are a sample"
+    again = load_examples(task, "test", None)
+    assert again == parts["test"]
+    other = load_examples(dataclasses.replace(task, split_seed=1), "test", None)
+    assert set(other.example_ids) != set(again.example_ids)
+    assert parts["test"].source.split == "train (0.2 of it, seed 42)"
+    assert parts["train"].source.split == "train (the rest, seed 42)"
+
+
+def pairs(examples: Examples) -> list[tuple[str, int]]:
+    return list(zip(examples.texts, examples.labels, strict=True))
+
+
+def test_one_share_leaves_the_other_split_alone(make_task, task):
+    shared = dataclasses.replace(task, validation_share=0.25)
+    assert len(load_examples(shared, "validation", None)) == 12
+    assert len(load_examples(shared, "train", None)) == 36
+    assert load_examples(shared, "test", None) == load_examples(task, "test", None)
+
+
+def test_max_train_samples_takes_of_what_the_shares_leave(make_task):
+    task = make_task("rows.csv", rows_by_label([60, 30, 10]), test_share=0.2, max_train_samples=50)
+    train = load_examples(task, "train", None)
+    assert (len(train), train.is_part) == (50, True)
+    assert not set(train.example_ids) & set(load_examples(task, "test", None).example_ids)
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "message"),
+    [
+        ([60, 39, 1], 0.1, r"--test_share 0.1 of 100 rows \(60 negative, 39 neutral, 1 positive\): .*least populated"),
+        ([4, 4, 4], 0.1, "--test_share 0.1 of 12 rows .* Give a larger share or more rows."),
+    ],
+)
+def test_a_share_in_which_not_every_label_can_be_is_refused(make_task, counts, share, message):
+    with pytest.raises(InputError, match=message):
+        load_examples(make_task("rows.csv", rows_by_label(counts), test_share=share), "test", None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"test_share": 0.5, "validation_share": 0.5}, "--validation_share 0.5 and --test_share 0.5 leave nothing to"),
+        ({"test_share": 1.0}, "--test_share is 1.0; expected a share, 0 to below 1."),
+        ({"test_share": -0.1}, "--test_share is -0.1; expected a share"),
+        (
+            {"test_share": 0.1, "test_split": "train[:5]"},
+            r"--test_share 0.1 is a part of --train_split, but --test_split train\[:5\] is given too. Leave one of",
+        ),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        TaskConfig(**fields)

@@ -9,18 +9,21 @@ import torch
 from sample_records import sample_evaluation, sample_metrics, sample_run
 
 from tweetdora import device, evaluation
+from tweetdora.build import write_task
 from tweetdora.config import DEFAULT_RUN_DIR, PUBLISHED_REPO, EvaluateConfig, ModelConfig, TaskConfig
-from tweetdora.data import make_examples
+from tweetdora.data import load_examples, make_examples
 from tweetdora.errors import InputError
 from tweetdora.evaluation import (
     EvalTarget,
     Measured,
+    correct_task,
     decide_decoding,
     find_eval_target,
     generate_base_and_finetuned,
-    warn_of_guessing,
+    load_eval_examples,
+    no_better_than_guessing,
 )
-from tweetdora.modeling import attach_adapter, load_base, save_adapter
+from tweetdora.modeling import attach_adapter, load_base, read_published_task, save_adapter
 from tweetdora.records import MajorityBaseline, RunRecord
 
 
@@ -28,7 +31,8 @@ from tweetdora.records import MajorityBaseline, RunRecord
 def results_dir(tmp_path, monkeypatch):
     """results_dir(target): where the results of a model go; the current folder is empty, the Hub has no adapters."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "read_adapter_config", lambda name: None)
+    for read in ("read_adapter_config", "read_published_task"):
+        monkeypatch.setattr(evaluation, read, lambda name: None)
 
     def find(name: str) -> str:
         target = find_eval_target(name, EvaluateConfig())
@@ -97,7 +101,19 @@ def test_an_adapter_folder_under_runs_is_an_adapter(tmp_path, monkeypatch):
 
 
 def target_of(run: RunRecord | None) -> EvalTarget:
-    return EvalTarget("runs/x", "run" if run else "model", "b", None, None, None, TaskConfig(), None, run, "results")
+    return EvalTarget(
+        "runs/x",
+        "run" if run else "model",
+        "b",
+        None,
+        None,
+        None,
+        TaskConfig(),
+        None,
+        run and run.max_new_tokens,
+        run,
+        "results",
+    )
 
 
 def trained_in(precision: str, max_new_tokens: int = 64) -> RunRecord:
@@ -136,7 +152,7 @@ def trained_in(precision: str, max_new_tokens: int = 64) -> RunRecord:
             None,
             False,
             ("fp32", 16),
-            ["note: --max_new_tokens 16; the run was validat"],
+            ["note: --max_new_tokens 16; runs/x was trained for 64."],
         ),
         ("fp32", {"max_new_tokens": 64}, None, False, ("fp32", 64), []),
     ],
@@ -201,9 +217,9 @@ def test_an_adapter_that_does_not_fit_is_refused_before_an_example_is_answered(
     ("finetuned", "base", "said"),
     [
         (0.60, 0.1, None),
-        (0.5012, 0.1, "note: the fine-tuned model's macro-F1, 0.501, is not above that of uniform guessing, 0.501."),
-        (0.30, 0.9, "note: the fine-tuned model's macro-F1, 0.300, is not above that of uniform guessing, 0.501."),
-        (None, 0.30, "note: the base model's macro-F1, 0.300, is not above that of uniform guessing, 0.501."),
+        (0.5012, 0.1, "The fine-tuned model's macro-F1, 0.501, is not above that of uniform guessing, 0.501."),
+        (0.30, 0.9, "The fine-tuned model's macro-F1, 0.300, is not above that of uniform guessing, 0.501."),
+        (None, 0.30, "The base model's macro-F1, 0.300, is not above that of uniform guessing, 0.501."),
         (None, 0.60, None),
     ],
 )
@@ -212,7 +228,7 @@ def test_a_model_that_is_no_better_than_guessing_is_said(finetuned, base, said):
     record = sample_evaluation(
         base=sample_metrics(base, matrix), finetuned=finetuned and sample_metrics(finetuned, matrix)
     )
-    assert warn_of_guessing(record) == said
+    assert no_better_than_guessing(record) == said
 
 
 def test_the_better_guess_is_the_one_to_beat():
@@ -220,4 +236,110 @@ def test_the_better_guess_is_the_one_to_beat():
         sample_evaluation().baselines, majority=MajorityBaseline(0.6, 0.5, 0.5, label="good")
     )
     record = sample_evaluation(baselines=baselines, finetuned=sample_metrics(0.55, [[1, 1, 0], [1, 1, 1]]))
-    assert "is not above that of always the same label, 0.600." in warn_of_guessing(record)
+    assert "is not above that of always the same label, 0.600." in no_better_than_guessing(record)
+
+
+# Other data than the task's
+
+
+def test_a_task_is_corrected_by_name_and_what_was_otherwise_is_told(task):
+    corrected, said = correct_task(task, {"test_split": "train[:5]", "text_column": "text"})
+    assert (corrected.test_split, corrected.text_column) == ("train[:5]", "text")
+    assert said == ["test_split: was 'test', now 'train[:5]'"]
+    assert correct_task(task, {}) == (task, [])
+
+
+def test_another_data_set_has_its_own_configuration_and_revision():
+    task = TaskConfig(dataset_revision="v1")
+    corrected, said = correct_task(task, {"dataset_name": "owner/other"})
+    assert (corrected.dataset_config, corrected.dataset_revision) == (None, None)
+    assert said == [
+        "dataset_name: was 'cardiffnlp/tweet_eval', now 'owner/other'",
+        "dataset_config: was 'sentiment', now None",
+        "dataset_revision: was 'v1', now None",
+    ]
+    given = {"dataset_name": "owner/other", "dataset_config": "x"}
+    assert correct_task(task, given)[0].dataset_config == "x"
+
+
+def test_a_named_split_takes_the_place_of_a_share():
+    corrected, said = correct_task(TaskConfig(test_share=0.1), {"test_split": "train[:5]"})
+    assert (corrected.test_split, corrected.test_share) == ("train[:5]", 0.0)
+    assert said == ["test_split: was 'test', now 'train[:5]'", "test_share: was 0.1, now 0.0"]
+
+
+def run_on(task, **changes) -> RunRecord:
+    """A run that was trained on the train split of a task."""
+    train = load_examples(task, "train", None)
+    data = dataclasses.replace(sample_run().train_data, sha256=train.sha256, **changes)
+    return sample_run(task=task, train_data=data)
+
+
+def notes_of(run: RunRecord, task: TaskConfig, split: str = "test", **flags) -> list[str]:
+    target = dataclasses.replace(target_of(run), task=task)
+    _, notes = load_eval_examples(target, EvaluateConfig(split=split, **flags), None, None)
+    assert {note.split for note in notes} <= {split}
+    return [note.text for note in notes]
+
+
+def test_what_is_measured_is_compared_with_what_was_trained_on(task):
+    run = run_on(task)
+    assert notes_of(run, task) == [
+        "24 examples are few; the intervals are wide",
+        "24 of 24 texts stand in the train split too",
+    ]
+    assert notes_of(run, task, split="validation") == ["12 of 12 texts stand in the train split too"]
+    assert notes_of(run, task, split="train") == []
+
+
+def test_training_examples_that_cannot_be_compared_are_said(task):
+    gone = run_on(task)
+    gone = dataclasses.replace(gone, task=dataclasses.replace(task, train_split="gone"))
+    assert (
+        "texts in common with the training examples were not counted: these cannot be read any more"
+        in (notes_of(gone, task)[1])
+    )
+    other = dataclasses.replace(gone, task=task, train_data=dataclasses.replace(gone.train_data, sha256="other"))
+    assert notes_of(other, task)[1].endswith("these are others now than those that were trained on")
+
+
+# A published model's own task
+
+
+def test_a_published_model_is_asked_its_own_question(results_dir, monkeypatch, tmp_path):
+    folder = model_folder(str(tmp_path / "model"))
+    monkeypatch.setattr(evaluation, "read_published_task", read_published_task)
+    run = sample_run(max_new_tokens=40)
+    write_task(folder, run)
+    target = find_eval_target(folder, EvaluateConfig())
+    assert (target.task, target.prompt_format) == (
+        dataclasses.replace(run.task, dataset_revision=run.train_data.revision),
+        run.prompt_format,
+    )
+    assert (target.notes, decide_decoding(target, EvaluateConfig(), "cpu").max_new_tokens) == ([], 40)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("label_words: [x, y]\n")
+    target = find_eval_target(folder, EvaluateConfig(config=str(recipe)))
+    assert (target.task.label_words, target.prompt_format, target.max_new_tokens) == (["x", "y"], None, None)
+
+
+def test_a_published_task_tells_no_folder_of_this_machine(tmp_path):
+    write_task(str(tmp_path), sample_run(task=TaskConfig(dataset_name=str(tmp_path / "secret" / "rows.csv"))))
+    text = (tmp_path / "task.json").read_text()
+    assert '"dataset_name": "rows.csv"' in text and str(tmp_path) not in text
+
+
+def test_a_model_without_a_task_is_asked_the_published_question_and_that_is_said(results_dir, tmp_path):
+    target = find_eval_target(model_folder(str(tmp_path / "model")), EvaluateConfig())
+    (note,) = target.notes
+    assert "no task.json was found with" in note and "on cardiffnlp/tweet_eval. --config names" in note
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "task.json is not readable"), ('{"record_version": 9}', "task.json has record version 9; this code reads")],
+)
+def test_a_task_that_cannot_be_read_is_refused(content, message, tmp_path):
+    (tmp_path / "task.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_published_task(str(tmp_path))

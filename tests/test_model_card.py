@@ -11,12 +11,14 @@ from huggingface_hub import ModelCard
 from sample_records import WORDS, sample_evaluation, sample_predictions, sample_run
 
 from tweetdora.card_facts import Publication, Records, choose_samples, make_records, recipe
+from tweetdora.config import PushConfig
 from tweetdora.errors import InputError
 from tweetdora.model_card import (
     LICENSES,
     TEMPLATE,
     check_license,
     check_records,
+    check_skill,
     fence,
     inline_code,
     render_card,
@@ -206,10 +208,55 @@ def test_a_data_file_is_one_although_it_is_not_there_any_more(records):
 def test_a_run_that_went_on_otherwise_says_so(records):
     assert "went on otherwise" not in render(records)
     records["run"]["mismatches"] = ["code: was 'a|b', now 'c' (another state)"]
+    expected = "- The run was interrupted and went on otherwise: code: was 'a\\|b', now 'c' (another state).\n- "
+    assert expected in render(records)
+
+
+def test_the_limits_hold_what_was_noted_on_the_data_and_what_was_corrected(records):
+    """Of the split that was measured, what its own record says; of the others, what the run's says."""
+    records["run"]["notes"] = [
+        {"split": "train", "text": "3 rows were skipped: 3 with no text"},
+        {"split": "test", "text": "an older note"},
+    ]
+    records["evaluation"]["notes"] = [{"split": "test", "text": "2 of 5 texts stand in the train split too"}]
+    records["evaluation"]["data"]["split"] = "holdout[:5]"
+    records["evaluation"]["corrections"] = ["test_split: was 'test', now 'holdout[:5]'"]
+    limits = render(records).partition("## Limits\n")[2]
     assert (
-        "- The run was interrupted and went on otherwise: code: was 'a\\|b', now 'c' (another state).\n- One"
-        in render(records)
+        "- Measured with other data than the run names: test\\_split: was 'test', now 'holdout\\[:5\\]'.\n" in limits
     )
+    assert "- `train`: 3 rows were skipped: 3 with no text.\n" in limits
+    assert "- `holdout[:5]`: 2 of 5 texts stand in the train split too.\n" in limits
+    assert "older" not in limits
+
+
+def test_a_model_that_is_no_better_than_guessing_says_so(records):
+    words = "- The fine-tuned model's macro-F1, 0.465, is not above that of uniform guessing, 0.501."
+    assert words in render(records)
+    records["evaluation"]["baselines"]["uniform"]["macro_f1"] = 0.3
+    assert "guessing, 0" not in render(records).partition("## Limits")[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"), [({}, True), ({"dry_run": True}, False), ({"allow_chance_level": True}, False)]
+)
+def test_a_model_that_is_no_better_than_guessing_is_not_published_unless_asked_for(records, flags, refused):
+    message = "is not above that of uniform guessing, 0.501. Train with .* publish it all the same with --allow_chance"
+    if refused:
+        with pytest.raises(InputError, match=message):
+            check_skill(made(records), PushConfig(**flags))
+    else:
+        assert check_skill(made(records), PushConfig(**flags)).endswith("uniform guessing, 0.501.")
+    records["evaluation"]["baselines"]["uniform"]["macro_f1"] = 0.3
+    assert check_skill(made(records), PushConfig(**flags)) is None
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_the_code_generates_as_many_tokens_as_the_run_was_trained_for(records, adapter_only):
+    records["run"]["max_new_tokens"], records["evaluation"]["max_new_tokens"] = 64, 5
+    text = render(records, adapter_only=adapter_only)
+    assert "max_new_tokens=64" in text and "max_new_tokens=5" not in text
+    assert "those that the model ended within 5 tokens" in text
 
 
 def test_the_weakest_label_is_one_that_has_examples(records):

@@ -3,6 +3,7 @@
 A fresh DoRA adapter answers like its base, so whatever loses it goes unseen: the adapters here have left their start.
 """
 
+import copy
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
 from safetensors import SafetensorError
@@ -774,3 +776,50 @@ def test_an_adapter_without_safetensors_is_refused(tmp_path):
 def test_saved_adapter_settings_name_the_base(model_dir, tmp_path):
     save_adapter(new_adapter(model_dir), str(tmp_path))
     assert PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == model_dir
+
+
+# Bases for more than text
+
+
+@pytest.fixture(scope="module")
+def image_and_text_base():
+    """A tiny Gemma 3 that takes images too; its image encoder has layers of the same names."""
+    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=61,
+        boi_token_index=62,
+        eoi_token_index=63,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.name_or_path = ModelConfig().model_name_or_path
+    return model
+
+
+@pytest.mark.parametrize("targets", [["k_proj", "v_proj"], ["all-linear"]])
+def test_of_a_base_for_images_too_only_the_text_model_is_adapted(image_and_text_base, targets):
+    base = copy.deepcopy(image_and_text_base)
+    model = attach_adapter(base, ModelConfig(target_modules=targets))
+    adapted = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert adapted and all(".language_model.layers." in name for name in adapted)
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    without = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    assert without == [], "each of them is trained, and two processes need not wait for one that is not"
+    layers = 2 * (2 if targets == ["k_proj", "v_proj"] else 7)
+    assert len(adapted) == 3 * layers
+
+
+def test_a_layer_of_the_image_encoder_is_no_target(image_and_text_base):
+    with pytest.raises(InputError, match="--target_modules out_proj matches no linear layer of .*; its linear layers"):
+        attach_adapter(copy.deepcopy(image_and_text_base), ModelConfig(target_modules=["out_proj"]))
+
+
+def test_a_base_for_text_alone_keeps_the_ordinary_settings(make_model):
+    base = make_model()
+    base.name_or_path = ModelConfig().model_name_or_path
+    model = attach_adapter(base, ModelConfig())
+    assert model.peft_config["default"].exclude_modules is None

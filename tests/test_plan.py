@@ -200,6 +200,8 @@ def lines(text: str) -> dict[str, str]:
 
 
 def plan_lines(run: RunRecord, settings: TrainConfig, threads: int = 1) -> dict[str, str]:
+    """The lines of a plan, but for what is noted on the tiny data set."""
+    run = replace(run, notes=[])
     return {label.strip(): text for label, text in lines(format_plan(run, settings, threads)).items()}
 
 
@@ -223,6 +225,7 @@ def test_the_plan_says_all_that_the_run_will_be(planned, training, task, model_d
         "steps": "3 of 16 examples = 1 process(es) x 2 x 8; learning rate 0.0001, linear",
         "device": "cpu, 2 threads each",
         "precision": "fp32: asked for by --precision fp32",
+        "system prompt": task.system_prompt,
         "tracker": f"wandb, offline: {REASON}",
         "run folder": f"{tmp_path}/run",
     }

@@ -24,6 +24,7 @@ from tweetdora.prompts import (
     show_example,
     stop_token_ids,
     tokenize_examples,
+    use_template,
     writes_a_date,
 )
 from tweetdora.records import PromptFormat
@@ -421,13 +422,13 @@ def test_a_template_without_special_tokens_around_the_answer_keeps_its_space_and
     found = format_of(LLAMA2)
     assert (found.tail, found.completions, found.stop_token) == (
         " [/INST]",
-        [" negative", " neutral", " positive"],
+        [" negative ", " neutral ", " positive "],
         "</s>",
     )
     assert found.head == f"<s>[INST] <<SYS>>\n{SYSTEM_PROMPT}\n<</SYS>>\n\n"
     prompt_tokenizer = encoder_of(tokenizer_of("first", LLAMA2))
     tokens = [prompt_tokenizer.tokenizer.convert_ids_to_tokens(answer) for answer in prompt_tokenizer.completion_ids]
-    assert tokens == [["▁negative", "</s>"], ["▁neutral", "</s>"], ["▁positive", "</s>"]]
+    assert tokens == [[f"▁{word}", "▁", "</s>"] for word in ("negative", "neutral", "positive")]
 
 
 def test_an_empty_thought_in_front_of_the_answer_is_part_of_the_prompt():
@@ -698,3 +699,100 @@ def test_the_same_format_serves_any_length(prompt_tokenizer, task, tokenizer):
     shorter = PromptTokenizer(tokenizer, prompt_tokenizer.format, 64)
     assert dataclasses.asdict(shorter.format) == dataclasses.asdict(prompt_tokenizer.format)
     assert prompt_of(shorter, "good") == prompt_of(prompt_tokenizer, "good")
+
+
+# Variables, names and parts
+
+EFFORT = "{{ 'effort: ' + (effort or 'full') + '\n' }}" + CHATML
+PARTS = CHATML.replace(
+    "message['content']",
+    "(message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('+'))",
+)
+CAN_DO_BOTH = CHATML.replace(
+    "message['content']",
+    "(message['content'] if message['content'] is string else message['content'] | map(attribute='text') | join)",
+)
+
+
+def test_a_variable_of_the_template_is_in_the_prompt_and_in_the_published_template():
+    tokenizer = tokenizer_of("bytes", EFFORT)
+    task = dataclasses.replace(TASK, chat_template_kwargs='{"effort": "low"}')
+    assert task.chat_template_kwargs == {"effort": "low"}
+    found = read_prompt_format(tokenizer, task)
+    assert found.head.startswith("effort: low\n<|im_start|>system")
+    prompt_tokenizer = PromptTokenizer(tokenizer, found, 512)
+    assert freeze_template(tokenizer, found, task)
+    assert template_ids(prompt_tokenizer, "good day") == prompt_of(prompt_tokenizer, "good day")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{effort: low}", "^--chat_template_kwargs is '{effort: low}', which is no JSON"),
+        ("[1]", "^--chat_template_kwargs is '.1.'; expected a JSON object"),
+        ({"tokenize": True}, "^--chat_template_kwargs sets tokenize, which is decided here; expected variables"),
+        ('{"add_generation_prompt": false}', "sets add_generation_prompt, which is decided here"),
+    ],
+)
+def test_variables_that_are_none_are_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        TaskConfig(chat_template_kwargs=given)
+
+
+def test_of_several_templates_the_one_that_is_named_is_used_and_left_alone():
+    tokenizer = tokenizer_of("bytes", {"rag": EFFORT, "tool_use": DATED, "default": CHATML})
+    plain = read_prompt_format(tokenizer, TASK)
+    assert plain == format_of(CHATML)
+    named = dataclasses.replace(TASK, chat_template="rag")
+    found = read_prompt_format(tokenizer, named)
+    assert found.head.startswith("effort: full")
+    use_template(tokenizer, named)
+    assert tokenizer.chat_template == EFFORT
+    assert not freeze_template(tokenizer, found, named)
+
+
+@pytest.mark.parametrize(
+    ("templates", "name", "message"),
+    [
+        (
+            {"rag": CHATML, "tool_use": CHATML},
+            None,
+            "has the chat templates rag, tool_use; none of them is called",
+        ),
+        (
+            {"rag": CHATML},
+            "tool",
+            "has the chat templates rag; --chat_template tool: there is none of that name",
+        ),
+        (CHATML, "rag", "^--chat_template rag: tiny has one chat template, without a name. Leave the flag out"),
+    ],
+)
+def test_a_template_that_is_not_there_is_refused_with_those_that_are(templates, name, message):
+    with pytest.raises(InputError, match=message):
+        read_prompt_format(tokenizer_of("bytes", templates), dataclasses.replace(TASK, chat_template=name))
+
+
+def test_a_template_that_takes_content_parts_only_is_given_parts_and_published_for_both():
+    found = format_of(PARTS)
+    assert found == format_of(CHATML)
+    tokenizer = tokenizer_of("bytes", PARTS)
+    prompt_tokenizer = encoder_of(tokenizer)
+    assert freeze_template(tokenizer, found, TASK)
+    prompt = prompt_of(prompt_tokenizer, "good day")
+    assert template_ids(prompt_tokenizer, "good day") == prompt
+    parts = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in found.messages(SYSTEM_PROMPT, "good day")
+    ]
+    assert tokenizer.apply_chat_template(parts, add_generation_prompt=True)["input_ids"] == prompt
+
+
+def test_a_template_that_takes_both_forms_is_left_as_it_is():
+    tokenizer = tokenizer_of("bytes", CAN_DO_BOTH)
+    assert not freeze_template(tokenizer, read_prompt_format(tokenizer, TASK), TASK)
+
+
+def test_a_template_that_refuses_an_answer_at_the_end_is_a_line():
+    refuses = "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('ask first') }}{% endif %}" + CHATML
+    with pytest.raises(InputError, match="fails for the roles system, user, assistant: TemplateError: ask first"):
+        format_of(refuses)

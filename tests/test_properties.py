@@ -193,7 +193,7 @@ def test_any_bytes_for_a_data_file_are_read_or_refused_by_its_name(kind, content
         assert all(isinstance(text, str) and label in (0, 1, 2) for text, label in found)
 
 
-any_text = st.text(st.characters(codec="utf-8"), max_size=20)
+any_text = st.text(st.characters(codec="utf-8"), max_size=20).filter(str.strip)  # a row needs a text
 texts = st.lists(st.tuples(any_text, st.integers(0, 2)), min_size=1, max_size=4)
 
 

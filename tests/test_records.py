@@ -201,7 +201,7 @@ def test_a_run_of_the_version_before_that_was_stopped_is_read_as_unfinished(tmp_
     (tmp_path / "run.json").write_text(json.dumps({"record_version": 2, **old}))
     with pytest.raises(InputError, match="is interrupted, not finished. Go on with"):
         read_run(str(tmp_path))
-    with pytest.raises(InputError, match="has record version 2; this code reads version 3. Use the state of"):
+    with pytest.raises(InputError, match="has record version 2; this code reads version 4. Use the state of"):
         read_record(RunRecord, str(tmp_path / "run.json"), oldest_version=RECORD_VERSION)
 
 
@@ -316,10 +316,10 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
         read_run(str(run_dir))
 
 
-@pytest.mark.parametrize("version", [0, 1, RECORD_VERSION + 1, None, "3"])
+@pytest.mark.parametrize("version", [0, 1, RECORD_VERSION + 1, None, "4"])
 def test_a_record_of_another_version_is_refused(version, run_dir):
     change(run_dir, record_version=version)
-    message = f"^{run_dir}/run.json has record version {version}; this code reads version 3 and version 2. Use the"
+    message = f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3 and 4. Use the"
     with pytest.raises(InputError, match=message):
         read_run(str(run_dir))
 
@@ -339,3 +339,36 @@ def test_a_run_whose_adapter_was_changed_is_refused(run_dir):
         match=f"adapter_model.safetensors is not the adapter that {run_dir}/run.json describes: its SHA-256",
     ):
         read_run(str(run_dir))
+
+
+# Version 3
+
+
+NEW_IN_TASK = """csv_delimiter encoding validation_share test_share split_seed skip_bad_rows chat_template
+chat_template_kwargs""".split()
+
+
+def in_version_3(record: Any) -> dict[str, Any]:
+    """A record as version 3 wrote it: without what has come since."""
+    old = plain(record)
+    for name in ("notes", "corrections"):
+        old.pop(name, None)
+    for name in ("train_data", "validation_data", "data"):
+        if old.get(name):
+            del old[name]["skipped"]
+    for name in NEW_IN_TASK:
+        old.get("task", {}).pop(name, None)
+    return {"record_version": 3, **old}
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_of_version_3_is_read_with_what_has_come_since(record, tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps(in_version_3(record)))
+    assert read_record(type(record), str(tmp_path / "record.json")) == record
+
+
+def test_the_records_of_the_repository_are_read():
+    """They are of whatever version they were made in."""
+    for name in ("quickstart/run.json", "quickstart/test.json"):
+        kind = RunRecord if name.endswith("run.json") else EvaluationRecord
+        assert read_record(kind, str(ROOT / "results" / name)).environment.packages["torch"]

@@ -387,6 +387,46 @@ def test_another_base_under_the_same_name_is_refused(finished, tmp_path, make_mo
     assert "is not the base model that" in refused("evaluate.py", folder)
 
 
+def test_the_published_folder_is_asked_its_own_question_and_answers_as_the_run_did(finished, tmp_path, monkeypatch):
+    """task.json says what: without it the prompt would be the published run's, and the scores another model's."""
+    folder, printed = finished
+    out = tmp_path / "results"
+    flags = ["--precision", "fp32", "--bootstrap_samples", "50", "--output_dir", str(out), "--report_to", "none"]
+    data = read(folder / "run.json")["task"]["dataset_name"]
+    monkeypatch.chdir(tmp_path)  # task.json names the data set's folder, which lies elsewhere
+    with pytest.raises(UserError, match="--dataset_name tiny-tweets: there is no such file or folder"):
+        main_of("evaluate.py")([str(folder / "publish"), *flags])
+    assert main_of("evaluate.py")([str(folder / "publish"), *flags, "--dataset_name", data]) == 0
+    record, expected = read(out / "test.json"), read(folder / "evaluation/test.json")
+    assert record["base"]["macro_f1"] == expected["finetuned"]["macro_f1"]
+    assert record["corrections"] == [f"dataset_name: was 'tiny-tweets', now {data!r}"]
+    assert record["prompt_format"] == expected["prompt_format"]
+
+
+def test_a_finished_run_is_measured_on_other_data_and_the_card_says_so(finished, tmp_path, capsys):
+    """The run's test split was the wrong one: another is named, and so is the column, which has another name there."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish"))
+    rows = ["tweet,mood", *(f"a {word} day {number},{word}" for number in range(4) for word in ("bad", "good"))]
+    (tmp_path / "other.csv").write_text("\n".join([*rows, "no mood,"]) + "\n")
+    flags = ["--dataset_name", tmp_path / "other.csv", "--test_split", "train", "--text_column", "tweet"]
+    flags += ["--label_column", "mood", "--label_values", "bad", "-", "good", "--skip_bad_rows", "true"]
+    flags += ["--precision", "fp32", "--bootstrap_samples", "50", "--report_to", "none"]
+    assert main_of("evaluate.py")([str(word) for word in (folder, *flags)]) == 0
+    said = capsys.readouterr().out
+    assert "note: measured with another text_column: was 'text', now 'tweet'\n" in said
+    assert "note: test: no example has the label neutral" in said and "note: test: 8 examples are few" in said
+    record = read(folder / "evaluation/test.json")
+    assert (record["data"]["num_examples"], record["data"]["skipped"]) == (8, {"no label": 1})
+    assert [line.partition(":")[0] for line in record["corrections"]] == [
+        *("dataset_name", "test_split", "text_column", "label_column", "skip_bad_rows", "label_values"),
+    ]
+    assert main_of("push_to_hub.py")([str(folder), "--dry_run", "true", "--check_samples", "1"]) == 0
+    card = (folder / "publish/README.md").read_text()
+    assert "- Measured with other data than the run names: text\\_column: was 'text', now 'tweet'." in card
+    assert "- `train`: 1 rows were skipped: 1 with no label." in card and "`train` | 8 | 4 | 0 | 4 |" in card
+
+
 def test_the_real_small_model_end_to_end(tmp_path):
     """The quickstart recipe, shortened: SmolLM2-135M-Instruct on real tweets (`make test` makes the assets)."""
     folder = tmp_path / "quick"

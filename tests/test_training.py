@@ -75,7 +75,17 @@ def test_ids_that_the_model_has_no_embedding_for_are_refused(load_with, make_tok
     tokenizer = make_tokenizer()
     known = len(tokenizer)
     tokenizer.add_tokens(["how the day"])  # words of the system prompt
-    message = f"writes 'how the day' as id {known}, but .* has embeddings for {known} ids only"
+    message = f"writes 'how the day', id {known}, but .* has embeddings for {known} ids only.*; fetch both again.$"
+    with pytest.raises(InputError, match=message):
+        load_with(tokenizer)
+
+
+def test_a_pad_token_that_the_model_has_no_embedding_for_is_refused(load_with, make_tokenizer):
+    """Nothing here pads with it, but who loads the published model does."""
+    tokenizer = make_tokenizer()
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    message = f"pads with '<pad>', id {known}, but .* has embeddings for {known} ids only.* name another pad_token in"
     with pytest.raises(InputError, match=message):
         load_with(tokenizer)
 
@@ -97,14 +107,14 @@ def test_a_test_split_that_is_not_there_is_said_before_the_training(load_with):
     [
         (
             {"label_words": ["bad", "fair", "good"], "system_prompt": TaskConfig().system_prompt},
-            "^--system_prompt is the default, for tweets, which names none of --label_words bad fair good. Give one "
-            "that "
-            'does, such as --system_prompt \'Classify the text. Answer with exactly one word: "bad", "fair" or '
-            '"good".\'$',
+            "^--system_prompt is the published run's, which asks for negative, neutral, positive and not for "
+            "--label_words bad fair good. Leave it out, or give one that names them, such as --system_prompt "
+            '\'Classify the text. Answer with exactly one of these words: "bad", "fair" or "good". Write nothing '
+            "else.'$",
         ),
         (
             {"system_prompt": "How is it?"},
-            "^--system_prompt is 'How is it.' which names none of --label_words negative",
+            "^--system_prompt is 'How is it.', which names none of --label_words negative",
         ),
     ],
 )

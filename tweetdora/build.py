@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,13 +30,17 @@ from tweetdora.modeling import (
 )
 from tweetdora.plots import confusion_title, plot_confusion, plot_training
 from tweetdora.prompts import PromptTokenizer, freeze_template, stop_token_ids
+from tweetdora.provenance import without_folders
 from tweetdora.records import (
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,
+    TASK_FILE,
     Comparison,
     EvaluationRecord,
+    PublishedTask,
     RunRecord,
     TrainingResult,
+    write_record,
 )
 
 # The merge is a sum in float32 either way; what differs is the order of the sums.
@@ -110,6 +114,7 @@ def build_model(
     tokenizer = load_tokenizer(adapter_dir)
     prompt_tokenizer = PromptTokenizer(tokenizer, run.prompt_format, task.max_length)
     freeze_template(tokenizer, run.prompt_format, task)
+    write_task(folder, run)
     base = load_base(name, revision, torch.float32, device)
     if (identity := base_identity(base, name, revision)) != run.base_model:
         raise InputError(
@@ -131,6 +136,13 @@ def build_model(
     found = logits_and_generations(saved, saved_tokenizer, prompt_tokenizer, examples, task, run.max_new_tokens)
     check = check_saved(expected, found, config.dtype)
     return check, Reference(examples, task, prompt_tokenizer, run.max_new_tokens, config.adapter_only, found)
+
+
+def write_task(folder: str, run: RunRecord) -> None:
+    """Write task.json: what the model was trained to do. Local folders in it lose what only this machine has."""
+    name = without_folders(run.task.dataset_name)
+    task = replace(run.task, dataset_name=name, dataset_revision=run.train_data.revision)
+    write_record(os.path.join(folder, TASK_FILE), PublishedTask(task, run.prompt_format, run.max_new_tokens))
 
 
 def load_vanilla(

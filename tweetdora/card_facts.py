@@ -15,7 +15,7 @@ import yaml
 from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.data import Examples, make_examples
 from tweetdora.errors import InputError
-from tweetdora.evaluation import format_p
+from tweetdora.evaluation import format_p, no_better_than_guessing
 from tweetdora.provenance import without_folders
 from tweetdora.records import (
     PREDICTIONS,
@@ -144,11 +144,24 @@ def card_facts(
         "check": {**vars(check), "max_logit_difference": f"{check.max_logit_difference:.1e}"},
         "commands": publication.commands,
         "mismatches": run.mismatches,
+        "corrections": evaluation.corrections,
+        "notes": _notes(run, evaluation),
+        "guessing": no_better_than_guessing(evaluation),
         "recipe": yaml.safe_dump(recipe(run), sort_keys=False, allow_unicode=True, width=1_000_000),
         "git_commit": git.commit if git else None,
         "git_dirty": git.dirty if git else None,
         "versions": ", ".join(f"{name} {version}" for name, version in run.environment.packages.items()),
     }
+
+
+def _notes(run: RunRecord, evaluation: EvaluationRecord) -> list[dict[str, str]]:
+    """What the records note on the data; of the split that was measured, what its own record notes."""
+    of_the_run = [note for note in run.notes if note.split != evaluation.split]
+    names = {"train": run.train_data.split, evaluation.split: evaluation.data.split}
+    if run.validation_data and evaluation.split != "validation":
+        names["validation"] = run.validation_data.split
+    notes = [*of_the_run, *evaluation.notes]
+    return [{"split": names.get(note.split, note.split), "text": note.text} for note in notes]
 
 
 def title(run: RunRecord, hub_model_id: str | None) -> str:
@@ -174,7 +187,7 @@ def _task_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
     name, known_id = run.base_display_name, run.base_hub_id
     is_sentiment = (data.name, data.config) == _TWEETEVAL_SENTIMENT
     # Others' scores are of the whole test split; beside a part of it, or another split, they would mislead.
-    is_whole_test = data.split == task.test_split and data.num_examples == _TWEETEVAL_TEST_EXAMPLES
+    is_whole_test = evaluation.split == data.split == "test" and data.num_examples == _TWEETEVAL_TEST_EXAMPLES
     return {
         "base_name": name,
         "base_link": f"[{name}](https://huggingface.co/{known_id})" if known_id else f"`{name}`",
@@ -215,6 +228,7 @@ def _result_facts(records: Records, words: list[str]) -> dict[str, Any]:
         "bootstrap_samples": f"{evaluation.bootstrap.samples:,}",
         "precision": evaluation.precision,
         "max_new_tokens": evaluation.max_new_tokens,
+        "answer_tokens": records.run.max_new_tokens,
         "per_label": _label_rows(records, words),
     }
 

@@ -12,7 +12,7 @@ import shutil
 
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256, read_json
-from tweetdora.records import RECORD_VERSION, RUN_FILE, RunRecord, read_record
+from tweetdora.records import RUN_FILE, RunRecord, read_record
 
 CHECKSUMS = "checksums.json"
 SAVING_DIR = ".saving"
@@ -109,7 +109,7 @@ def saved_run(checkpoint: str) -> RunRecord | None:
         InputError: it is of another record version: a run goes on with the code that it was begun with.
     """
     path = os.path.join(checkpoint, RUN_FILE)
-    return read_record(RunRecord, path, oldest_version=RECORD_VERSION) if os.path.isfile(path) else None
+    return read_record(RunRecord, path, oldest_version=3) if os.path.isfile(path) else None
 
 
 def checkpoint_step(checkpoint: str) -> int:

@@ -9,12 +9,13 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import json
 import logging
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -93,9 +94,11 @@ def with_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
             hint = f" Did you mean {near[0]}?" if near else ""
             raise InputError(f"{path}: unknown key {key!r}.{hint} The keys are the flags of train.py --help.")
         if value is None:
-            if key not in _optional_fields(parser):
+            if key not in _fields_that_take(type(None), parser):
                 raise InputError(f"{path}: {key} is empty (null); give a value, or leave the line out.")
             parser.set_defaults(**{key: None})
+        elif isinstance(value, dict) and key in _fields_that_take(dict, parser):
+            flags.append(f"--{key}={json.dumps(value)}")
         else:
             flags += _as_flags(path, key, value, fields[key])
     # --config stands between, so that a stray word behind it does not become part of the recipe's last list.
@@ -113,9 +116,9 @@ def _as_flags(path: str, key: str, value: Any, action: argparse.Action) -> list[
     return [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
 
 
-def _optional_fields(parser: HfArgumentParser) -> set[str]:
+def _fields_that_take(kind: type, parser: HfArgumentParser) -> set[str]:
     hints = [hint for config_class in parser.dataclass_types for hint in get_type_hints(config_class).items()]
-    return {name for name, hint in hints if type(None) in get_args(hint)}
+    return {name for name, hint in hints if any((get_origin(part) or part) is kind for part in get_args(hint))}
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

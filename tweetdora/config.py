@@ -4,7 +4,10 @@ They are not changed afterwards. A field is a flag; what is known of it beside i
 annotation, as a Flag.
 """
 
+import codecs
 import dataclasses
+import inspect
+import json
 import os
 import sys
 import unicodedata
@@ -12,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -42,6 +45,7 @@ class Range:
 AT_LEAST_0, AT_LEAST_1 = Range("0 or more", 0), Range("1 or more", 1)
 ABOVE_0 = Range("a number above 0", 0, open_low=True)
 SEED = Range(f"0 to {2**32 - 1}", 0, 2**32 - 1)  # what NumPy takes
+SHARE = Range("a share, 0 to below 1", 0, 1 - 1e-9)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ _REFUSED_ARGUMENTS = {
     "fsdp": _ONE_WHOLE_MODEL,
     "deepspeed": _ONE_WHOLE_MODEL,
     "parallelism_config": _ONE_WHOLE_MODEL,
+    "torch_compile": "each batch has another shape, and would be compiled for itself",
 }
 
 # What `accelerate launch` puts into the environment, often from a config file of the machine that nobody remembers.
@@ -110,11 +115,33 @@ _REFUSED_LAUNCHES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
+_LAUNCH_ADVICE = (
+    "Launch with --config_file accelerate_config.yaml, or change the machine's own config by `accelerate config`."
+)
 
 SYSTEM_PROMPT = (
     "You are a tweet sentiment classifier. For each tweet input, analyze its sentiment and output exactly one word: "
     '"negative", "neutral", or "positive". Do not include any extra text.'
 )
+
+
+LABEL_WORDS = ("negative", "neutral", "positive")
+# Arguments of apply_chat_template itself; what else it is given goes to the template.
+_RENDER_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {
+    "tools",
+    "documents",
+    "kwargs",
+}
+
+
+def make_system_prompt(label_words: list[str]) -> str:
+    """A system prompt that asks for these words; for those of the published run the published one."""
+    if tuple(label_words) == LABEL_WORDS:
+        return SYSTEM_PROMPT
+    *first, last = (f'"{word}"' for word in label_words)
+    return (
+        f"Classify the text. Answer with exactly one of these words: {', '.join(first)} or {last}. Write nothing else."
+    )
 
 
 def normalize_label(text: str) -> str:
@@ -142,17 +169,42 @@ class TaskConfig:
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the data set on the Hub; none: the newest."}
     )
+    csv_delimiter: str | None = field(
+        default=None, metadata={"help": "Character between the fields of a .csv file; none: a comma, in .tsv a tab."}
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Encoding of a .csv, .tsv, .json or .jsonl file, such as latin-1 or utf-16; none: utf-8."},
+    )
     train_split: str = field(
-        default="train", metadata={"help": "Split to train on; slices such as train[:80%%] work."}
+        default="train",
+        metadata={"help": "Split to train on; slices such as train[:80%%] work, and are taken unshuffled, in order."},
     )
     validation_split: str = field(
-        default="validation", metadata={"help": "Split to validate on while training; slices work."}
+        default="validation", metadata={"help": "Split to validate on while training; slices work, in order."}
     )
-    test_split: str = field(default="test", metadata={"help": "Split that evaluate.py measures; slices work."})
+    test_split: str = field(
+        default="test", metadata={"help": "Split that evaluate.py measures; slices work, in order."}
+    )
+    validation_share: Annotated[float, Flag(range=SHARE)] = field(
+        default=0.0,
+        metadata={"help": "Take this share of --train_split for validation: at random, with the labels' proportions."},
+    )
+    test_share: Annotated[float, Flag(range=SHARE)] = field(
+        default=0.0,
+        metadata={"help": "Take this share of --train_split for the test: at random, with the labels' proportions."},
+    )
+    split_seed: Annotated[int, Flag(range=SEED)] = field(
+        default=42, metadata={"help": "Seed of --validation_share and --test_share."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text to classify."})
     label_column: str = field(default="label", metadata={"help": "Column that holds the label."})
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out, and count, rows without a text or with an unknown label; false: refuse them."},
+    )
     label_words: list[str] = field(
-        default_factory=lambda: ["negative", "neutral", "positive"],
+        default_factory=lambda: list(LABEL_WORDS),
         metadata={"help": "The answer for each label, in the order of the data set's labels."},
     )
     label_values: list[str] | None = field(
@@ -162,7 +214,19 @@ class TaskConfig:
             "nor the label words themselves (for example: --label_values -1 0 1)."
         },
     )
-    system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "System prompt that asks for one label word."})
+    system_prompt: str = field(
+        default="", metadata={"help": "System prompt that asks for one label word; empty: made from --label_words."}
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "Name of the chat template, for a tokenizer with several; none: the one called default."},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Variables of the chat template, as JSON: \'{"reasoning_effort": "low"}\'. Thinking is off anyway.'
+        },
+    )
     max_train_samples: int | None = field(
         default=10_000, metadata={"help": "Train on the first N examples of the train split; 0: all."}
     )
@@ -177,6 +241,12 @@ class TaskConfig:
             object.__setattr__(self, "dataset_config", "sentiment")
         if self.max_train_samples == 0:
             object.__setattr__(self, "max_train_samples", None)
+        if not self.system_prompt.strip():
+            object.__setattr__(self, "system_prompt", make_system_prompt(self.label_words))
+        object.__setattr__(self, "chat_template_kwargs", _template_variables(self.chat_template_kwargs))
+        check_ranges(self)
+        self._check_shares()
+        self._check_file()
         if self.max_train_samples is not None and self.max_train_samples < 0:
             raise InputError(f"--max_train_samples is {self.max_train_samples}; give a positive number, or 0 for all.")
         folded = [normalize_label(word) for word in self.label_words]
@@ -189,6 +259,52 @@ class TaskConfig:
                 f"--label_values has {len(self.label_values)} values and --label_words {len(self.label_words)} words; "
                 "give one value for each word, in the same order."
             )
+
+    def _check_file(self) -> None:
+        if self.csv_delimiter is not None and len(self.csv_delimiter) != 1:
+            raise InputError(f"--csv_delimiter is {self.csv_delimiter!r}; expected one character.")
+        try:
+            codecs.lookup(self.encoding or "utf-8")
+        except LookupError:
+            raise InputError(
+                f"--encoding is {self.encoding!r}; expected one that Python knows, such as utf-8, latin-1 or utf-16."
+            ) from None
+
+    def _check_shares(self) -> None:
+        if self.validation_share + self.test_share >= 1:
+            raise InputError(
+                f"--validation_share {self.validation_share:g} and --test_share {self.test_share:g} leave nothing to "
+                "train on; expected less than 1 together."
+            )
+        for split in ("validation", "test"):
+            share, name = getattr(self, f"{split}_share"), getattr(self, f"{split}_split")
+            if share and name != split:
+                raise InputError(
+                    f"--{split}_share {share:g} is a part of --train_split, but --{split}_split {name} is given too. "
+                    "Leave one of them out."
+                )
+
+
+def _template_variables(given: Any) -> dict[str, Any] | None:
+    """--chat_template_kwargs as a mapping.
+
+    Raises:
+        InputError: it is no JSON object, or names an argument that is no variable of templates.
+    """
+    found = given
+    if isinstance(given, str):
+        try:
+            found = json.loads(given)
+        except ValueError as error:
+            raise InputError(f"--chat_template_kwargs is {given!r}, which is no JSON ({error}).") from None
+    if found is not None and not isinstance(found, dict):
+        raise InputError(f'--chat_template_kwargs is {given!r}; expected a JSON object: {{"name": value}}.')
+    if taken := sorted(_RENDER_ARGUMENTS & set(found or ())):
+        raise InputError(
+            f"--chat_template_kwargs sets {', '.join(taken)}, which is decided here; expected variables of the "
+            "template, such as enable_thinking."
+        )
+    return found or None
 
 
 @dataclass(frozen=True)
@@ -406,9 +522,15 @@ class TrainConfig(TrainingArguments):
         for name, what in _REFUSED_LAUNCHES.items():
             if os.environ.get(name, "").lower() in ("true", "1"):
                 raise InputError(
-                    f"accelerate launch asks for {what} ({name}), which does not fit here: {_ONE_WHOLE_MODEL}. Launch "
-                    "with --config_file accelerate_config.yaml, or change the machine's own by `accelerate config`."
+                    f"accelerate launch asks for {what} ({name}), which does not fit here: {_ONE_WHOLE_MODEL}. "
+                    f"{_LAUNCH_ADVICE}"
                 )
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if backend.lower() != "no":
+            raise InputError(
+                f"accelerate launch asks for torch.compile (ACCELERATE_DYNAMO_BACKEND={backend}), which does not fit "
+                f"here: {_REFUSED_ARGUMENTS['torch_compile']}. {_LAUNCH_ADVICE}"
+            )
         # Imported late: it says that W&B runs offline, which scripts without a tracker need not hear.
         from transformers.integrations import get_available_reporting_integrations
 
@@ -472,6 +594,17 @@ class TrainConfig(TrainingArguments):
         return examples
 
 
+# What a measurement may have otherwise than the task that was trained; words, prompt and lengths belong to the model.
+CORRECTIONS = (
+    *("dataset_name", "dataset_config", "dataset_revision", "train_split", "validation_split", "test_split"),
+    *("text_column", "label_column", "label_values", "csv_delimiter", "encoding", "skip_bad_rows"),
+)
+
+
+def _correction(what: str) -> Any:
+    return field(default=None, metadata={"help": f"Measure with another {what} than the task's; it is recorded."})
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Flags of evaluate.py beside the target."""
@@ -499,8 +632,24 @@ class EvaluateConfig:
     seed: Annotated[int, Flag(range=AT_LEAST_0)] = field(default=0, metadata={"help": "Seed of the bootstrap."})
     config: str | None = field(
         default=None,
-        metadata={"help": "Recipe that names the task, for a target that is not a run folder; none: tweet_eval."},
+        metadata={
+            "help": "Recipe that names the task, for a target that is not a run folder; none: the task.json beside a "
+            "published model, else tweet_eval."
+        },
     )
+    # Where the target's own task no longer fits: data that lie elsewhere, or other data for the same labels.
+    dataset_name: str | None = _correction("data set")
+    dataset_config: str | None = _correction("configuration of the data set")
+    dataset_revision: str | None = _correction("revision of the data set")
+    train_split: str | None = _correction("train split")
+    validation_split: str | None = _correction("validation split")
+    test_split: str | None = _correction("test split")
+    text_column: str | None = _correction("text column")
+    label_column: str | None = _correction("label column")
+    label_values: list[str] | None = _correction("list of label values, in the order of the label words,")
+    csv_delimiter: str | None = _correction("delimiter in a .csv file")
+    encoding: str | None = _correction("encoding of a file")
+    skip_bad_rows: bool | None = _correction("choice on bad rows")
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Where results go; none: <run folder>/evaluation, or runs/evaluations/<model or adapter>."},
@@ -511,6 +660,12 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    @property
+    def corrections(self) -> dict[str, Any]:
+        """What is given of CORRECTIONS, by name."""
+        given = {name: getattr(self, name) for name in CORRECTIONS}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -540,6 +695,9 @@ class PushConfig:
     )
     split: Literal["train", "validation", "test"] = field(
         default="test", metadata={"help": "Split whose evaluation goes on the card, and whose examples are compared."}
+    )
+    allow_chance_level: bool = field(
+        default=False, metadata={"help": "Publish a model that is no better than guessing."}
     )
     license: str | None = field(
         default=None, metadata={"help": "Licence on the card; none: the base model's, where its card names one."}

@@ -3,27 +3,42 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import datasets
+from huggingface_hub import constants
 
 from tweetdora.config import TaskConfig
 from tweetdora.errors import HubError, InputError, UserError
 from tweetdora.records import DataRecord, DataSource
+from tweetdora.tables import hint_for_columns, is_table, read_rows
 
-_SPLIT_HINT = "Name a split that is there, or a slice of one, with --train_split, --validation_split or --test_split."
-_FILE_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_SPLIT_HINT = (
+    "Name a split that is there, or a slice of one, with --train_split, --validation_split or --test_split; or take a "
+    "share of the train split with --validation_share or --test_share."
+)
+_FILE_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_SHOWN_BAD_ROWS = 5
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with their label ids, in the data set's order; `example_ids` are the row numbers in the split."""
+    """Texts with their label ids, in the data set's order; `example_ids` are the row numbers in the split.
+
+    `skipped` counts the rows that were left out, by reason. `is_sorted`: the split's rows come label by label;
+    `is_part`: these are a slice of a split, or its first rows.
+    """
 
     texts: list[str]
     labels: list[int]
     example_ids: list[int]
     source: DataSource | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+    is_sorted: bool = False
+    is_part: bool = False
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -38,7 +53,19 @@ class Examples:
 
     def head(self, count: int | None) -> "Examples":
         """The first `count` examples; all of them if there are fewer or `count` is None."""
-        return self if count is None else make_examples(self.texts[:count], self.labels[:count], self.source)
+        if count is None or count >= len(self):
+            return self
+        return replace(self.select(range(count)), is_part=True)
+
+    def select(self, places: Iterable[int]) -> "Examples":
+        """The examples at these places, in this order."""
+        places = list(places)
+        return replace(
+            self,
+            texts=[self.texts[place] for place in places],
+            labels=[self.labels[place] for place in places],
+            example_ids=[self.example_ids[place] for place in places],
+        )
 
 
 def make_examples(texts: list[str], labels: list[int], source: DataSource | None = None) -> Examples:
@@ -52,9 +79,12 @@ def data_record(examples: Examples, label_words: list[str]) -> DataRecord:
     """What a record says of the examples."""
     if examples.source is None:
         raise AssertionError("only examples of a data set have a record")
-    counts = label_counts(examples, label_words)
     return DataRecord(
-        **asdict(examples.source), num_examples=len(examples), sha256=examples.sha256, label_counts=counts
+        **asdict(examples.source),
+        num_examples=len(examples),
+        sha256=examples.sha256,
+        label_counts=label_counts(examples, label_words),
+        skipped=examples.skipped,
     )
 
 
@@ -65,25 +95,97 @@ def load_examples(task: TaskConfig, split: str, revision: str | None) -> Example
     commit, None for a local one.
 
     Raises:
-        InputError: the data set, split, column or a label is not what the task says.
+        InputError: the data set, split, column or a row is not what the task says.
         HubError: the Hub cannot be reached.
     """
-    split_name = getattr(task, f"{split}_split")
+    shared = _has_shares(task) and (split == "train" or getattr(task, f"{split}_share"))
+    split_name = task.train_split if shared else getattr(task, f"{split}_split")
+    source = DataSource(
+        task.dataset_name, task.dataset_config, revision, os.path.exists(task.dataset_name), split_name
+    )
+    examples = _usable_examples(_read_split(task, split_name, revision), task, source)
+    if shared:
+        examples = _share(examples, split, task)
+    return examples.head(task.max_train_samples if split == "train" else None)
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The two columns of a split as they were read, and what could not be.
+
+    `lines` are the rows' lines in a file, where it has some; `problems` are by row. `class_names` are those of a
+    data set that has them; its labels are then ids.
+    """
+
+    name: str
+    texts: list[Any]
+    labels: list[Any]
+    lines: list[int] | None = None
+    problems: dict[int, str] = field(default_factory=dict)
+    class_names: list[str] | None = None
+
+    def place(self, row: int) -> str:
+        """Where a row is, for a message."""
+        return f"line {self.lines[row]}" if self.lines else f"row {row}"
+
+
+def _read_split(task: TaskConfig, split_name: str, revision: str | None) -> _Split:
+    is_file = is_table(task.dataset_name)
+    if not is_file and (task.csv_delimiter or (task.encoding and not task.dataset_name.endswith(".json"))):
+        flag = "--csv_delimiter" if task.csv_delimiter else "--encoding"
+        raise InputError(f"{flag} is of a .csv, .tsv or .jsonl file; --dataset_name is {task.dataset_name}.")
+    if is_file and os.path.isfile(task.dataset_name):
+        return _split_of_file(task, split_name)
     table = _load_table(task, split_name, revision)
+    _check_columns(task, table.column_names)
+    feature = table.features[task.label_column]
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
+        raise InputError(
+            f"{task.dataset_name}: --label_column {task.label_column} holds {feature}; expected one label in a row."
+        )
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    # [:] takes a column whole; datasets would otherwise make its rows one by one.
+    return _Split(split_name, table[task.text_column][:], table[task.label_column][:], class_names=names)
+
+
+def _split_of_file(task: TaskConfig, split_name: str) -> _Split:
+    rows = list(read_rows(task.dataset_name, task.csv_delimiter, task.encoding))
+    columns = list(dict.fromkeys(name for row in rows for name in row.values))  # JSON lines may leave some out
+    if not rows:
+        raise InputError(
+            f"--dataset_name {task.dataset_name} has no rows; the first line of a .csv names the columns."
+        )
+    try:
+        parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": len(rows)})
+    except Exception as error:  # whatever datasets says of a slice
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--dataset_name {task.dataset_name}, split {split_name!r}: {said}. A file is one split, "
+            f"train. {_SPLIT_HINT}"
+        ) from error
+    if columns:
+        _check_columns(task, columns)
+    chosen = [row for part in parts for row in rows[part.from_ : part.to]]
+    return _Split(
+        split_name,
+        texts=[row.values.get(task.text_column) for row in chosen],
+        labels=[row.values.get(task.label_column) for row in chosen],
+        lines=[row.line for row in chosen],
+        problems={number: row.problem for number, row in enumerate(chosen) if row.problem},
+    )
+
+
+def _check_columns(task: TaskConfig, columns: list[str]) -> None:
     for flag, column in (("--text_column", task.text_column), ("--label_column", task.label_column)):
-        if column not in table.column_names:
+        if column not in columns:
+            hint = hint_for_columns(task.dataset_name, columns) if is_table(task.dataset_name) else ""
             raise InputError(
-                f"{task.dataset_name} has no column {column!r}; its columns are {', '.join(table.column_names)}. "
-                f"Name one with {flag}."
+                f"{task.dataset_name} has no column {column!r}; its columns are {', '.join(columns)}. "
+                + (hint or f"Name one with {flag}.")
             )
-    texts = [_as_text(value, number, task) for number, value in enumerate(table[task.text_column][:])]
-    labels = _as_label_ids(table, task)
-    if not texts:
-        raise InputError(f"split {split_name!r} of {task.dataset_name} has no rows.")
-    local = os.path.exists(task.dataset_name)
-    source = DataSource(task.dataset_name, task.dataset_config, revision, local, split_name)
-    count = task.max_train_samples if split == "train" else None
-    return make_examples(texts[:count], labels[:count], source)
 
 
 def _load_table(task: TaskConfig, split_name: str, revision: str | None) -> datasets.Dataset:
@@ -93,10 +195,11 @@ def _load_table(task: TaskConfig, split_name: str, revision: str | None) -> data
         if ending in _FILE_BUILDERS:
             if not os.path.isfile(name):
                 raise FileNotFoundError(name)
-            # A tweet may be the word "null" or "NA"; only an empty field is missing.
-            csv = {"keep_default_na": False, "na_values": [""]} if _FILE_BUILDERS[ending] == "csv" else {}
-            settings: dict[str, Any] = csv | ({"sep": "\t"} if ending == ".tsv" else {})
+            settings: dict[str, Any] = {"encoding": task.encoding} if task.encoding else {}
             return datasets.load_dataset(_FILE_BUILDERS[ending], data_files=name, split=split_name, **settings)
+        if constants.HF_HUB_OFFLINE and name.count("/") != 1 and not os.path.exists(name):
+            # datasets would take whatever folder of that name it has read before from its cache.
+            raise FileNotFoundError(name)
         return datasets.load_dataset(name, task.dataset_config, revision=revision, split=split_name)
     except StopIteration as error:  # what datasets 5 says of an empty file of JSON lines
         raise InputError(f"--dataset_name {name}: the file is empty; expected rows.") from error
@@ -126,48 +229,102 @@ def _dataset_load_error(task: TaskConfig, split_name: str, error: Exception) -> 
     return InputError(f"{name}, configuration {task.dataset_config!r}, split {split_name!r}: {said}")
 
 
-def _as_text(value: Any, number: int, task: TaskConfig) -> str:
-    if not isinstance(value, str):
-        raise InputError(
-            f"{task.dataset_name}, row {number}: --text_column {task.text_column} holds {value!r}; expected text."
-        )
-    return value.strip()
+# Checking
 
 
-def _as_label_ids(table: datasets.Dataset, task: TaskConfig) -> list[int]:
-    """Label ids of the label column, which may hold label ids, the label words, or --label_values."""
-    # [:] takes the column whole; datasets would otherwise make its rows one by one.
-    column, feature = table[task.label_column][:], table.features[task.label_column]
-    words = task.label_words
-    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
-        raise InputError(
-            f"{task.dataset_name}: --label_column {task.label_column} holds {feature}; expected one label in a row."
+@dataclass(frozen=True)
+class _BadRow:
+    """A row that cannot be used: where it is, the kind of fault, and the fault."""
+
+    place: str
+    reason: str
+    detail: str
+
+
+def _usable_examples(split: _Split, task: TaskConfig, source: DataSource) -> Examples:
+    """The rows of a split that can be used.
+
+    Raises:
+        InputError: rows are bad and not to be skipped, or none is left.
+    """
+    if not split.texts:
+        raise InputError(f"split {split.name!r} of {task.dataset_name} has no rows.")
+    known = _known_labels(split, task)
+    texts: list[str] = []
+    labels: list[int] = []
+    rows: list[int] = []
+    bad: list[_BadRow] = []
+    for row, (text, label) in enumerate(zip(split.texts, split.labels, strict=True)):
+        key = str(label) if task.label_values is not None and label is not None else label
+        fault = (
+            ("a row that cannot be read", split.problems[row])
+            if row in split.problems
+            else _fault(text, key, known, task)
         )
-    if isinstance(feature, datasets.ClassLabel) and len(feature.names) != len(words):
+        if fault is not None:
+            bad.append(_BadRow(split.place(row), *fault))
+            continue
+        texts.append(text.strip())
+        labels.append(known[key])
+        rows.append(row)
+    if bad and (not task.skip_bad_rows or not texts):
+        raise InputError(_bad_rows_message(bad, split, known, task))
+    skipped = dict(sorted(Counter(row.reason for row in bad).items()))
+    changes = sum(before != after for before, after in zip(labels, labels[1:], strict=False))
+    is_sorted, is_part = changes < len(set(labels)), "[" in split.name
+    return Examples(texts, labels, rows, source, skipped, is_sorted, is_part)
+
+
+def _fault(text: Any, label: Any, known: dict[Any, int], task: TaskConfig) -> tuple[str, str] | None:
+    """What is wrong with a row: the kind of fault, and the fault; None for a good one."""
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return "no text", f"--text_column {task.text_column} is empty"
+    if not isinstance(text, str):
+        return "no text", f"--text_column {task.text_column} holds {text!r}; expected text"
+    if label is None or label == "":
+        return "no label", f"--label_column {task.label_column} is empty"
+    if not isinstance(label, (str, int, float)) or label not in known:
+        return "unknown label", f"--label_column {task.label_column} holds {label!r}"
+    return None
+
+
+def _bad_rows_message(bad: list[_BadRow], split: _Split, known: dict[Any, int], task: TaskConfig) -> str:
+    shown = "; ".join(f"{row.place}: {row.detail}" for row in bad[:_SHOWN_BAD_ROWS])
+    more = f"; and {len(bad) - _SHOWN_BAD_ROWS:,} more" if len(bad) > _SHOWN_BAD_ROWS else ""
+    labels = ""
+    if any(row.reason == "unknown label" for row in bad):
+        labels = (
+            f" Labels are expected to be one of {', '.join(map(repr, known))}; name others with --label_values, in "
+            "the order of --label_words."
+        )
+    cure = "" if len(bad) == len(split.texts) else " --skip_bad_rows true leaves such rows out, and counts them."
+    return (
+        f"{task.dataset_name}, split {split.name!r}: {len(bad):,} of {len(split.texts):,} rows cannot be used: "
+        f"{shown}{more}.{labels}{cure}"
+    )
+
+
+def _known_labels(split: _Split, task: TaskConfig) -> dict[Any, int]:
+    """The values that the label column may hold: label ids, the label words, or --label_values."""
+    words, names = task.label_words, split.class_names
+    if names is not None and len(names) != len(words):
         raise InputError(
             f"--label_words has {len(words)} words ({', '.join(words)}), but column {task.label_column!r} of "
-            f"{task.dataset_name} has {len(feature.names)} labels ({', '.join(feature.names)}). "
+            f"{task.dataset_name} has {len(names)} labels ({', '.join(names)}). "
             "Give one word for each label, in that order."
         )
-    known: dict[Any, int]
     if task.label_values is not None:
-        known = {value: number for number, value in enumerate(task.label_values)}
-        keys = [str(value) for value in column]
-    elif feature.dtype in ("string", "large_string"):
-        known = {word: number for number, word in enumerate(words)}
-        keys = column
-    else:
-        if isinstance(feature, datasets.ClassLabel):
-            _check_order(feature.names, task)
-        known = {number: number for number in range(len(words))}
-        keys = column
-    for number, key in enumerate(keys):
-        if key not in known:
-            raise InputError(
-                f"{task.dataset_name}, row {number}: --label_column {task.label_column} holds {key!r}; expected one "
-                f"of {', '.join(map(repr, known))}. Name the values in the order of --label_words with --label_values."
-            )
-    return [known[key] for key in keys]
+        return {value: number for number, value in enumerate(task.label_values)}
+    if names is not None:
+        _check_order(names, task)
+    if any(isinstance(label, str) for label in split.labels):
+        by_word: dict[Any, int] = {word: number for number, word in enumerate(words)}
+        if any(label in by_word for label in split.labels if isinstance(label, str)):
+            return by_word
+        if any(label in map(str, range(len(words))) for label in split.labels):  # a CSV file has texts only
+            return {str(number): number for number in range(len(words))}
+        return by_word
+    return {number: number for number in range(len(words))}
 
 
 def _check_order(names: list[str], task: TaskConfig) -> None:
@@ -180,6 +337,57 @@ def _check_order(names: list[str], task: TaskConfig) -> None:
             f"{task.label_column!r}, come in another order: {', '.join(names)}. "
             f"Give --label_words {' '.join(words[name] for name in labels)}."
         )
+
+
+# Shares
+
+
+def _has_shares(task: TaskConfig) -> bool:
+    return bool(task.validation_share or task.test_share)
+
+
+def _share(examples: Examples, split: str, task: TaskConfig) -> Examples:
+    """The part of the train split that is `split`, drawn at random within each label.
+
+    Raises:
+        InputError: a label has too few rows to be in every part.
+    """
+    counts = {name: round(getattr(task, f"{name}_share") * len(examples)) for name in ("test", "validation")}
+    parts, rest = {}, list(range(len(examples)))
+    for name, count in counts.items():
+        if getattr(task, f"{name}_share"):
+            parts[name], rest = _draw(examples, rest, count, name, task)
+    parts["train"] = rest
+    what = f"{getattr(task, f'{split}_share'):.4g} of it" if split != "train" else "the rest"
+    if examples.source is None:
+        raise AssertionError("only the examples of a data set are shared out")
+    source = replace(examples.source, split=f"{task.train_split} ({what}, seed {task.split_seed})")
+    # Drawn in random order, so that the first N of them are a sample too.
+    return replace(examples.select(parts[split]), source=source, is_sorted=False)
+
+
+def _draw(
+    examples: Examples, places: list[int], count: int, split: str, task: TaskConfig
+) -> tuple[list[int], list[int]]:
+    """`count` of the places, stratified by label, and the others."""
+    labels = [examples.labels[place] for place in places]
+    feature = datasets.Features(
+        {"place": datasets.Value("int64"), "label": datasets.ClassLabel(names=[*map(str, sorted(set(labels)))])}
+    )
+    ids = {label: number for number, label in enumerate(sorted(set(labels)))}
+    table = datasets.Dataset.from_dict({"place": places, "label": [ids[label] for label in labels]}, features=feature)
+    try:
+        drawn = table.train_test_split(test_size=count, seed=task.split_seed, stratify_by_column="label")
+    except ValueError as error:  # a label with one row, or more labels than places
+        counts = ", ".join(f"{number} {word}" for word, number in label_counts(examples, task.label_words).items())
+        raise InputError(
+            f"--{split}_share {getattr(task, f'{split}_share'):g} of {len(examples)} rows ({counts}): "
+            f"{' '.join(str(error).split())} Give a larger share or more rows."
+        ) from error
+    return cast(list[int], drawn["test"]["place"][:]), cast(list[int], drawn["train"]["place"][:])
+
+
+# What the examples are
 
 
 def label_counts(examples: Examples, label_words: list[str]) -> dict[str, int]:
@@ -202,5 +410,6 @@ def check_trainable(examples: Examples, task: TaskConfig) -> None:
     if len(present) < 2:
         raise InputError(
             f"All {len(examples)} training examples of {task.dataset_name} have the label {present[0]!r}; expected "
-            "two labels or more. Check --label_column, --train_split and --max_train_samples."
+            "two labels or more. Check --label_column, --train_split and --max_train_samples; where the rows come "
+            "label by label, --validation_share and --test_share draw the splits at random."
         )

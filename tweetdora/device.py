@@ -61,12 +61,14 @@ def decide_precision(
             return "bf16", f"{device_name} computes in bf16"
         return "fp32", f"{device_name} has no bf16 units"
     source, precision = next(iter(chosen.items()))
+    # Its config file may be one of the machine's, that nobody remembers.
+    launch = " Or launch with --mixed_precision no." if source.startswith("accelerate") else ""
     if precision not in ("fp32", "bf16", "fp16"):
-        raise InputError(f"{source}: expected no, bf16 or fp16.")
+        raise InputError(f"{source}: expected no, bf16 or fp16.{launch}")
     if precision == "bf16" and not has_bf16(device_type):
-        raise InputError(f"{source}: {device_name} has no bf16 units. Use --precision fp32.")
+        raise InputError(f"{source}: {device_name} has no bf16 units. Use --precision fp32.{launch}")
     if precision == "fp16" and device_type == "cpu":
-        raise InputError(f"{source}: fp16 needs a GPU. Use --precision bf16 or fp32.")
+        raise InputError(f"{source}: fp16 needs a GPU. Use --precision bf16 or fp32.{launch}")
     return cast(Precision, precision), f"asked for by {source}"
 
 

@@ -1,7 +1,7 @@
 """Measure a base model and what was tuned from it: what evaluate.py does between reading its flags and its end."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, repeat
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tweetdora.cli import read_task
 from tweetdora.config import MAX_NEW_TOKENS, RUNS_DIR, EvaluateConfig, TaskConfig
-from tweetdora.data import Examples, data_record
+from tweetdora.data import Examples, data_record, load_examples
+from tweetdora.data_notes import notes_on_splits
 from tweetdora.device import Precision, can_compute, decide_precision
-from tweetdora.errors import InputError
+from tweetdora.errors import InputError, UserError
 from tweetdora.files import file_sha256
 from tweetdora.generation import UNPARSED, Generation, generate_all
 from tweetdora.metrics import (
@@ -36,6 +37,7 @@ from tweetdora.modeling import (
     load_tokenizer,
     merge,
     read_adapter_config,
+    read_published_task,
     tokenizer_folder,
 )
 from tweetdora.plots import SHOWN_NAMES, confusion_title, plot_confusion
@@ -46,8 +48,10 @@ from tweetdora.records import (
     ADAPTER_WEIGHTS,
     PREDICTIONS,
     RUN_FILE,
+    TASK_FILE,
     BaseModelRecord,
     Bootstrap,
+    DataNote,
     EvaluationRecord,
     GenerationRecord,
     ModelMetrics,
@@ -73,8 +77,11 @@ class EvalTarget:
     tokenizer: str | None  # the adapter's own, which was trained with; None: the base's
     task: TaskConfig
     prompt_format: PromptFormat | None  # None: read it off the chat template
+    max_new_tokens: int | None  # that the target was trained for; None: not known
     run: RunRecord | None
     results_dir: str
+    corrections: list[str] = field(default_factory=list)  # what of the task's data is replaced
+    notes: list[str] = field(default_factory=list)  # for a person
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,30 @@ class Measured:
 
 
 def find_eval_target(name: str, config: EvaluateConfig) -> EvalTarget:
-    """Tell a run folder from an adapter from a model.
+    """Tell a run folder from an adapter from a model, with the task that is measured.
 
     Raises:
-        InputError: a task is given for a run, whose record already holds one, or the run is not finished.
+        InputError: a recipe is given for a run, whose record already holds a task, or the run is not finished.
     """
+    target = _find_target(name, config)
+    task, corrections = correct_task(target.task, config.corrections)
+    return replace(target, task=task, corrections=corrections)
+
+
+def correct_task(task: TaskConfig, given: dict[str, Any]) -> tuple[TaskConfig, list[str]]:
+    """The task with other data, and what is otherwise, in the form of a record's mismatches."""
+    changes = dict(given)
+    if given.get("dataset_name", task.dataset_name) != task.dataset_name:  # these belong to the data set
+        changes = {"dataset_config": None, "dataset_revision": None, **changes}
+    for split in ("validation", "test"):
+        if f"{split}_split" in given:
+            changes[f"{split}_share"] = 0.0
+    corrected = replace(task, **changes)
+    before, now = asdict(task), asdict(corrected)
+    return corrected, [f"{name}: was {before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
+
+
+def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
     if _is_run(name):
         run = read_run(name)
         if config.config is not None:
@@ -110,17 +136,45 @@ def find_eval_target(name: str, config: EvaluateConfig) -> EvalTarget:
             tokenizer=tokenizer_folder(os.path.join(name, ADAPTER_DIR)),
             task=run.task,
             prompt_format=run.prompt_format,
+            max_new_tokens=run.max_new_tokens,
             run=run,
             results_dir=config.output_dir or os.path.join(name, "evaluation"),
         )
-    task = read_task(config.config)
-    results_dir = config.output_dir or _results_dir(name)
+    published, notes = None, []
+    if config.config is None:
+        published = read_published_task(name)
+        if published is None:
+            default = TaskConfig()
+            notes = [
+                f"note: no {TASK_FILE} was found with {name}: it is asked the published run's question, on "
+                f"{default.dataset_name}. --config names a recipe with another task."
+            ]
+    target = EvalTarget(
+        name=name,
+        kind="model",
+        base=name,
+        base_revision=None,
+        adapter_dir=None,
+        tokenizer=None,
+        task=published.task if published else read_task(config.config),
+        prompt_format=published.prompt_format if published else None,
+        max_new_tokens=published.max_new_tokens if published else None,
+        run=None,
+        results_dir=config.output_dir or _results_dir(name),
+        notes=notes,
+    )
     adapter = read_adapter_config(name)
     if adapter is None:
-        return EvalTarget(name, "model", name, None, None, None, task, None, None, results_dir)
+        return target
     base, folder = adapter.base_model_name_or_path or "", adapter_folder(name)  # it is not empty: it was read
-    tokenizer = tokenizer_folder(folder)
-    return EvalTarget(name, "adapter", base, adapter.revision, folder, tokenizer, task, None, None, results_dir)
+    return replace(
+        target,
+        kind="adapter",
+        base=base,
+        base_revision=adapter.revision,
+        adapter_dir=folder,
+        tokenizer=tokenizer_folder(folder),
+    )
 
 
 @dataclass(frozen=True)
@@ -149,9 +203,10 @@ def decide_decoding(target: EvalTarget, config: EvaluateConfig, device_type: str
             notes.append(f"note: answers in {precision} ({reason}); the run was trained in {run.training.precision}.")
     elif run is not None and not reason.startswith("asked for"):
         reason = "as the run was trained"
-    budget = config.max_new_tokens or (run.max_new_tokens if run else MAX_NEW_TOKENS)
-    if run is not None and budget != run.max_new_tokens:
-        notes.append(f"note: --max_new_tokens {budget}; the run was validated with {run.max_new_tokens}.")
+    trained_with = target.max_new_tokens
+    budget = config.max_new_tokens or trained_with or MAX_NEW_TOKENS
+    if trained_with is not None and budget != trained_with:
+        notes.append(f"note: --max_new_tokens {budget}; {target.name} was trained for {trained_with}.")
     return Decoding(precision, reason, budget, notes)
 
 
@@ -170,6 +225,47 @@ def _results_dir(name: str) -> str:
     if path == os.curdir or path.startswith(os.pardir):
         path = os.path.abspath(name)
     return os.path.join(RUNS_DIR, "evaluations", path.strip(os.sep).replace(os.sep, "--"))
+
+
+def load_eval_examples(
+    target: EvalTarget, config: EvaluateConfig, revision: str | None, trained_on: str | None
+) -> tuple[Examples, list[DataNote]]:
+    """The examples to answer, of the data set at its commit `revision`, and what is to be known of them.
+
+    `trained_on` is the commit that a run was trained on: its texts are looked for among the examples.
+
+    Raises:
+        InputError: the data are not what the task says.
+        HubError: the Hub cannot be reached.
+    """
+    examples = load_examples(target.task, config.split, revision).head(config.max_eval_samples)
+    splits: dict[str, Examples] = {config.split: examples}
+    if target.run is None or config.split == "train":
+        return examples, notes_on_splits(splits, target.task.label_words)
+    try:
+        train = load_examples(target.run.task, "train", trained_on)
+    except UserError as error:
+        train, why = None, f"cannot be read any more ({error})"
+    if train is not None and train.sha256 != target.run.train_data.sha256:
+        train, why = None, "are others now than those that were trained on"
+    if train is None:
+        unknown = DataNote(config.split, f"texts in common with the training examples were not counted: these {why}")
+        return examples, [*notes_on_splits(splits, target.task.label_words), unknown]
+    notes = notes_on_splits({"train": train, **splits}, target.task.label_words)
+    return examples, [note for note in notes if note.split == config.split]
+
+
+def describe(
+    target: EvalTarget, split: str, examples: Examples, decoding: Decoding, notes: list[DataNote]
+) -> list[str]:
+    """What is about to be measured, in lines for a person."""
+    return [
+        f"{target.name}: {len(examples):,} {split} examples, {decoding.precision} ({decoding.reason})",
+        *target.notes,
+        *decoding.notes,
+        *(f"note: measured with another {correction}" for correction in target.corrections),
+        *(f"note: {note.split}: {note.text}" for note in notes),
+    ]
 
 
 def generate_base_and_finetuned(
@@ -236,7 +332,12 @@ def _generate(
 
 
 def evaluation_record(
-    target: EvalTarget, examples: Examples, measured: Measured, config: EvaluateConfig, decoding: Decoding
+    target: EvalTarget,
+    examples: Examples,
+    measured: Measured,
+    config: EvaluateConfig,
+    decoding: Decoding,
+    notes: list[DataNote],
 ) -> EvaluationRecord:
     """The scores of what was generated, with intervals, and the difference where there are two models."""
     words, bootstrap = target.task.label_words, Bootstrap(config.bootstrap_samples, config.seed)
@@ -274,6 +375,8 @@ def evaluation_record(
         difference=difference,
         baselines=baselines(examples.labels, words),
         environment=environment(),
+        notes=notes,
+        corrections=target.corrections,
     )
 
 
@@ -360,15 +463,15 @@ def format_results(record: EvaluationRecord) -> str:
     return "\n".join(lines)
 
 
-def warn_of_guessing(record: EvaluationRecord) -> str | None:
-    """A line for a person, if what was measured last is no better than guessing."""
+def no_better_than_guessing(record: EvaluationRecord) -> str | None:
+    """A sentence, if what was measured last is no better than guessing; None where it is better."""
     name, metrics = list(record.models.items())[-1]
     guesses = {"uniform guessing": record.baselines.uniform, "always the same label": record.baselines.majority}
     best = max(guesses, key=lambda guess: guesses[guess].macro_f1)
     if metrics.macro_f1 > guesses[best].macro_f1:
         return None
     return (
-        f"note: the {SHOWN_NAMES[name]} model's macro-F1, {metrics.macro_f1:.3f}, is not above that of {best}, "
+        f"The {SHOWN_NAMES[name]} model's macro-F1, {metrics.macro_f1:.3f}, is not above that of {best}, "
         f"{guesses[best].macro_f1:.3f}."
     )
 

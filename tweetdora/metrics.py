@@ -112,7 +112,7 @@ def compute_metrics(
         num_examples=count,
         **{name: computed[name] for name in INTERVAL_METRICS},
         parse_rate=sum(generation.predicted != UNPARSED for generation in generations) / count,
-        exact_match=sum(generation.text.removeprefix(" ") in label_words for generation in generations) / count,
+        exact_match=sum(generation.text.strip(" ") in label_words for generation in generations) / count,
         eos_rate=sum(generation.stopped for generation in generations) / count,
         per_label=per_label,
         confusion_matrix=matrix,

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tweetdora.card_facts import Publication, Records, card_facts, title, widget_examples
 from tweetdora.config import PushConfig
 from tweetdora.errors import InputError
+from tweetdora.evaluation import no_better_than_guessing
 from tweetdora.provenance import command_line
 from tweetdora.records import BaseModelCard, Comparison, folder_name
 
@@ -76,6 +78,21 @@ def check_records(records: Records) -> None:
                 f"the evaluation is not of this run: its {name} is {other!r}, the run's {expected!r}. "
                 "Run evaluate.py on the run folder again."
             )
+
+
+def check_skill(records: Records, config: PushConfig) -> str | None:
+    """Refuse to publish a model that is no better than guessing, unless that is asked for; a sentence if it is none.
+
+    Raises:
+        InputError: says what it scores.
+    """
+    found = no_better_than_guessing(records.evaluation)
+    if found is not None and not config.allow_chance_level and not config.dry_run:
+        raise InputError(
+            f"{found} Train with more examples or a higher --learning_rate, or publish it all the same with "
+            "--allow_chance_level true."
+        )
+    return found
 
 
 def plan_publication(records: Records, config: PushConfig, folder: str) -> Publication:
@@ -158,7 +175,31 @@ def front_matter(records: Records, publication: Publication) -> str:
         widget=widget_examples(run, records.predictions) or None,
         eval_results=results,
     )
-    return metadata.to_yaml(line_break="\n")
+    return to_yaml(metadata.to_dict())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes YAML that means the same in version 1.1, which Python reads, and 1.2, which the Hub reads."""
+
+
+def _as_scalar(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # In double quotes every character that a version takes for a line break, or not, is written as an escape.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _as_scalar)
+# Plain texts that are numbers in 1.2 only (core schema, section 10.3.2), such as 1e3 and 0o14, are quoted as well.
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|0o[0-7]+|0x[0-9a-fA-F]+"),
+    list("-+.0123456789"),
+)
+
+
+def to_yaml(metadata: dict[str, Any]) -> str:
+    """A card's metadata as YAML; each text is read back as that text by YAML 1.1 and 1.2."""
+    return yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
 
 
 def _python_string(text: str) -> str:

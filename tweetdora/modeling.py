@@ -35,7 +35,14 @@ from tweetdora.config import ModelConfig
 from tweetdora.dora import DoraLinear
 from tweetdora.errors import HubError, InputError, ResourceError, UserError
 from tweetdora.files import file_sha256
-from tweetdora.records import ADAPTER_WEIGHTS, BaseModelCard, BaseModelRecord
+from tweetdora.records import (
+    ADAPTER_WEIGHTS,
+    TASK_FILE,
+    BaseModelCard,
+    BaseModelRecord,
+    PublishedTask,
+    read_record,
+)
 
 _TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,12 +199,16 @@ def check_ids_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id
     """
     embeddings: Any = model.get_input_embeddings()
     known, largest = len(embeddings.weight), max(ids)
-    if largest >= known:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise InputError(
-            f"the tokenizer of {tokenizer.name_or_path} writes {token!r} as id {largest}, but {model.name_or_path} "
-            f"has embeddings for {known} ids only. They are not of one model; fetch both again."
-        )
+    pad = tokenizer.pad_token_id
+    for token_id in (largest, *([] if pad is None else [pad])):
+        if token_id >= known:
+            what = "pads with" if token_id == pad else "writes"
+            token = tokenizer.convert_ids_to_tokens(token_id)
+            raise InputError(
+                f"the tokenizer of {tokenizer.name_or_path} {what} {token!r}, id {token_id}, but {model.name_or_path} "
+                f"has embeddings for {known} ids only. They are not of one model; fetch both again"
+                + (", or name another pad_token in tokenizer_config.json." if token_id == pad else ".")
+            )
 
 
 def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
@@ -208,7 +219,12 @@ def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
     Raises:
         InputError: a target module matches no layer.
     """
-    linear = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    text_only = _outside_the_text_model(base)
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and not (text_only and re.fullmatch(text_only, name))
+    }
     all_linear = config.target_modules == ["all-linear"]
     missing = [] if all_linear else [name for name in config.target_modules if name not in linear]
     if missing:
@@ -223,6 +239,7 @@ def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules="all-linear" if all_linear else list(config.target_modules),
+        exclude_modules=text_only,
         use_dora=config.method == "dora",
         base_model_name_or_path=config.model_name_or_path,
         revision=config.model_revision,
@@ -237,6 +254,22 @@ def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
             f"--target_modules {' '.join(config.target_modules)}: PEFT puts no {config.method} adapter on a "
             f"{type(base).__name__} there ({said}). Choose other layers, or --method lora."
         ) from error
+
+
+def _outside_the_text_model(base: PreTrainedModel) -> str | None:
+    """A pattern of the layers that no text goes through, such as an image encoder's; None where there are none.
+
+    An adapter on them would get no gradient: it would be counted as trained, and two processes would wait for it.
+    """
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    name = next(name for name, module in base.named_modules() if module is decoder)
+    others = [
+        layer
+        for layer, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not layer.startswith(f"{name}.".lstrip("."))
+    ]
+    kept = [re.escape(layer) for layer, module in base.named_modules() if module is head]
+    return rf"(?!{re.escape(name)}\.|{'|'.join(kept) or '$^'}$).*" if others and name else None
 
 
 def _check_not_tied(base: PreTrainedModel, target_modules: Iterable[str], what: str) -> None:
@@ -312,7 +345,7 @@ def read_adapter_config(name_or_path: str) -> PeftConfig | None:
         InputError: the settings cannot be read, or the repository is unknown.
         HubError: the Hub cannot be reached.
     """
-    folder = name_or_path if os.path.isdir(name_or_path) else _fetch_adapter_config(name_or_path)
+    folder = name_or_path if os.path.isdir(name_or_path) else _fetch(name_or_path, "adapter_config.json")
     if folder is None or not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         return None
     try:
@@ -349,20 +382,31 @@ def check_adapter_fits(base: PreTrainedModel, folder: str) -> None:
         _check_not_tied(base, targets, f"the adapter in {folder} is on")
 
 
-def _fetch_adapter_config(repo_id: str) -> str | None:
-    """The cache folder with a Hub repository's adapter_config.json, None if the repository has none."""
+def _fetch(repo_id: str, file: str) -> str | None:
+    """The cache folder with a file of a Hub repository, None if the repository has no such file."""
     try:
-        return os.path.dirname(hf_hub_download(repo_id, "adapter_config.json"))
+        return os.path.dirname(hf_hub_download(repo_id, file))
     except RemoteEntryNotFoundError:
         return None
     except (OSError, ValueError, HTTPError) as error:
-        # Without the Hub: transformers asks for an adapter_config.json with every model and keeps what there is, so a
-        # model in the cache without one has none.
-        if isinstance(error, LocalEntryNotFoundError) and isinstance(
-            try_to_load_from_cache(repo_id, "config.json"), str
-        ):
+        # Without the Hub: of a model in the cache, what was not fetched with it counts as not being there.
+        # transformers asks for an adapter_config.json with every model, so a model without one has none.
+        cached = (try_to_load_from_cache(repo_id, known) for known in ("config.json", "adapter_config.json"))
+        if isinstance(error, LocalEntryNotFoundError) and any(isinstance(path, str) for path in cached):
             return None
         raise _model_load_error(repo_id, None, error, "model or adapter") from error
+
+
+def read_published_task(name_or_path: str) -> PublishedTask | None:
+    """What a published model was trained to do, as the task.json beside it says; None where there is none.
+
+    Raises:
+        InputError: the file is not what it should be, or the repository is unknown.
+        HubError: the Hub cannot be reached.
+    """
+    folder = name_or_path if os.path.isdir(name_or_path) else _fetch(name_or_path, TASK_FILE)
+    path = os.path.join(folder or "", TASK_FILE)
+    return read_record(PublishedTask, path, oldest_version=4) if folder and os.path.isfile(path) else None
 
 
 def adapter_folder(name_or_path: str) -> str:

@@ -6,7 +6,14 @@ import shutil
 
 import torch
 
-from tweetdora.config import PUBLISHED_REPO, ModelConfig, TaskConfig, TrainConfig, is_published_run
+from tweetdora.config import (
+    PUBLISHED_REPO,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+    is_published_run,
+    normalize_label,
+)
 from tweetdora.errors import ResourceError
 from tweetdora.records import RunRecord
 from tweetdora.tracking import wandb_mode
@@ -99,6 +106,7 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
         ),
         ("device", device),
         ("precision", f"{training.precision}: {training.precision_reason}"),
+        ("system prompt", run.task.system_prompt),
         ("tracker", _tracker_line(training)),
         ("run folder", training.output_dir),
     ]
@@ -110,6 +118,9 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
         )
     if run.prompt_format.system_in_user_turn:
         lines.append(("note", "the chat template takes no system message: the prompt heads the user's turn"))
+    lines += [("note", f"{note.split}: {note.text}") for note in run.notes]
+    if unnamed := _unnamed_words(run.task):
+        lines.append(("note", f"the system prompt does not name {', '.join(unnamed)}"))
     if run.steps < _FEW_STEPS and training.learning_rate < _LOW_RATE:
         lines.append(
             (
@@ -119,6 +130,11 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
             )
         )
     return "\n".join(f"  {label:<14} {text}" for label, text in lines)
+
+
+def _unnamed_words(task: TaskConfig) -> list[str]:
+    asked = normalize_label(task.system_prompt)
+    return [word for word in task.label_words if normalize_label(word) not in asked]
 
 
 def _every(steps: float) -> str:

@@ -13,7 +13,8 @@ import datetime
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -29,8 +30,10 @@ _OPEN_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*$")
 # Head and tail as they were trained; the user's last text between them, and what was answered, if anything was.
 _FROZEN = """{{%- set found = namespace(text="", answer=none) -%}}
 {{%- for message in messages -%}}
-{{%- if message["role"] == "user" -%}}{{%- set found.text = message["content"] -%}}{{%- set found.answer = none -%}}
-{{%- elif message["role"] == "assistant" -%}}{{%- set found.answer = message["content"] -%}}{{%- endif -%}}
+{{%- set said = message["content"] -%}}
+{{%- if said is not string -%}}{{%- set said = said | map(attribute="text") | join -%}}{{%- endif -%}}
+{{%- if message["role"] == "user" -%}}{{%- set found.text = said -%}}{{%- set found.answer = none -%}}
+{{%- elif message["role"] == "assistant" -%}}{{%- set found.answer = said -%}}{{%- endif -%}}
 {{%- endfor -%}}
 {{%- if {prefix} and found.text.startswith({prefix}) -%}}
 {{%- set found.text = found.text.replace({prefix}, "", 1) -%}}{{%- endif -%}}
@@ -51,17 +54,13 @@ def read_prompt_format(
     Raises:
         InputError: there is no chat template, it fails, or it does not leave the text as it is.
     """
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"--model_name_or_path {tokenizer.name_or_path} has no chat template; "
-            "choose an instruction-tuned (chat) model."
-        )
-    system_in_user_turn = not _takes_system_role(tokenizer, task.system_prompt, date)
+    template = _Template(tokenizer, task, date)
+    system_in_user_turn = not template.takes_system_role()
     messages = chat_messages(task.system_prompt, _TEXT_MARK, system_in_user_turn)
-    prompt = _render(tokenizer, messages, True, date)
+    prompt = template.render(messages, True)
     if prompt.count(_TEXT_MARK) != 1:
         raise InputError(f"the chat template of {tokenizer.name_or_path} does not repeat the user's text once.")
-    answers = [_answer_in_template(tokenizer, messages, prompt, word, date) for word in task.label_words]
+    answers = [_answer_in_template(template, messages, prompt, word) for word in task.label_words]
     openings = {opening for opening, _, _ in answers}
     if len(openings) > 1:
         raise InputError(
@@ -80,29 +79,100 @@ def writes_a_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> bool:
     return first != second
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-    add_generation_prompt: bool = False,
-    date: datetime.date | None = None,
-) -> str:
-    """The chat as the template writes it, without a thought where it can be asked for that.
+class _Template:
+    """A tokenizer's chat template, as the task uses it on a date: the named one, with its variables, not thinking."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, date: datetime.date | None = None
+    ) -> None:
+        self.tokenizer, self.task = tokenizer, task
+        self.source = _choose_template(tokenizer, task)
+        self.variables: dict[str, Any] = {**_WITHOUT_THOUGHT, **cast(dict, task.chat_template_kwargs or {})}
+        if date is not None:
+            self.source = _as_of(date, self.source)
+        # Templates of multimodal models may take a text as a list of parts only, and leave a plain one out.
+        self.in_parts = _TEXT_MARK not in self._try(in_parts=False) and _TEXT_MARK in self._try(in_parts=True)
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        """The chat as the template writes it.
+
+        Raises:
+            InputError: the template fails.
+        """
+        try:
+            return self._write(messages, add_generation_prompt, self.in_parts)
+        except Exception as error:  # a template is a program of somebody's: it may fail in any way
+            roles = ", ".join(message["role"] for message in messages)
+            said = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the chat template of {self.tokenizer.name_or_path} fails for the roles {roles}: "
+                f"{type(error).__name__}: {said}. Choose another chat model, or mend its template."
+            ) from error
+
+    def takes_system_role(self) -> bool:
+        """Whether the template shows a system message; some refuse the role, some leave it out without a word."""
+        try:
+            rendered = self.render(chat_messages(self.task.system_prompt, _TEXT_MARK, False))
+        except InputError:
+            return False
+        return self.task.system_prompt.strip() in rendered
+
+    def _try(self, in_parts: bool) -> str:
+        """A user's turn as the template writes it; nothing where it fails."""
+        try:
+            return self._write([{"role": "user", "content": _TEXT_MARK}], False, in_parts)
+        except Exception:  # noqa: BLE001  (said in render, if the other form fails too)
+            return ""
+
+    def _write(self, messages: list[dict[str, str]], add_generation_prompt: bool, in_parts: bool) -> str:
+        chat: Any = messages
+        if in_parts:
+            chat = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        written = self.tokenizer.apply_chat_template(
+            chat,
+            tokenize=False,
+            chat_template=self.source,
+            add_generation_prompt=add_generation_prompt,
+            **self.variables,
+        )
+        return str(written)
+
+
+def _choose_template(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> str:
+    """The text of the template that is used, of several the one that --chat_template names.
 
     Raises:
-        InputError: the template fails.
+        InputError: there is none, or it is not said which.
     """
-    settings: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **_WITHOUT_THOUGHT}
-    try:
-        if date is not None:
-            settings["chat_template"] = _as_of(date, str(tokenizer.get_chat_template()))
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
-    except Exception as error:  # a template is a program of somebody's: it may fail in any way
-        roles = ", ".join(message["role"] for message in messages)
-        said = " ".join(str(error).split())[:200]
+    templates, name = tokenizer.chat_template, task.chat_template
+    if not templates:
         raise InputError(
-            f"the chat template of {tokenizer.name_or_path} fails for the roles {roles}: {type(error).__name__}: "
-            f"{said}. Choose another chat model, or mend its template."
-        ) from error
+            f"--model_name_or_path {tokenizer.name_or_path} has no chat template; "
+            "choose an instruction-tuned (chat) model."
+        )
+    if isinstance(templates, str):
+        if name not in (None, "default"):
+            raise InputError(
+                f"--chat_template {name}: {tokenizer.name_or_path} has one chat template, without a name. Leave the "
+                "flag out."
+            )
+        return templates
+    if (name or "default") not in templates:
+        asked = f"--chat_template {name}: there is none of that name" if name else "none of them is called default"
+        raise InputError(
+            f"{tokenizer.name_or_path} has the chat templates {', '.join(sorted(templates))}; {asked}. Name one with "
+            "--chat_template."
+        )
+    return templates[name or "default"]
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
+    """Leave the tokenizer with the template that is used alone: so it is saved, and nobody has to name it again.
+
+    Raises:
+        InputError: there is none, or it is not said which.
+    """
+    tokenizer.chat_template = _choose_template(tokenizer, task)
 
 
 def _as_of(date: datetime.date, template: str) -> str:
@@ -118,29 +188,15 @@ def _as_of(date: datetime.date, template: str) -> str:
     )
 
 
-def _takes_system_role(
-    tokenizer: PreTrainedTokenizerBase, system_prompt: str, date: datetime.date | None = None
-) -> bool:
-    """Whether the template shows a system message; some refuse the role, some leave it out without a word."""
-    try:
-        rendered = _render(tokenizer, chat_messages(system_prompt, _TEXT_MARK, False), date=date)
-    except InputError:
-        return False
-    return system_prompt.strip() in rendered
-
-
 def _answer_in_template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-    prompt: str,
-    word: str,
-    date: datetime.date | None,
+    template: _Template, messages: list[dict[str, str]], prompt: str, word: str
 ) -> tuple[str, str, str]:
     """What the template writes for the answer `word`: what opens it behind the prompt, word, and stop token.
 
     The opening is the assistant's header, in templates whose generation prompt leaves it out, or an empty thought.
     """
-    full = _render(tokenizer, [*messages, {"role": "assistant", "content": word}], date=date)
+    tokenizer = template.tokenizer
+    full = template.render([*messages, {"role": "assistant", "content": word}])
     thought = _OPEN_THOUGHT.search(prompt)
     if full.startswith(prompt):
         before, found, after = full[len(prompt) :].partition(word)
@@ -159,18 +215,26 @@ def _answer_in_template(
             f"the chat template of {tokenizer.name_or_path} writes {before + found + after!r} for the answer "
             f"{word!r}; expected the word and then a stop token."
         )
+    # Llama 2 writes a space between word and stop token.
+    written = word + (after[: specials.start()] if specials else "")
     # White space belongs to the word: some tokenizers make one token of both.
-    return ("", before + word, stop_token) if not before.strip() else (before, word, stop_token)
+    return ("", before + written, stop_token) if not before.strip() else (before, written, stop_token)
 
 
 def freeze_template(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, task: TaskConfig) -> bool:
     """Give the tokenizer a template that writes this prompt for ever, if its own would not; whether it was given one.
 
-    Its own would not where it writes a date, thinks unless told otherwise, or leaves the assistant's header out.
+    Its own would not where it writes a date, thinks unless told otherwise, was given variables, takes content parts
+    only, or leaves the assistant's header out.
     """
     messages = prompt_format.messages(task.system_prompt, _TEXT_MARK)
-    own = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    if own == prompt_format.head + _TEXT_MARK + prompt_format.tail and not writes_a_date(tokenizer, task):
+    unnamed = replace(task, chat_template=None, chat_template_kwargs=None)  # as anybody uses what is published
+    template, own = _Template(tokenizer, unnamed), None
+    template.variables = {}
+    if not template.in_parts:
+        with suppress(InputError):  # it may fail without a variable
+            own = template.render(messages, True)
+    if own == prompt_format.head + _TEXT_MARK + prompt_format.tail and not writes_a_date(tokenizer, unnamed):
         return False
     prefix = f"{task.system_prompt}\n\n" if prompt_format.system_in_user_turn else ""
     literals = {name: json.dumps(text) for name, text in (("prefix", prefix), ("stop", prompt_format.stop_token))}

@@ -2,10 +2,11 @@
 
 run.json                      RunRecord, train.py's
 evaluation/<split>.json       EvaluationRecord, evaluate.py's, and beside it a PredictionRecord for each example
+publish/task.json             PublishedTask, beside the model that push_to_hub.py builds
 publish.json                  PublishRecord, push_to_hub.py's
 
-A file holds what its dataclass says, no field more or less, and the version of these dataclasses. The version before
-is still read: see `_from_version_2`.
+A file holds what its dataclass says, no field more or less, and the version of these dataclasses. The versions before
+are still read: see `_from_version_2` and `_from_version_3`.
 """
 
 import dataclasses
@@ -22,8 +23,9 @@ from tweetdora.device import Hardware
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256, read_json, write_json
 
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 RUN_FILE = "run.json"
+TASK_FILE = "task.json"
 ADAPTER_DIR = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREDICTIONS = "predictions.jsonl"
@@ -80,11 +82,23 @@ class DataSource:
 
 @dataclass(frozen=True)
 class DataRecord(DataSource):
-    """The examples of a split that were used; `sha256` is over their texts and labels."""
+    """The examples of a split that were used; `sha256` is over their texts and labels.
+
+    `skipped` counts the rows that were left out (--skip_bad_rows), by the reason.
+    """
 
     num_examples: int
     sha256: str
     label_counts: dict[str, int]  # by label word
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class DataNote:
+    """What a reader of the scores should know of the data, in a sentence; of which split: train, validation, test."""
+
+    split: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -221,6 +235,7 @@ class RunRecord:
     validation_data: DataRecord | None
     steps: int
     environment: Environment
+    notes: list[DataNote] = dataclasses.field(default_factory=list)
     mismatches: list[str] = dataclasses.field(default_factory=list)  # what was otherwise when the run was resumed
     tracker: TrackerRecord | None = None
     result: TrainingResult | None = None
@@ -362,7 +377,10 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """A measurement: of a run or an adapter (`base` and `finetuned`), or of a model alone (`base`)."""
+    """A measurement: of a run or an adapter (`base` and `finetuned`), or of a model alone (`base`).
+
+    `corrections` says what of the task's data was replaced for it (config.CORRECTIONS): name, before and now.
+    """
 
     created: str
     command: str
@@ -381,6 +399,8 @@ class EvaluationRecord:
     difference: Difference | None
     baselines: Baselines
     environment: Environment
+    notes: list[DataNote]
+    corrections: list[str]
 
     @property
     def models(self) -> dict[str, ModelMetrics]:
@@ -409,6 +429,15 @@ class PredictionRecord:
 
 
 # Publishing
+
+
+@dataclass(frozen=True)
+class PublishedTask:
+    """What a published model was trained to do: with it, evaluate.py needs no recipe."""
+
+    task: TaskConfig
+    prompt_format: PromptFormat
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -474,12 +503,17 @@ def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Recor
     value = read_json(path)
     version = value.pop("record_version", None) if isinstance(value, dict) else None
     if not isinstance(version, int) or not oldest_version <= version <= RECORD_VERSION:
-        older = f" and version {oldest_version}" if oldest_version < RECORD_VERSION else ""
+        older = [str(number) for number in range(oldest_version, RECORD_VERSION)]
+        read = f"{', '.join(older)} and {RECORD_VERSION}" if older else RECORD_VERSION
         raise InputError(
-            f"{path} has record version {version}; this code reads version {RECORD_VERSION}{older}. Use the state of "
+            f"{path} has record version {version}; this code reads version {read}. Use the state of "
             "tweetdora that wrote it, or make it again."
         )
-    return decode(kind, value if version == RECORD_VERSION else _from_version_2(kind, value), path)
+    if version == 2:
+        value = _from_version_2(kind, value)
+    if version < RECORD_VERSION:
+        value = _from_version_3(kind, value)
+    return decode(kind, value, path)
 
 
 def write_predictions(path: str, predictions: Iterable[PredictionRecord]) -> None:
@@ -649,3 +683,26 @@ def _from_version_2(kind: type, value: dict[str, Any]) -> dict[str, Any]:
             new["base"] = new.pop("finetuned")
         new = {"finetuned": None, **({"difference": None} if kind is EvaluationRecord else {}), **new}
     return new
+
+
+# What each kind of record has since version 4, and what a record of version 3 means by leaving it out.
+_NEW_IN_TASK = {
+    "csv_delimiter": None,
+    "encoding": None,
+    "validation_share": 0.0,
+    "test_share": 0.0,
+    "split_seed": 42,
+    "skip_bad_rows": False,
+    "chat_template": None,
+    "chat_template_kwargs": None,
+}
+
+
+def _from_version_3(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 3 with what has come since."""
+    if kind is RunRecord:
+        data = {name: value[name] and {"skipped": {}, **value[name]} for name in ("train_data", "validation_data")}
+        return {"notes": [], **value, **data, "task": {**_NEW_IN_TASK, **value["task"]}}
+    if kind is EvaluationRecord:
+        return {"notes": [], "corrections": [], **value, "data": {"skipped": {}, **value["data"]}}
+    return value

@@ -14,8 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from tweetdora.callbacks import EvaluationStopped, LogGenerations, StopOnSignal
 from tweetdora.checkpoints import checkpoint_step
-from tweetdora.config import SYSTEM_PROMPT, ModelConfig, TaskConfig, TrainConfig, normalize_label
+from tweetdora.config import (
+    LABEL_WORDS,
+    SYSTEM_PROMPT,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+    make_system_prompt,
+    normalize_label,
+)
 from tweetdora.data import Examples, check_trainable, data_record, load_examples
+from tweetdora.data_notes import notes_on_splits
 from tweetdora.errors import DivergedError, InputError, UserError
 from tweetdora.files import file_sha256, tensors_sha256
 from tweetdora.generation import LabelParser
@@ -38,6 +47,7 @@ from tweetdora.prompts import (
     read_prompt_format,
     tokenize_examples,
     train_data_record,
+    use_template,
 )
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.records import (
@@ -86,10 +96,14 @@ def load(
         validation_examples = None
         if training.max_eval_samples:
             validation_examples = load_examples(task, "validation", commits.data).head(training.max_eval_samples)
-        load_examples(task, "test", commits.data)  # evaluate.py will want it; said now, not after the training
+        # evaluate.py will want it; said now, not after the training.
+        test_examples = load_examples(task, "test", commits.data)
         tokenizer = load_tokenizer(name, commits.base)
     check_trainable(train_examples, task)
+    validation = {"validation": validation_examples} if validation_examples else {}
+    splits = {"train": train_examples, **validation, "test": test_examples}
     prompt_format = trained_format(tokenizer, task, saved) or read_prompt_format(tokenizer, task)
+    use_template(tokenizer, task)  # so it is saved
     prompt_tokenizer = PromptTokenizer(tokenizer, prompt_format, task.max_length)
     check_label_words(prompt_tokenizer, task)
     check_budget(prompt_tokenizer, task, training)
@@ -122,6 +136,7 @@ def load(
         validation_data=data_record(validation_examples, task.label_words) if validation_examples else None,
         steps=count_steps(training, len(train_examples)),
         environment=environment(),
+        notes=notes_on_splits(splits, task.label_words),
     )
     return Loaded(model, tokenizer, prompt_tokenizer, tokenized, validation_examples), run
 
@@ -134,13 +149,15 @@ def check_prompt(task: TaskConfig) -> None:
     """
     words = [normalize_label(word) for word in task.label_words]
     asked = normalize_label(task.system_prompt)
-    if not any(word in asked for word in words):
-        quoted = ", ".join(f'"{word}"' for word in task.label_words[:-1]) + f' or "{task.label_words[-1]}"'
-        line = f"Classify the text. Answer with exactly one word: {quoted}."
-        which = "the default, for tweets," if task.system_prompt == SYSTEM_PROMPT else repr(task.system_prompt[:60])
+    others = task.system_prompt == SYSTEM_PROMPT and set(words) != set(LABEL_WORDS)
+    if others or not any(word in asked for word in words):
+        which = f"{task.system_prompt[:60]!r}, which names none of"
+        if task.system_prompt == SYSTEM_PROMPT:
+            which = f"the published run's, which asks for {', '.join(LABEL_WORDS)} and not for"
+        line = make_system_prompt(task.label_words)
         raise InputError(
-            f"--system_prompt is {which} which names none of --label_words {' '.join(task.label_words)}. Give one "
-            f"that does, such as --system_prompt {shlex.quote(line)}"
+            f"--system_prompt is {which} --label_words {' '.join(task.label_words)}. Leave it out, or give one that "
+            f"names them, such as --system_prompt {shlex.quote(line)}"
         )
 
 

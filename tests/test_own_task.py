@@ -1,0 +1,75 @@
+"""README's task of one's own, as it stands: its recipe, its commands, on the real small model and real tweets."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("## A task of your own")[2].partition("\n## ")[0]
+ROWS = 240  # of each label
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The repository's files in a folder of their own, with its assets, README's recipe and a reviews.csv."""
+    folder = tmp_path_factory.mktemp("own") / "tweetdora"
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "assets").symlink_to(ROOT / "assets")
+    (folder / "my-task.yaml").write_text(re.search(r"```yaml\n(.*?)```", SECTION, re.DOTALL)[1])
+    write_reviews(folder / "reviews.csv")
+    return folder
+
+
+def write_reviews(path: Path) -> None:
+    """Tweets of the quickstart that are negative or positive, with 1 or 5 stars, one after the other."""
+    table = datasets.load_dataset(str(ROOT / "assets/hutto_tweets"), split="train")
+    names = table.features["label"].names
+    texts = {
+        name: [row["text"] for row in table if names[row["label"]] == name][:ROWS] for name in ("negative", "positive")
+    }
+    assert all(len(found) == ROWS for found in texts.values())
+    with open(path, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["review", "stars"])
+        for negative, positive in zip(*texts.values(), strict=True):
+            writer.writerows([[negative, 1], [positive, 5]])
+
+
+def test_the_commands_as_they_stand_make_a_model_that_has_learned(checkout):
+    commands = re.search(r"```bash\n(.*?)```", SECTION, re.DOTALL)[1].strip().splitlines()
+    assert len(commands) == 4
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    printed = []
+    for command in commands:
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=checkout,
+            env={**os.environ, "PATH": path, "PYTHONPATH": "", "OMP_NUM_THREADS": str(os.cpu_count())},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+        printed.append(done.stdout)
+    assert 'one of these words: "bad" or "good"' in printed[0] and "teach next to nothing" not in printed[0]
+    record = json.loads((checkout / "runs/my-task/evaluation/test.json").read_text())
+    assert record["data"]["label_counts"] == {"bad": 48, "good": 48}
+    assert record["finetuned"]["macro_f1"] > record["baselines"]["uniform"]["macro_f1"] + 0.2
+    assert record["finetuned"]["intervals"]["macro_f1"][0] > record["base"]["macro_f1"]
+    task = json.loads((checkout / "runs/my-task/publish/task.json").read_text())
+    assert (task["task"]["label_words"], task["task"]["label_column"]) == (["bad", "good"], "stars")
