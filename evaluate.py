@@ -22,19 +22,18 @@ from tweetdora.cli import parse_with_target, run_script
 from tweetdora.config import EvaluateConfig
 from tweetdora.device import compute_state, use_cpu_threads
 from tweetdora.evaluation import (
-    decide_decoding,
     describe,
     evaluation_record,
-    find_eval_target,
     format_results,
-    generate_base_and_finetuned,
-    load_eval_examples,
+    load_eval_data,
+    measure_base_and_finetuned,
     no_better_than_guessing,
     save_generations,
     save_results,
     track_results,
 )
 from tweetdora.hub import pin_revision, use_cache_if_unreachable
+from tweetdora.targets import decide_decoding, find_eval_target
 from tweetdora.tracking import wandb_mode
 
 log = logging.getLogger("tweetdora.evaluate")
@@ -60,22 +59,24 @@ def main(argv: list[str] | None = None) -> int:
     base_revision = pin_revision(target.base, target.base_revision)
     data_revision = pin_revision(target.task.dataset_name, target.task.dataset_revision, "dataset")
     trained_on = target.run.train_data.revision if target.run else None
-    examples, notes = load_eval_examples(target, config, data_revision, trained_on)
+    data = load_eval_data(target, config, data_revision, trained_on)
     if state.is_main_process:
-        log.info("\n".join(describe(target, config.split, examples, decoding, notes)))
+        log.info("\n".join(describe(target, config.split, data, decoding)))
 
     # work
-    measured = generate_base_and_finetuned(target, base_revision, examples, config, decoding)
+    measured = measure_base_and_finetuned(target, base_revision, data.examples, config, decoding)
     if not state.is_main_process:
         return 0
-    save_generations(examples, measured, target, config.split)
-    record = evaluation_record(target, examples, measured, config, decoding, notes)
+    save_generations(data.examples, measured, target, config.split)
+    record, missing = evaluation_record(target, data, measured, config, decoding)
 
     # save
     save_results(record, target)
     if config.report_to == "wandb":
-        track_results(record, examples, measured, target)
+        track_results(record, data.examples, measured, target)
     log.info("\n%s\n\nWrote %s.", format_results(record), target.results_dir)
+    for sentence in missing:
+        log.info("note: %s", sentence)
     if warning := no_better_than_guessing(record):
         log.info("note: %s", warning)
     if target.kind == "run" and config.output_dir is None:  # push_to_hub.py reads the run folder

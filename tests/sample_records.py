@@ -25,12 +25,15 @@ from tweetdora.records import (
     Intervals,
     LabelMetrics,
     LengthBand,
+    LikelihoodMetrics,
     MajorityBaseline,
     McNemar,
     MetricDifference,
     ModelMetrics,
+    OtherClassifier,
     PredictionRecord,
     PromptFormat,
+    ReliabilityBin,
     RunRecord,
     TrainDataRecord,
     TrainingResult,
@@ -68,7 +71,11 @@ def sample_predictions() -> list[PredictionRecord]:
     """Five answered examples."""
     return [
         PredictionRecord(
-            number, text, label, GenerationRecord(base, None, False), GenerationRecord(tuned, found, True)
+            number,
+            text,
+            label,
+            GenerationRecord(base, None, False, [-3.0, -4.0]),
+            GenerationRecord(tuned, found, True, [-0.1, -2.5]),
         )
         for number, (text, label, base, tuned, found) in enumerate(LINES)
     ]
@@ -148,6 +155,24 @@ def sample_metrics(macro_f1: float, matrix: list[list[int]], parse_rate: float =
         ],
         seconds=1.5,
         samples_per_second=3.33,
+        likelihood=sample_likelihood(macro_f1 + 0.01),
+    )
+
+
+def sample_likelihood(macro_f1: float) -> LikelihoodMetrics:
+    """The scores of the most likely labels."""
+    return LikelihoodMetrics(
+        macro_f1=macro_f1,
+        macro_recall=0.4,
+        accuracy=0.6,
+        intervals=Intervals((0.3, 0.6), (0.2, 0.5), (0.1, 0.9), per_label_f1=[(0.1, 0.5), (0.2, 0.6)]),
+        log_loss=0.6543,
+        log_loss_interval=(0.5, 0.8),
+        calibration_error=0.0876,
+        calibration_error_interval=(0.05, 0.2),
+        bins=[ReliabilityBin((0.5, 0.6), num_examples=2, confidence=0.55, accuracy=0.5)],
+        seconds=1.0,
+        samples_per_second=5.0,
     )
 
 
@@ -177,7 +202,13 @@ def sample_evaluation(**changes: Any) -> EvaluationRecord:
             mcnemar=McNemar(fixed=3, broken=1, p_value=0.625),
         ),
         baselines=Baselines(
-            uniform=Baseline(0.5012, 0.5, 0.5), majority=MajorityBaseline(0.3337, 0.5, 0.5, label="good")
+            uniform=Baseline(0.5012, 0.5, 0.5),
+            majority=MajorityBaseline(0.3337, 0.5, 0.5, label="good"),
+            others=[
+                OtherClassifier(
+                    0.4444, 0.45, 0.46, name="VADER", version="vaderSentiment 3.3.2", macro_f1_interval=(0.3, 0.55)
+                )
+            ],
         ),
         environment=ENVIRONMENT,
         notes=[],

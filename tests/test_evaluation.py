@@ -8,23 +8,20 @@ import pytest
 import torch
 from sample_records import sample_evaluation, sample_metrics, sample_run
 
-from tweetdora import device, evaluation
+from tweetdora import device, evaluation, targets
 from tweetdora.build import write_task
 from tweetdora.config import DEFAULT_RUN_DIR, PUBLISHED_REPO, EvaluateConfig, ModelConfig, TaskConfig
 from tweetdora.data import load_examples, make_examples
 from tweetdora.errors import InputError
 from tweetdora.evaluation import (
-    EvalTarget,
     Measured,
-    correct_task,
-    decide_decoding,
-    find_eval_target,
-    generate_base_and_finetuned,
-    load_eval_examples,
+    load_eval_data,
+    measure_base_and_finetuned,
     no_better_than_guessing,
 )
 from tweetdora.modeling import attach_adapter, load_base, read_published_task, save_adapter
 from tweetdora.records import MajorityBaseline, RunRecord
+from tweetdora.targets import EvalTarget, correct_task, decide_decoding, find_eval_target
 
 
 @pytest.fixture
@@ -32,7 +29,7 @@ def results_dir(tmp_path, monkeypatch):
     """results_dir(target): where the results of a model go; the current folder is empty, the Hub has no adapters."""
     monkeypatch.chdir(tmp_path)
     for read in ("read_adapter_config", "read_published_task"):
-        monkeypatch.setattr(evaluation, read, lambda name: None)
+        monkeypatch.setattr(targets, read, lambda name: None)
 
     def find(name: str) -> str:
         target = find_eval_target(name, EvaluateConfig())
@@ -185,7 +182,7 @@ def measure_adapter(folder: Path, task: TaskConfig) -> Measured:
     config = EvaluateConfig(max_new_tokens=2)
     target = dataclasses.replace(find_eval_target(str(folder), config), task=task)
     decoding = decide_decoding(target, config, "cpu")
-    return generate_base_and_finetuned(target, None, make_examples(["What a day"], [0]), config, decoding)
+    return measure_base_and_finetuned(target, None, make_examples(["What a day"], [0]), config, decoding)
 
 
 def test_the_tokenizer_and_template_beside_an_adapter_are_those_it_was_trained_with(
@@ -195,7 +192,8 @@ def test_the_tokenizer_and_template_beside_an_adapter_are_those_it_was_trained_w
     make_tokenizer(chat_template="day" + tokenizer.chat_template).save_pretrained(adapter_dir)
     measured = measure_adapter(adapter_dir, task)
     assert measured.prompt_format.head.startswith("day<|im_start|>system")
-    assert {name: len(found) for name, found in measured.generations.items()} == {"finetuned": 1, "base": 1}
+    lengths = {name: (len(found.generations), len(found.scores.labels)) for name, found in measured.answers.items()}
+    assert lengths == {"finetuned": (1, 1), "base": (1, 1)}
 
 
 def test_an_adapter_that_does_not_fit_is_refused_before_an_example_is_answered(
@@ -205,7 +203,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_an_example_is_answered(
     tokenizer.save_pretrained(tmp_path / "smaller")
     path = adapter_dir / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "smaller")}))
-    monkeypatch.setattr(evaluation, "_generate", None)
+    monkeypatch.setattr(evaluation, "_answer", None)
     with pytest.raises(InputError, match="^the adapter in .* does not fit the base model"):
         measure_adapter(adapter_dir, task)
 
@@ -277,7 +275,7 @@ def run_on(task, **changes) -> RunRecord:
 
 def notes_of(run: RunRecord, task: TaskConfig, split: str = "test", **flags) -> list[str]:
     target = dataclasses.replace(target_of(run), task=task)
-    _, notes = load_eval_examples(target, EvaluateConfig(split=split, **flags), None, None)
+    notes = load_eval_data(target, EvaluateConfig(split=split, **flags), None, None).notes
     assert {note.split for note in notes} <= {split}
     return [note.text for note in notes]
 
@@ -308,7 +306,7 @@ def test_training_examples_that_cannot_be_compared_are_said(task):
 
 def test_a_published_model_is_asked_its_own_question(results_dir, monkeypatch, tmp_path):
     folder = model_folder(str(tmp_path / "model"))
-    monkeypatch.setattr(evaluation, "read_published_task", read_published_task)
+    monkeypatch.setattr(targets, "read_published_task", read_published_task)
     run = sample_run(max_new_tokens=40)
     write_task(folder, run)
     target = find_eval_target(folder, EvaluateConfig())

@@ -267,6 +267,19 @@ def test_the_plan_of_an_ordinary_run_has_no_note(planned, training):
     assert "note" not in plan_lines(planned(**settings), training(**settings))
 
 
+def test_the_plan_shows_the_notes_on_the_data(planned, training):
+    text = format_plan(planned(), training(), 1)
+    assert "  note           test: 24 of 24 texts stand in the train split too\n" in text
+
+
+def test_the_plan_names_label_words_that_the_prompt_leaves_out(planned, training, task):
+    run = planned(num_train_epochs=20)
+    run = replace(run, task=replace(task, system_prompt="Negative or not?"))
+    assert (
+        plan_lines(run, training(num_train_epochs=20))["note"] == "the system prompt does not name neutral, positive"
+    )
+
+
 @pytest.mark.parametrize(
     ("steps", "rate", "said"), [(49, 9e-5, True), (50, 9e-5, False), (49, 1e-4, False), (3, 3e-5, True)]
 )

@@ -494,6 +494,15 @@ def test_a_template_that_would_write_another_prompt_is_frozen(template):
     assert not freeze_template(prompt_tokenizer.tokenizer, prompt_tokenizer.format, TASK), "once is enough"
 
 
+def test_a_frozen_template_asks_of_the_last_text_only():
+    prompt_tokenizer = encoder_of(tokenizer_of("bytes", DATED))
+    assert freeze_template(prompt_tokenizer.tokenizer, prompt_tokenizer.format, TASK)
+    first = prompt_tokenizer.format.messages(SYSTEM_PROMPT, "bad day")
+    chat = [*first, {"role": "assistant", "content": "negative"}, {"role": "user", "content": "good day"}]
+    written = prompt_tokenizer.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert written == prompt_of(prompt_tokenizer, "good day")
+
+
 def test_a_frozen_template_takes_the_prompt_from_the_users_turn_where_there_is_no_other_place():
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
     prompt_tokenizer = encoder_of(tokenizer_of("bytes", refuses + DATED))

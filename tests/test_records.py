@@ -358,13 +358,28 @@ def in_version_3(record: Any) -> dict[str, Any]:
             del old[name]["skipped"]
     for name in NEW_IN_TASK:
         old.get("task", {}).pop(name, None)
+    for model in ("base", "finetuned"):
+        if isinstance(old.get(model), dict):
+            old[model].pop("likelihood", None)
+    old.get("baselines", {}).pop("others", None)
     return {"record_version": 3, **old}
+
+
+def without_what_is_new(record: Any) -> Any:
+    """The record as version 3 can tell it."""
+    if isinstance(record, EvaluationRecord):
+        models = {
+            name: found and replace(found, likelihood=None)
+            for name, found in (("base", record.base), ("finetuned", record.finetuned))
+        }
+        return replace(record, **models, baselines=replace(record.baselines, others=[]))
+    return record
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 def test_a_record_of_version_3_is_read_with_what_has_come_since(record, tmp_path):
     (tmp_path / "record.json").write_text(json.dumps(in_version_3(record)))
-    assert read_record(type(record), str(tmp_path / "record.json")) == record
+    assert read_record(type(record), str(tmp_path / "record.json")) == without_what_is_new(record)
 
 
 def test_the_records_of_the_repository_are_read():

@@ -123,6 +123,22 @@ def test_a_prompt_that_asks_for_other_words_is_refused_with_the_line_to_add(fiel
         load_with(task_fields=fields)
 
 
+def test_the_published_prompt_asks_for_its_own_words_only(load_with):
+    """Two of its three words are named in it all the same."""
+    published = TaskConfig().system_prompt
+    load_with(task_fields={"system_prompt": published})
+    load_with(task_fields={"system_prompt": published, "label_words": ["Negative", "NEUTRAL", "positive"]})
+    two = {"system_prompt": published, "label_words": ["negative", "neutral", "so positive"]}
+    with pytest.raises(InputError, match="is the published run's, which asks for negative, neutral, positive and not"):
+        load_with(task_fields=two)
+
+
+def test_the_template_that_is_named_is_saved_with_the_adapter(load_with, make_tokenizer):
+    tokenizer = make_tokenizer(chat_template={"tool_use": "{{ nothing.at_all }}", "rag": CHATML})
+    loaded, run = load_with(tokenizer, task_fields={"chat_template": "rag"})
+    assert loaded.tokenizer.chat_template == CHATML and run.task.chat_template == "rag"
+
+
 def test_a_prompt_may_name_the_words_in_another_case(load_with):
     load_with(task_fields={"system_prompt": "Negative or not?"})
 

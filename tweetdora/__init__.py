@@ -1,6 +1,10 @@
-"""What train.py, evaluate.py and push_to_hub.py share. They import it before anything that imports torch."""
+"""What the scripts share. They import it before anything that imports torch."""
 
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tweetdora.classifier import Classifier, Prediction
 
 __version__ = "0.1.0"
 
@@ -10,3 +14,14 @@ __version__ = "0.1.0"
 # what the user has set stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+__all__ = ["Classifier", "Prediction"]
+
+
+def __getattr__(name: str) -> Any:
+    """Classifier and Prediction, imported when they are asked for: they import torch."""
+    if name in __all__:
+        from tweetdora import classifier
+
+        return getattr(classifier, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -76,7 +76,7 @@ def attention(
         _refuse_other_masks(module, attention_mask, kwargs)
         layer: Any = module.layer_idx
         if packing.get("decoding"):
-            return _decode_attention(query, key, value, packing["cache"], layer, **kwargs), None
+            return _decode_attention(query, key, value, packing, layer, **kwargs), None
         output, keys, values = _packed_attention(query, key, value, packing, **kwargs)
         if "cache" in packing:
             packing["cache"].prompts[layer] = keys, values
@@ -168,13 +168,19 @@ def _decode_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cache: PackedKVCache,
+    packing: dict[str, Any],
     layer: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention output (1, N, H, D) of one new token a row, query (1, H, N, D), key and value (1, G, N, D)."""
+    """Attention output (1, N, H, D) of one new token a row, query (1, H, N, D), key and value (1, G, N, D).
+
+    With packing["tree"], see scoring.CompletionTree, there are K new tokens a row instead of one.
+    """
+    cache: PackedKVCache = packing["cache"]
+    if "tree" in packing:
+        return _tree_attention(query, key, value, cache, packing["tree"], layer, scaling, sliding_window)
     new = [states[0].transpose(0, 1)[:, :, None] for states in (key, value)]  # (N, G, 1, D)
     if layer in cache.generated:
         new = [torch.cat([old, states], dim=2) for old, states in zip(cache.generated[layer], new, strict=True)]
@@ -196,6 +202,46 @@ def _decode_attention(
     weights = torch.softmax(scores, dim=-1)
     output = weights[..., :prompt_length] @ values + weights[..., prompt_length:] @ new[1]  # (N, G, H / G, D)
     return output.reshape(1, count, -1, width)
+
+
+def _tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: PackedKVCache,
+    tree: torch.Tensor,
+    layer: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attention output (1, N * K, H, D) of K tokens of a tree behind each of N rows.
+
+    `tree` (K, K) says which tokens (columns) each of them (rows) has on its way from the root, itself included: it
+    sees these and the row's prompt. Query (1, H, N * K, D), key and value (1, G, N * K, D).
+    """
+    keys, values = cache.prompts[layer]  # (N, G, P + L, D)
+    count, groups, prompt_length, width = keys.shape
+    number = len(tree)
+    heads = query.shape[1] // groups
+    new_keys, new_values = (
+        states[0].unflatten(1, (count, number)).transpose(0, 1) for states in (key, value)
+    )  # (N, G, K, D)
+    query = query[0].unflatten(1, (count, number)).transpose(0, 1).unflatten(1, (groups, heads))  # (N, G, h, K, D)
+    query = query.flatten(2, 3) * (scaling if scaling is not None else width**-0.5)  # (N, G, h * K, D)
+    scores = torch.cat([query @ keys.transpose(2, 3), query @ new_keys.transpose(2, 3)], dim=-1)
+    seen_prompt = cache.seen[:, None].expand(-1, number, -1)  # (N, K, P + L)
+    seen_new = tree.expand(count, -1, -1)
+    if sliding_window is not None:
+        depth = tree.sum(1)  # 1 for a token right behind the prompt
+        place = cache.seen.sum(1, keepdim=True) + depth - 1  # (N, K)
+        distance = place[:, :, None] - torch.arange(prompt_length, device=keys.device)
+        seen_prompt = seen_prompt & (distance < sliding_window)
+        seen_new = seen_new & (depth[:, None] - depth < sliding_window)
+    seen = torch.cat([seen_prompt, seen_new], dim=-1).repeat(1, heads, 1)[:, None]  # (N, 1, h * K, P + L + K)
+    weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+    output = weights[..., :prompt_length] @ values + weights[..., prompt_length:] @ new_values  # (N, G, h * K, D)
+    output = output.unflatten(2, (heads, number)).permute(0, 3, 1, 2, 4)  # (N, K, G, h, D)
+    return output.reshape(1, count * number, -1, width)
 
 
 def _causal_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -22,7 +22,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as transformers_logging
 
-from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, TaskConfig, TrainConfig, flags_of
+from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, PredictConfig, TaskConfig, TrainConfig, flags_of
 from tweetdora.errors import InputError, ResourceError, UserError
 
 # A full disk, a user's quota or largest file, a folder that may only be read.
@@ -59,6 +59,15 @@ def parse_with_target(
     parser.add_argument("target", nargs="?", default=DEFAULT_RUN_DIR, help=target_help)
     config, rest = parser.parse_strictly(argv)
     return config, rest.target
+
+
+def parse_predict(argv: Sequence[str] | None, description: str) -> tuple[PredictConfig, str, str | None]:
+    """Read the flags of predict.py: the flags, the model, and the input file; None: standard input."""
+    parser = _parser([PredictConfig], description)
+    parser.add_argument("model", help="Run folder, published model or adapter: a folder, or a Hub id.")
+    parser.add_argument("input", nargs="?", help="A .csv, .tsv, .jsonl, .parquet or .txt file; none: standard input.")
+    config, rest = parser.parse_strictly(argv)
+    return config, rest.model, None if rest.input == "-" else rest.input
 
 
 def read_task(recipe_path: str | None) -> TaskConfig:
@@ -184,20 +193,27 @@ def _wants_traceback(argv: Sequence[str]) -> bool:
     return "--traceback=true" in argv or value.lower() not in ("false", "no", "0")
 
 
-def show_log() -> None:
-    """Show what the library logs as plain lines: on standard output, warnings on standard error."""
+def show_log(standard_error: bool = False) -> None:
+    """Show what the library logs as plain lines: on standard output, warnings on standard error.
+
+    `standard_error`: all of it there, where standard output is for results.
+    """
     logger = logging.getLogger("tweetdora")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.handlers = [_LineHandler()]
+    logger.handlers = [_LineHandler(standard_error)]
 
 
 class _LineHandler(logging.Handler):
     """Prints the message alone."""
 
+    def __init__(self, standard_error: bool) -> None:
+        super().__init__()
+        self._standard_error = standard_error
+
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record; the streams are looked up now, as they may have been redirected since."""
-        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        stream = sys.stderr if self._standard_error or record.levelno >= logging.WARNING else sys.stdout
         print(record.getMessage(), file=stream, flush=True)
 
 

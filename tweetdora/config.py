@@ -25,6 +25,7 @@ from tweetdora.errors import InputError
 PUBLISHED_REPO = "liuhailin0123/llm-course-hw3-dora"
 RUNS_DIR = "runs"
 MAX_NEW_TOKENS = 16  # for one label word and the stop token; a run's own record says otherwise where it differs
+PREDICTION_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")  # that predict.py writes
 DEFAULT_RUN_DIR = os.path.join(RUNS_DIR, "llm-course-hw3-dora")
 
 
@@ -666,6 +667,47 @@ class EvaluateConfig:
         """What is given of CORRECTIONS, by name."""
         given = {name: getattr(self, name) for name in CORRECTIONS}
         return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Flags of predict.py beside model and input."""
+
+    output: str | None = field(
+        default=None,
+        metadata={"help": "File to write: .csv, .tsv, .jsonl or .parquet; none: standard output."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace --output if it is there."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column that holds the text; none: that of the model's own task, else text."}
+    )
+    csv_delimiter: str | None = field(
+        default=None, metadata={"help": "Character between the fields of a .csv file; none: a comma, in .tsv a tab."}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of the input, such as latin-1 or utf-16; none: utf-8."}
+    )
+    input_format: Literal["txt", "csv", "tsv", "jsonl"] = field(
+        default="txt", metadata={"help": "What comes from standard input; txt: a text in each line."}
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave out, and count, rows that cannot be read; false: refuse them."}
+    )
+    batch_size: Annotated[int, Flag(range=AT_LEAST_1)] = field(
+        default=128, metadata={"help": "Texts classified at once."}
+    )
+    precision: Precision = field(
+        default="auto",
+        metadata={"help": "Compute precision; auto: the run's own, else bf16 where the device has it."},
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        ending = os.path.splitext(self.output or "")[1].lower()
+        if self.output is not None and ending not in PREDICTION_ENDINGS:
+            raise InputError(
+                f"--output is {self.output}; expected a name that ends in {', '.join(PREDICTION_ENDINGS)}."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,19 @@
 """Measure a base model and what was tuned from it: what evaluate.py does between reading its flags and its end."""
 
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tweetdora.cli import read_task
-from tweetdora.config import MAX_NEW_TOKENS, RUNS_DIR, EvaluateConfig, TaskConfig
+from tweetdora.config import EvaluateConfig, TaskConfig
 from tweetdora.data import Examples, data_record, load_examples
 from tweetdora.data_notes import notes_on_splits
-from tweetdora.device import Precision, can_compute, decide_precision
-from tweetdora.errors import InputError, UserError
-from tweetdora.files import file_sha256
+from tweetdora.errors import UserError
 from tweetdora.generation import UNPARSED, Generation, generate_all
 from tweetdora.metrics import (
     INTERVAL_METRICS,
@@ -25,212 +21,72 @@ from tweetdora.metrics import (
     baselines,
     bootstrap_intervals,
     compute_metrics,
+    likelihood_metrics,
     paired_difference,
 )
-from tweetdora.modeling import (
-    DTYPES,
-    adapter_folder,
-    base_identity,
-    check_ids_fit,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-    merge,
-    read_adapter_config,
-    read_published_task,
-    tokenizer_folder,
-)
+from tweetdora.modeling import DTYPES, check_ids_fit, load_base
+from tweetdora.other_classifiers import other_classifiers
 from tweetdora.plots import SHOWN_NAMES, confusion_title, plot_confusion
-from tweetdora.prompts import PromptTokenizer, read_prompt_format
+from tweetdora.prompts import PromptTokenizer
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.records import (
-    ADAPTER_DIR,
-    ADAPTER_WEIGHTS,
     PREDICTIONS,
-    RUN_FILE,
-    TASK_FILE,
     BaseModelRecord,
     Bootstrap,
     DataNote,
     EvaluationRecord,
     GenerationRecord,
+    Interval,
     ModelMetrics,
     PredictionRecord,
     PromptFormat,
-    RunRecord,
-    read_run,
     write_predictions,
     write_record,
+)
+from tweetdora.scoring import Scores, score_all
+from tweetdora.targets import (
+    Decoding,
+    EvalTarget,
+    adapter_sha256,
+    load_prompts,
+    load_target_base,
+    merge_adapter,
 )
 from tweetdora.tracking import finish_wandb, log_generations, start_wandb
 
 
 @dataclass(frozen=True)
-class EvalTarget:
-    """What is measured: a base model, and an adapter on it where there is one."""
+class Answers:
+    """What a model made of the examples: generations, in so many seconds, and the scores of the label words."""
 
-    name: str
-    kind: Literal["run", "adapter", "model"]
-    base: str
-    base_revision: str | None
-    adapter_dir: str | None
-    tokenizer: str | None  # the adapter's own, which was trained with; None: the base's
-    task: TaskConfig
-    prompt_format: PromptFormat | None  # None: read it off the chat template
-    max_new_tokens: int | None  # that the target was trained for; None: not known
-    run: RunRecord | None
-    results_dir: str
-    corrections: list[str] = field(default_factory=list)  # what of the task's data is replaced
-    notes: list[str] = field(default_factory=list)  # for a person
+    generations: list[Generation]
+    seconds: float
+    scores: Scores
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The generations of base and, where there is an adapter, finetuned, with the seconds they took; of which models.
+    """The answers of base and, where there is an adapter, finetuned, by name; and of which models they are."""
 
-    Generations and seconds are by the names of the models.
-    """
-
-    generations: dict[str, list[Generation]]
-    seconds: dict[str, float]
+    answers: dict[str, Answers]
     base_model: BaseModelRecord
     prompt_format: PromptFormat
     adapter_sha256: str | None
 
 
-def find_eval_target(name: str, config: EvaluateConfig) -> EvalTarget:
-    """Tell a run folder from an adapter from a model, with the task that is measured.
-
-    Raises:
-        InputError: a recipe is given for a run, whose record already holds a task, or the run is not finished.
-    """
-    target = _find_target(name, config)
-    task, corrections = correct_task(target.task, config.corrections)
-    return replace(target, task=task, corrections=corrections)
-
-
-def correct_task(task: TaskConfig, given: dict[str, Any]) -> tuple[TaskConfig, list[str]]:
-    """The task with other data, and what is otherwise, in the form of a record's mismatches."""
-    changes = dict(given)
-    if given.get("dataset_name", task.dataset_name) != task.dataset_name:  # these belong to the data set
-        changes = {"dataset_config": None, "dataset_revision": None, **changes}
-    for split in ("validation", "test"):
-        if f"{split}_split" in given:
-            changes[f"{split}_share"] = 0.0
-    corrected = replace(task, **changes)
-    before, now = asdict(task), asdict(corrected)
-    return corrected, [f"{name}: was {before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
-
-
-def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
-    if _is_run(name):
-        run = read_run(name)
-        if config.config is not None:
-            raise InputError(f"--config {config.config}: the task of {name} stands in its {RUN_FILE}; leave it out.")
-        return EvalTarget(
-            name=name,
-            kind="run",
-            base=run.base_model.name_or_path,
-            base_revision=run.base_model.revision,
-            adapter_dir=os.path.join(name, ADAPTER_DIR),
-            tokenizer=tokenizer_folder(os.path.join(name, ADAPTER_DIR)),
-            task=run.task,
-            prompt_format=run.prompt_format,
-            max_new_tokens=run.max_new_tokens,
-            run=run,
-            results_dir=config.output_dir or os.path.join(name, "evaluation"),
-        )
-    published, notes = None, []
-    if config.config is None:
-        published = read_published_task(name)
-        if published is None:
-            default = TaskConfig()
-            notes = [
-                f"note: no {TASK_FILE} was found with {name}: it is asked the published run's question, on "
-                f"{default.dataset_name}. --config names a recipe with another task."
-            ]
-    target = EvalTarget(
-        name=name,
-        kind="model",
-        base=name,
-        base_revision=None,
-        adapter_dir=None,
-        tokenizer=None,
-        task=published.task if published else read_task(config.config),
-        prompt_format=published.prompt_format if published else None,
-        max_new_tokens=published.max_new_tokens if published else None,
-        run=None,
-        results_dir=config.output_dir or _results_dir(name),
-        notes=notes,
-    )
-    adapter = read_adapter_config(name)
-    if adapter is None:
-        return target
-    base, folder = adapter.base_model_name_or_path or "", adapter_folder(name)  # it is not empty: it was read
-    return replace(
-        target,
-        kind="adapter",
-        base=base,
-        base_revision=adapter.revision,
-        adapter_dir=folder,
-        tokenizer=tokenizer_folder(folder),
-    )
-
-
 @dataclass(frozen=True)
-class Decoding:
-    """How the answers of a measurement are generated, and what is to be said of it."""
+class EvalData:
+    """The examples to answer, what is to be known of them, and those trained on, if they can be read."""
 
-    precision: Precision
-    reason: str
-    max_new_tokens: int
-    notes: list[str]
-
-
-def decide_decoding(target: EvalTarget, config: EvaluateConfig, device_type: str) -> Decoding:
-    """Precision and budget: what was asked for, else what the run was trained and validated with, else the defaults.
-
-    Raises:
-        InputError: the device cannot compute in the precision that was asked for.
-    """
-    launcher, run = os.environ.get("ACCELERATE_MIXED_PRECISION"), target.run
-    notes = []
-    precision, reason = decide_precision(config.precision, set(), launcher, device_type)
-    if run is not None and precision != run.training.precision:
-        if not reason.startswith("asked for") and can_compute(run.training.precision, device_type):
-            precision, reason = run.training.precision, "as the run was trained"
-        else:
-            notes.append(f"note: answers in {precision} ({reason}); the run was trained in {run.training.precision}.")
-    elif run is not None and not reason.startswith("asked for"):
-        reason = "as the run was trained"
-    trained_with = target.max_new_tokens
-    budget = config.max_new_tokens or trained_with or MAX_NEW_TOKENS
-    if trained_with is not None and budget != trained_with:
-        notes.append(f"note: --max_new_tokens {budget}; {target.name} was trained for {trained_with}.")
-    return Decoding(precision, reason, budget, notes)
+    examples: Examples
+    notes: list[DataNote]
+    train: Examples | None = None
 
 
-def _is_run(name: str) -> bool:
-    if os.path.isdir(name):
-        return not any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json"))
-    return os.path.normpath(name).startswith(RUNS_DIR + os.sep)  # a run folder with a slip of the pen, no Hub id
-
-
-def _results_dir(name: str) -> str:
-    """Where the results of a model or adapter go: runs/evaluations/owner--name, so that a/x and b/x lie apart.
-
-    A folder of its own, because owner/name may also be what a run in runs/name was published as.
-    """
-    path = os.path.relpath(name)
-    if path == os.curdir or path.startswith(os.pardir):
-        path = os.path.abspath(name)
-    return os.path.join(RUNS_DIR, "evaluations", path.strip(os.sep).replace(os.sep, "--"))
-
-
-def load_eval_examples(
+def load_eval_data(
     target: EvalTarget, config: EvaluateConfig, revision: str | None, trained_on: str | None
-) -> tuple[Examples, list[DataNote]]:
-    """The examples to answer, of the data set at its commit `revision`, and what is to be known of them.
+) -> EvalData:
+    """Load what is to be answered, of the data set at its commit `revision`.
 
     `trained_on` is the commit that a run was trained on: its texts are looked for among the examples.
 
@@ -241,7 +97,7 @@ def load_eval_examples(
     examples = load_examples(target.task, config.split, revision).head(config.max_eval_samples)
     splits: dict[str, Examples] = {config.split: examples}
     if target.run is None or config.split == "train":
-        return examples, notes_on_splits(splits, target.task.label_words)
+        return EvalData(examples, notes_on_splits(splits, target.task.label_words))
     try:
         train = load_examples(target.run.task, "train", trained_on)
     except UserError as error:
@@ -250,25 +106,23 @@ def load_eval_examples(
         train, why = None, "are others now than those that were trained on"
     if train is None:
         unknown = DataNote(config.split, f"texts in common with the training examples were not counted: these {why}")
-        return examples, [*notes_on_splits(splits, target.task.label_words), unknown]
+        return EvalData(examples, [*notes_on_splits(splits, target.task.label_words), unknown])
     notes = notes_on_splits({"train": train, **splits}, target.task.label_words)
-    return examples, [note for note in notes if note.split == config.split]
+    return EvalData(examples, [note for note in notes if note.split == config.split], train)
 
 
-def describe(
-    target: EvalTarget, split: str, examples: Examples, decoding: Decoding, notes: list[DataNote]
-) -> list[str]:
+def describe(target: EvalTarget, split: str, data: EvalData, decoding: Decoding) -> list[str]:
     """What is about to be measured, in lines for a person."""
     return [
-        f"{target.name}: {len(examples):,} {split} examples, {decoding.precision} ({decoding.reason})",
+        f"{target.name}: {len(data.examples):,} {split} examples, {decoding.precision} ({decoding.reason})",
         *target.notes,
         *decoding.notes,
         *(f"note: measured with another {correction}" for correction in target.corrections),
-        *(f"note: {note.split}: {note.text}" for note in notes),
+        *(f"note: {note.split}: {note.text}" for note in data.notes),
     ]
 
 
-def generate_base_and_finetuned(
+def measure_base_and_finetuned(
     target: EvalTarget, revision: str | None, examples: Examples, config: EvaluateConfig, decoding: Decoding
 ) -> Measured:
     """Answer all examples with the base at its commit `revision`, and with the adapter on it, if there is one.
@@ -276,36 +130,26 @@ def generate_base_and_finetuned(
     The tuned model is measured as it is published: the adapter merged into the base in float32, then cast to the
     precision of the measurement.
     """
-    task, device, dtype = target.task, PartialState().device, DTYPES[decoding.precision]
-    tokenizer = load_tokenizer(*((target.tokenizer, None) if target.tokenizer else (target.base, revision)))
-    prompt_format = target.prompt_format or read_prompt_format(tokenizer, task)
-    prompt_tokenizer = PromptTokenizer(tokenizer, prompt_format, task.max_length)
-    model: Any = load_base(target.base, revision, torch.float32 if target.adapter_dir else dtype, device)
-    identity = base_identity(model, target.base, revision)
-    if target.run is not None and identity != target.run.base_model:
-        raise InputError(
-            f"{target.base} is not the base model that {target.name} was trained on: found {asdict(identity)}, the "
-            f"run's record says {asdict(target.run.base_model)}."
-        )
+    device, dtype = PartialState().device, DTYPES[decoding.precision]
+    tokenizer, prompt_tokenizer = load_prompts(target, revision)
+    model, identity = load_target_base(target, revision, torch.float32 if target.adapter_dir else dtype, device)
     prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
     check_ids_fit(model, tokenizer, chain.from_iterable(prompts))
-    generations, seconds, adapter_sha256 = {}, {}, None
+    answers, sha256 = {}, None
     # The fine-tuned model first: what is wrong with an adapter shows before any example is answered.
     if target.adapter_dir:
-        model = nn.Module.to(merge(load_adapter(model, target.adapter_dir)), dtype)
-        adapter_sha256 = file_sha256(os.path.join(target.adapter_dir, ADAPTER_WEIGHTS))
-        generations["finetuned"], seconds["finetuned"] = _generate(
-            "finetuned", model, tokenizer, prompt_tokenizer, examples, task, config, decoding
+        model = merge_adapter(model, target.adapter_dir, dtype)
+        sha256 = adapter_sha256(target.adapter_dir)
+        answers["finetuned"] = _answer(
+            "finetuned", model, tokenizer, prompt_tokenizer, examples, target.task, config, decoding
         )
         del model  # room for the other
         model = load_base(target.base, revision, dtype, device)
-    generations["base"], seconds["base"] = _generate(
-        "base", model, tokenizer, prompt_tokenizer, examples, task, config, decoding
-    )
-    return Measured(generations, seconds, identity, prompt_format, adapter_sha256)
+    answers["base"] = _answer("base", model, tokenizer, prompt_tokenizer, examples, target.task, config, decoding)
+    return Measured(answers, identity, prompt_tokenizer.format, sha256)
 
 
-def _generate(
+def _answer(
     name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -314,10 +158,16 @@ def _generate(
     task: TaskConfig,
     config: EvaluateConfig,
     decoding: Decoding,
-) -> tuple[list[Generation], float]:
+) -> Answers:
     state = PartialState()
     shown = SHOWN_NAMES[name]
-    with tqdm(total=len(examples), desc=shown, unit="example", disable=not state.is_main_process) as progress:
+
+    def bar(what: str) -> tqdm:
+        """A progress bar of the main process."""
+        words = f"{shown}, {what}"
+        return tqdm(total=len(examples), desc=words, unit="example", disable=not state.is_main_process)
+
+    with bar("generating") as progress:
         found, seconds = generate_all(
             model,
             tokenizer,
@@ -328,36 +178,55 @@ def _generate(
             max_new_tokens=decoding.max_new_tokens,
             on_progress=lambda done: progress.update(done * state.num_processes),
         )
-    return [generation for generation in found if generation is not None], seconds  # nothing stops it
+    with bar("scoring") as progress:
+        scores = score_all(
+            model,
+            prompt_tokenizer,
+            examples.texts,
+            batch_size=config.batch_size,
+            on_progress=lambda done: progress.update(done * state.num_processes),
+        )
+    generations = [generation for generation in found if generation is not None]  # nothing stops it
+    return Answers(generations, seconds, scores)
 
 
 def evaluation_record(
-    target: EvalTarget,
-    examples: Examples,
-    measured: Measured,
-    config: EvaluateConfig,
-    decoding: Decoding,
-    notes: list[DataNote],
-) -> EvaluationRecord:
-    """The scores of what was generated, with intervals, and the difference where there are two models."""
+    target: EvalTarget, data: EvalData, measured: Measured, config: EvaluateConfig, decoding: Decoding
+) -> tuple[EvaluationRecord, list[str]]:
+    """The scores of what was answered, with intervals, and the difference where there are two models.
+
+    And what could not be measured beside it, in sentences.
+    """
+    examples = data.examples
     words, bootstrap = target.task.label_words, Bootstrap(config.bootstrap_samples, config.seed)
-    predicted = {name: [generation.predicted for generation in found] for name, found in measured.generations.items()}
+    predicted = {
+        name: [generation.predicted for generation in answers.generations]
+        for name, answers in measured.answers.items()
+    }
     metrics = {
         name: ModelMetrics(
-            **vars(compute_metrics(examples.labels, found, words)),
+            **vars(compute_metrics(examples.labels, answers.generations, words)),
             intervals=bootstrap_intervals(examples.labels, predicted[name], len(words), bootstrap),
             by_length=accuracy_by_length(examples.texts, examples.labels, predicted[name]),
-            seconds=round(measured.seconds[name], 2),
-            samples_per_second=round(len(examples) / measured.seconds[name], 2),
+            seconds=round(answers.seconds, 2),
+            samples_per_second=round(len(examples) / answers.seconds, 2),
+            likelihood=likelihood_metrics(
+                examples.labels,
+                answers.scores.labels.tolist(),
+                answers.scores.probabilities.numpy(),
+                bootstrap,
+                answers.scores.seconds,
+            ),
         )
-        for name, found in measured.generations.items()
+        for name, answers in measured.answers.items()
     }
     difference = None
     if "finetuned" in predicted:
         difference = paired_difference(
             examples.labels, predicted["base"], predicted["finetuned"], len(words), bootstrap
         )
-    return EvaluationRecord(
+    others, missing = other_classifiers(data.train, examples, words, bootstrap)
+    record = EvaluationRecord(
         created=utc_now(),
         command=command_line(),
         kind=target.kind,
@@ -373,11 +242,12 @@ def evaluation_record(
         base=metrics["base"],
         finetuned=metrics.get("finetuned"),
         difference=difference,
-        baselines=baselines(examples.labels, words),
+        baselines=replace(baselines(examples.labels, words), others=others),
         environment=environment(),
-        notes=notes,
+        notes=data.notes,
         corrections=target.corrections,
     )
+    return record, missing
 
 
 def save_generations(examples: Examples, measured: Measured, target: EvalTarget, split: str) -> None:
@@ -385,30 +255,31 @@ def save_generations(examples: Examples, measured: Measured, target: EvalTarget,
     record, folder = os.path.join(target.results_dir, f"{split}.json"), os.path.join(target.results_dir, split)
     path = os.path.join(folder, PREDICTIONS)
     os.makedirs(folder, exist_ok=True)
-    write_predictions(f"{path}.part", predictions_of(examples, measured.generations, target.task.label_words))
+    write_predictions(f"{path}.part", predictions_of(examples, measured.answers, target.task.label_words))
     if os.path.isfile(record):  # a full disk has left it where it was, with the older generations
         os.remove(record)
     os.replace(f"{path}.part", path)
 
 
-def predictions_of(
-    examples: Examples, generations: dict[str, list[Generation]], label_words: list[str]
-) -> list[PredictionRecord]:
-    """For each example its text and label, and for each model what it wrote and the label word found in it."""
+def predictions_of(examples: Examples, answers: dict[str, Answers], label_words: list[str]) -> list[PredictionRecord]:
+    """For each example its text and label, and for each model what it wrote and how likely each label word was."""
 
-    def as_record(generation: Generation) -> GenerationRecord:
-        """A generation, its label as a word."""
-        predicted = None if generation.predicted == UNPARSED else label_words[generation.predicted]
-        return GenerationRecord(generation.text, predicted, generation.stopped)
+    def as_records(found: Answers) -> list[GenerationRecord]:
+        """Generations with their labels as words."""
+        return [
+            GenerationRecord(
+                text=generation.text,
+                predicted=None if generation.predicted == UNPARSED else label_words[generation.predicted],
+                stopped=generation.stopped,
+                log_likelihoods=[round(score, 4) for score in scores],
+            )
+            for generation, scores in zip(found.generations, found.scores.log_likelihoods.tolist(), strict=True)
+        ]
 
-    finetuned = generations.get("finetuned") or repeat(None, len(examples))
-    rows = zip(examples.example_ids, examples.texts, examples.labels, generations["base"], finetuned, strict=True)
-    return [
-        PredictionRecord(
-            example_id, text, label_words[label], as_record(base), None if tuned is None else as_record(tuned)
-        )
-        for example_id, text, label, base, tuned in rows
-    ]
+    base = as_records(answers["base"])
+    finetuned = as_records(answers["finetuned"]) if "finetuned" in answers else repeat(None, len(examples))
+    rows = zip(examples.example_ids, examples.texts, examples.labels, base, finetuned, strict=True)
+    return [PredictionRecord(number, text, label_words[label], one, other) for number, text, label, one, other in rows]
 
 
 def save_results(record: EvaluationRecord, target: EvalTarget) -> None:
@@ -427,7 +298,7 @@ def track_results(record: EvaluationRecord, examples: Examples, measured: Measur
     if run is None or run.tracker is None or run.result is None:
         return
     start_wandb(target.name, run.name, {}, tracker=run.tracker)
-    generations = measured.generations["finetuned"]
+    generations = measured.answers["finetuned"].generations
     log_generations(record.split, examples, generations, record.label_words, run.result.steps)
     names = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_match", "eos_rate")
     finish_wandb(
@@ -441,18 +312,22 @@ def track_results(record: EvaluationRecord, examples: Examples, measured: Measur
 
 def format_results(record: EvaluationRecord) -> str:
     """The results as a table for a person."""
-    header = f"{'':<18}{'macro-F1':>9}  {'95 % interval':<16}{'macro recall':>13}{'accuracy':>10}"
+    header = f"{'':<22}{'macro-F1':>9}  {'95 % interval':<16}{'macro recall':>13}{'accuracy':>10}"
     lines = [header + f"{'parse rate':>12}{'exact match':>13}{'EOS rate':>10}{'samples/s':>11}"]
     for name, metrics in record.models.items():
-        low, high = metrics.intervals.macro_f1
         rates = f"{metrics.parse_rate:>12.1%}{metrics.exact_match:>13.1%}{metrics.eos_rate:>10.1%}"
-        scores = f"{metrics.macro_f1:>9.3f}  {f'[{low:.3f}, {high:.3f}]':<16}"
-        others = f"{metrics.macro_recall:>13.3f}{metrics.accuracy:>10.3f}"
-        lines.append(f"{SHOWN_NAMES[name]:<18}{scores}{others}{rates}{metrics.samples_per_second:>11.1f}")
+        lines.append(_scores_line(SHOWN_NAMES[name], metrics, metrics.intervals.macro_f1) + rates)
+        lines[-1] += f"{metrics.samples_per_second:>11.1f}"
+    for name, metrics in record.models.items():
+        if (found := metrics.likelihood) is not None:
+            label = f"{SHOWN_NAMES[name]}, likeliest"
+            calibration = f"  log loss {found.log_loss:.3f}, calibration error {found.calibration_error:.3f}"
+            lines.append(_scores_line(label, found, found.intervals.macro_f1) + calibration)
     majority = f"always {record.baselines.majority.label}"
     for label, guesses in (("uniform guess", record.baselines.uniform), (majority, record.baselines.majority)):
-        values = [getattr(guesses, metric) for metric in INTERVAL_METRICS]
-        lines.append(f"{label:<18}{values[0]:>9.3f}  {'':<16}{values[1]:>13.3f}{values[2]:>10.3f}")
+        lines.append(_scores_line(label, guesses, None))
+    for other in record.baselines.others:
+        lines.append(_scores_line(other.name.partition(" and ")[0], other, other.macro_f1_interval))
     if record.difference is not None:
         gain, test = record.difference.macro_f1, record.difference.mcnemar
         low, high = gain.interval
@@ -461,6 +336,15 @@ def format_results(record: EvaluationRecord) -> str:
             f"{test.fixed}, wrong: {test.broken} (McNemar p {format_p(test.p_value)})"
         )
     return "\n".join(lines)
+
+
+def _scores_line(label: str, found: Any, interval: Interval | None) -> str:
+    """A line of the table: INTERVAL_METRICS, and the interval of the first."""
+    first, *others = (getattr(found, metric) for metric in INTERVAL_METRICS)
+    shown = f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+    return f"{label:<22}{first:>9.3f}  {shown:<16}" + "".join(
+        f"{value:>{width}.3f}" for value, width in zip(others, (13, 10), strict=True)
+    )
 
 
 def no_better_than_guessing(record: EvaluationRecord) -> str | None:

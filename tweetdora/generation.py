@@ -171,7 +171,7 @@ def generate_packed(
     Rows that have written a stop token leave the batch, a quarter of it at least at a time: the others' keys and
     values are copied then.
     """
-    logits, cache, positions = _prefill(model, prompts)
+    logits, cache, positions = prefill(model, prompts)
     new_ids: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompt that each place of the batch belongs to
     while True:
@@ -188,7 +188,7 @@ def generate_packed(
         positions = positions + 1
 
 
-def _prefill(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[torch.Tensor, PackedKVCache, torch.Tensor]:
+def prefill(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[torch.Tensor, PackedKVCache, torch.Tensor]:
     """Logits (N, V) of each prompt's first new token, the prompts' keys and values, and its position (1, N)."""
     prefix = _prefix_length(prompts)
     own = [prompt[prefix:] for prompt in prompts]

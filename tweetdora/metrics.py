@@ -24,14 +24,18 @@ from tweetdora.records import (
     Intervals,
     LabelMetrics,
     LengthBand,
+    LikelihoodMetrics,
     MajorityBaseline,
     McNemar,
     MetricDifference,
     Metrics,
+    ReliabilityBin,
 )
 
 # What the bootstrap gives an interval to; all of them follow from the confusion matrix.
 INTERVAL_METRICS = ("macro_f1", "macro_recall", "accuracy")
+_BINS = 10  # of equal width, for the calibration
+_AT_ONCE = 200  # resamples
 
 
 def confusion_matrix(references: Sequence[int], predictions: Sequence[int], num_labels: int) -> np.ndarray:
@@ -135,6 +139,71 @@ def bootstrap_intervals(
     )
 
 
+def likelihood_metrics(
+    references: Sequence[int],
+    predicted: Sequence[int],
+    probabilities: np.ndarray,
+    bootstrap: Bootstrap,
+    seconds: float,
+) -> LikelihoodMetrics:
+    """All scores of the most likely labels, and of the labels' probabilities (N, C), which took so long to compute."""
+    labels, predictions, num_labels = np.asarray(references), np.asarray(predicted), probabilities.shape[1]
+    confidence = probabilities[np.arange(len(labels)), predictions]
+    right = predictions == labels
+    losses = -np.log(probabilities[np.arange(len(labels)), labels].clip(min=np.finfo(np.float64).tiny))
+    found = scores(confusion_matrix(labels.tolist(), predictions.tolist(), num_labels))
+    places = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    sums = np.stack([np.bincount(places, weights, _BINS) for weights in (np.ones(len(labels)), confidence, right)])
+    drawn_loss, drawn_error = _resample_probabilities(losses, confidence, right, places, bootstrap)
+    return LikelihoodMetrics(
+        **{name: float(found[name]) for name in INTERVAL_METRICS},
+        intervals=bootstrap_intervals(labels.tolist(), predictions.tolist(), num_labels, bootstrap),
+        log_loss=float(losses.mean()),
+        log_loss_interval=_interval(drawn_loss),
+        calibration_error=float(_calibration_error(sums)),
+        calibration_error_interval=_interval(drawn_error),
+        bins=[
+            ReliabilityBin(
+                probabilities=(number / _BINS, (number + 1) / _BINS),
+                num_examples=int(sums[0, number]),
+                confidence=float(sums[1, number] / sums[0, number]),
+                accuracy=float(sums[2, number] / sums[0, number]),
+            )
+            for number in range(_BINS)
+            if sums[0, number]
+        ],
+        seconds=round(seconds, 2),
+        samples_per_second=round(len(labels) / seconds, 2),
+    )
+
+
+def _calibration_error(sums: np.ndarray) -> np.ndarray:
+    """Expected calibration error from each bin's count, summed confidence and hits, an array of (..., 3, bins).
+
+    The mean over examples of how far a bin's accuracy is from its mean confidence (Guo et al., 2017, equation 3).
+    """
+    count = sums[..., 0, :].sum(-1)
+    return np.abs(sums[..., 1, :] - sums[..., 2, :]).sum(-1) / count
+
+
+def _resample_probabilities(
+    losses: np.ndarray, confidence: np.ndarray, right: np.ndarray, places: np.ndarray, bootstrap: Bootstrap
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log loss and calibration error of each resample of the examples, a few resamples at a time."""
+    generator, number = np.random.default_rng(bootstrap.seed), len(losses)
+    in_bin = np.eye(_BINS)[places]  # (N, bins)
+    columns = np.concatenate(
+        [in_bin, in_bin * confidence[:, None], in_bin * right[:, None], losses[:, None]], axis=1
+    )  # (N, 3 * bins + 1)
+    drawn = []
+    for start in range(0, bootstrap.samples, _AT_ONCE):
+        picked = generator.integers(0, number, (min(_AT_ONCE, bootstrap.samples - start), number))
+        counts = np.stack([np.bincount(row, minlength=number) for row in picked])
+        drawn.append(counts @ columns)
+    sums = np.concatenate(drawn)
+    return sums[:, -1] / number, _calibration_error(sums[:, :-1].reshape(-1, 3, _BINS))
+
+
 def accuracy_by_length(
     texts: Sequence[str], references: Sequence[int], predictions: Sequence[int]
 ) -> list[LengthBand]:
@@ -232,6 +301,7 @@ def baselines(references: Sequence[int], label_words: Sequence[str]) -> Baseline
         majority=MajorityBaseline(
             **{name: float(scores(always)[name]) for name in INTERVAL_METRICS}, label=label_words[majority]
         ),
+        others=[],
     )
 
 

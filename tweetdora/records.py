@@ -307,13 +307,45 @@ class LengthBand:
 
 
 @dataclass(frozen=True)
+class ReliabilityBin:
+    """Examples whose most likely label has a probability of so much, from and to: the mean of it, and the accuracy."""
+
+    probabilities: tuple[float, float]
+    num_examples: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class LikelihoodMetrics:
+    """The scores of the most likely label, each example having one, and of the labels' probabilities.
+
+    `log_loss` is the mean negative logarithm of the right label's probability; `calibration_error` the expected
+    calibration error over `bins` (Guo et al., On Calibration of Modern Neural Networks, 2017).
+    """
+
+    macro_f1: float
+    macro_recall: float
+    accuracy: float
+    intervals: Intervals
+    log_loss: float
+    log_loss_interval: Interval
+    calibration_error: float
+    calibration_error_interval: Interval
+    bins: list[ReliabilityBin]
+    seconds: float
+    samples_per_second: float
+
+
+@dataclass(frozen=True)
 class ModelMetrics(Metrics):
-    """What was measured of one model."""
+    """What was measured of one model; `likelihood` is None in records of version 3 and before."""
 
     intervals: Intervals
     by_length: list[LengthBand]
     seconds: float
     samples_per_second: float
+    likelihood: LikelihoodMetrics | None
 
 
 @dataclass(frozen=True)
@@ -333,11 +365,21 @@ class MajorityBaseline(Baseline):
 
 
 @dataclass(frozen=True)
+class OtherClassifier(Baseline):
+    """What a classifier of another kind scores on the same examples; `version` is its package's."""
+
+    name: str
+    version: str
+    macro_f1_interval: Interval
+
+
+@dataclass(frozen=True)
 class Baselines:
-    """What any model is to be compared with."""
+    """What any model is to be compared with; `others` are those whose packages were there."""
 
     uniform: Baseline
     majority: MajorityBaseline
+    others: list[OtherClassifier]
 
 
 @dataclass(frozen=True)
@@ -410,11 +452,16 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class GenerationRecord:
-    """An answer: its text, the label word found in it, and whether it ended with a stop token."""
+    """An answer: its text, the label word found in it, and whether it ended with a stop token.
+
+    `log_likelihoods` are those of the label words and their stop token, in the label words' order; None where they
+    were not measured.
+    """
 
     text: str
     predicted: str | None
     stopped: bool
+    log_likelihoods: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -538,7 +585,12 @@ def read_predictions(path: str) -> list[PredictionRecord]:
         raise InputError(f"{path} has a line that is not JSON ({error}); it was cut.") from None
     if lines and "example_id" not in lines[0]:
         lines = [_from_version_2(PredictionRecord, line) for line in lines]
+    lines = [_from_version_3(PredictionRecord, line) if _is_prediction(line) else line for line in lines]
     return [decode(PredictionRecord, line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _is_prediction(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("base"), dict) and "finetuned" in line
 
 
 def read_run(run_dir: str) -> RunRecord:
@@ -704,5 +756,12 @@ def _from_version_3(kind: type, value: dict[str, Any]) -> dict[str, Any]:
         data = {name: value[name] and {"skipped": {}, **value[name]} for name in ("train_data", "validation_data")}
         return {"notes": [], **value, **data, "task": {**_NEW_IN_TASK, **value["task"]}}
     if kind is EvaluationRecord:
-        return {"notes": [], "corrections": [], **value, "data": {"skipped": {}, **value["data"]}}
+        models = {name: value[name] and {"likelihood": None, **value[name]} for name in ("base", "finetuned")}
+        baselines = {"others": [], **value["baselines"]}
+        data = {"skipped": {}, **value["data"]}
+        return {"notes": [], "corrections": [], **value, **models, "baselines": baselines, "data": data}
+    if kind is PredictionRecord:
+        return value | {
+            name: value[name] and {"log_likelihoods": None, **value[name]} for name in ("base", "finetuned")
+        }
     return value

@@ -1,0 +1,74 @@
+"""Classify the texts of a file, with the probability of each label.
+
+    python predict.py runs/quickstart tweets.csv --output labelled.csv
+    python predict.py liuhailin0123/llm-course-hw3-dora tweets.parquet --output labelled.parquet
+    cat tweets.txt | python predict.py runs/quickstart          # a text in each line; CSV on standard output
+    accelerate launch predict.py runs/quickstart tweets.csv --output labelled.csv       # shared out over all GPUs
+
+Adds label, probability_<label word> and margin, and keeps all other columns and the order. The same command again goes
+on where it was interrupted.
+"""
+
+import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
+
+# isort: split
+import logging
+import os
+
+from accelerate import PartialState
+
+from tweetdora.classifier import Classifier
+from tweetdora.cli import parse_predict, run_script, show_log
+from tweetdora.config import PredictConfig
+from tweetdora.errors import InputError
+from tweetdora.prediction import Summary, find_text_column, predict_file, predict_stream, read_input, scan
+from tweetdora.tables import read_any_rows
+
+log = logging.getLogger("tweetdora.predict")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; the exit status."""
+    # parse
+    config, model, path = parse_predict(argv, __doc__.partition("\n")[0])
+    show_log(standard_error=True)
+    if config.output is not None and os.path.exists(config.output) and not config.overwrite:
+        raise InputError(f"--output {config.output} is there already; give another, or --overwrite true.")
+    table = scan(path, config) if path is not None else None
+
+    # load
+    classifier = Classifier(model, precision=config.precision, batch_size=config.batch_size)
+    say = log.info if PartialState().is_main_process else log.debug
+    for note in (*classifier.target.notes, *classifier.decoding.notes):
+        say("%s", note)
+
+    # work and save
+    of_the_model = classifier.target.task.text_column
+    if table is not None and config.output is not None:
+        column = find_text_column(table.columns, config, of_the_model, table.path)
+        summary = predict_file(classifier, table, config, column)
+    else:
+        summary = _to_standard_output(classifier, path, config, of_the_model)
+    for line in summary.lines(classifier.target.task.max_length):
+        say("%s", line)
+    if config.output is not None:
+        say("Wrote %s", config.output)
+    return 0
+
+
+def _to_standard_output(classifier: Classifier, path: str | None, config: PredictConfig, of_the_model: str) -> Summary:
+    """Classify a file, or standard input, to standard output, in the form of the input; of plain text to CSV."""
+    if path is None:
+        rows, columns = read_input(config)
+        form = config.input_format
+    else:
+        rows = read_any_rows(path, config.csv_delimiter, config.encoding)
+        columns = scan(path, config).columns
+        form = os.path.splitext(path)[1].lower()[1:]
+    column = find_text_column(columns, config, of_the_model, path or "standard input")
+    form = form if form in ("tsv", "jsonl") else "csv"
+    return predict_stream(classifier, rows, form, config, columns, column)
+
+
+if __name__ == "__main__":
+    run_script(main, "predict.py")

@@ -1,0 +1,379 @@
+"""predict.py and Classifier: every format in and out, the order, resuming, memory, and what is refused."""
+
+import csv
+import io
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from conftest import tweets
+from sample_records import sample_run
+
+import tweetdora
+from tweetdora import Classifier, prediction
+from tweetdora.build import write_task
+from tweetdora.classifier import Prediction
+from tweetdora.errors import InputError
+from tweetdora.modeling import load_base, load_tokenizer
+from tweetdora.prompts import PromptTokenizer, read_prompt_format
+from tweetdora.scoring import score_padded
+from tweetdora.tables import read_any_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["negative", "neutral", "positive"]
+ADDED = ["label", "probability_negative", "probability_neutral", "probability_positive", "margin"]
+
+
+@pytest.fixture(scope="module")
+def model(teachable_dir, task, tmp_path_factory) -> str:
+    """A tiny model with a task.json, as push_to_hub.py leaves one."""
+    folder = tmp_path_factory.mktemp("published") / "tiny"
+    shutil.copytree(teachable_dir, folder)
+    found = read_prompt_format(load_tokenizer(str(folder)), task)
+    write_task(str(folder), sample_run(task=task, prompt_format=found))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def classifier(model) -> Classifier:
+    return Classifier(model, precision="fp32", batch_size=4)
+
+
+TEXTS = [row["text"] for row in tweets("train")][:20]
+
+
+def main(*words: object) -> int:
+    return runpy.run_path(str(ROOT / "predict.py"))["main"]([*map(str, words), "--precision", "fp32"])
+
+
+def refused(*words: object) -> str:
+    with pytest.raises(InputError) as caught:
+        main(*words)
+    return str(caught.value)
+
+
+# Classifier
+
+
+def test_the_probabilities_are_those_of_the_words_behind_the_prompt(classifier, model, task):
+    """Second way: by ordinary passes of a model that is loaded plainly."""
+    plain = load_base(model, None, torch.float32, torch.device("cpu"))
+    plain.set_attn_implementation("sdpa")
+    tokenizer = load_tokenizer(model)
+    prompt_tokenizer = PromptTokenizer(tokenizer, read_prompt_format(tokenizer, task), 512)
+    sums, _ = score_padded(plain, prompt_tokenizer.prompt_ids(TEXTS)[0], prompt_tokenizer.completion_ids)
+    expected = sums.double().softmax(-1)
+    found = classifier(TEXTS)
+    for row, one in zip(expected.tolist(), found, strict=True):
+        assert list(one.probabilities.values()) == pytest.approx(row, abs=2e-5)
+        assert one.label == WORDS[row.index(max(row))]
+        first, second = sorted(row, reverse=True)[:2]
+        assert one.margin == pytest.approx(first - second, abs=4e-5)
+    assert len({one.label for one in found}) > 1
+
+
+def test_one_text_is_a_list_of_one_and_an_empty_text_has_no_label(classifier):
+    (one,) = classifier("What a good day")
+    assert one.label in WORDS and list(one.probabilities) == WORDS
+    assert classifier(["", " \n", "What a good day"]) == [Prediction(None, {}, None)] * 2 + [one]
+    assert classifier([]) == []
+
+
+def test_the_package_offers_the_classifier_without_importing_torch():
+    assert tweetdora.Classifier is Classifier
+    with pytest.raises(AttributeError, match="has no attribute 'Clasifier'"):
+        _ = tweetdora.Clasifier
+    code = "import sys, tweetdora; assert 'torch' not in sys.modules; from tweetdora import Classifier"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
+
+
+# Files of every kind
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    frame = pandas.DataFrame(rows)
+    {
+        ".csv": lambda: frame.to_csv(path, index=False),
+        ".tsv": lambda: frame.to_csv(path, index=False, sep="\t"),
+        ".jsonl": lambda: path.write_text("".join(json.dumps(row) + "\n" for row in rows)),
+        ".parquet": lambda: frame.to_parquet(path),
+        ".txt": lambda: path.write_text("".join(row["text"] + "\n" for row in rows)),
+    }[path.suffix]()
+
+
+def read_table(path: Path) -> list[dict]:
+    return [row.values for row in read_any_rows(str(path))]
+
+
+@pytest.mark.parametrize("output", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("given", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
+def test_rows_keep_their_order_and_columns_and_get_what_was_found(given, output, model, classifier, tmp_path, capsys):
+    texts = [*TEXTS[:9], "", 'a "quoted", text']
+    rows = [{"id": number, "text": text, "more": f"m{number}"} for number, text in enumerate(texts)]
+    write_table(tmp_path / f"in{given}", rows)
+    assert main(model, tmp_path / f"in{given}", "--output", tmp_path / f"out{output}", "--batch_size", 4) == 0
+    found = read_table(tmp_path / f"out{output}")
+    kept = ["text"] if given == ".txt" else ["id", "text", "more"]
+    assert [list(row) for row in found] == [[*kept, *ADDED]] * len(texts)
+    assert [row["text"] or "" for row in found] == texts
+    if given != ".txt":
+        assert [(int(row["id"]), row["more"]) for row in found] == [(row["id"], row["more"]) for row in rows]
+    for row, expected in zip(found, classifier(texts), strict=True):
+        assert (row["label"] or None) == expected.label
+        numbers = [row[name] for name in ADDED[1:]]
+        if expected.label is None:
+            assert set(numbers) <= {"", None}
+        else:
+            wanted = [*expected.probabilities.values(), expected.margin]
+            assert [float(number) for number in numbers] == pytest.approx(wanted, abs=5e-5)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == [f"out{output}"]
+    said = capsys.readouterr().err
+    assert "rows without a text, whose label is empty: 1\n" in said and f"Wrote {tmp_path}/out{output}\n" in said
+
+
+def test_values_keep_their_types_where_the_formats_have_types(model, tmp_path):
+    row = {"text": "a good day", "n": 1, "x": 0.5, "ok": True, "tags": ["a", "b"], "none": None}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"text": "x", "extra": 1}) + "\n")
+    main(model, tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    first, second = read_table(tmp_path / "out.jsonl")
+    assert {name: first[name] for name in row} == row
+    assert (second["text"], second["extra"]) == ("x", 1)
+    main(model, tmp_path / "in.jsonl", "--output", tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", encoding="utf-8", newline="") as stream:
+        first, second = csv.DictReader(stream)
+    assert (first["n"], first["ok"], first["tags"], first["none"], first["extra"]) == (
+        "1",
+        "true",
+        '["a", "b"]',
+        "",
+        "",
+    )
+    assert (second["n"], second["extra"]) == ("", "1")
+
+
+def test_columns_that_are_taken_are_left_alone(model, tmp_path):
+    (tmp_path / "in.csv").write_text("text,label,margin\na good day,gold,wide\n")
+    main(model, tmp_path / "in.csv", "--output", tmp_path / "out.csv")
+    (row,) = read_table(tmp_path / "out.csv")
+    assert list(row) == ["text", "label", "margin", *(f"predicted_{name}" for name in ADDED)]
+    assert (row["label"], row["margin"]) == ("gold", "wide") and row["predicted_label"] in WORDS
+
+
+def test_a_file_in_another_dialect_and_encoding_is_read_with_the_flags(model, tmp_path):
+    (tmp_path / "in.csv").write_bytes("id;text\n1;schöner Tag\n".encode("latin-1"))
+    flags = ["--output", tmp_path / "out.csv"]
+    assert "--encoding, such as latin-1" in refused(model, tmp_path / "in.csv", *flags)
+    assert 'give --csv_delimiter ";"' in refused(model, tmp_path / "in.csv", *flags, "--encoding", "latin-1")
+    main(model, tmp_path / "in.csv", *flags, "--encoding", "latin-1", "--csv_delimiter", ";")
+    assert (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()[1].startswith("1;schöner Tag;")
+
+
+# Standard input and output
+
+
+def through(monkeypatch, capsys, given: str, *words: object) -> tuple[str, str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO(given))
+    assert main(*words) == 0
+    found = capsys.readouterr()
+    return found.out, found.err
+
+
+def test_lines_of_text_become_csv(model, classifier, monkeypatch, capsys):
+    out, said = through(monkeypatch, capsys, "a good day\n\nthe bad news", model)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["text"] for row in rows] == ["a good day", "", "the bad news"]
+    labels = [one.label or "" for one in classifier(["a good day", "", "the bad news"])]
+    assert [row["label"] for row in rows] == labels
+    assert "3 rows: " in said and "rows: " not in out
+
+
+def test_json_lines_come_out_as_json_lines(model, monkeypatch, capsys):
+    given = '{"text": "a good day", "id": 7}\n'
+    out, _ = through(monkeypatch, capsys, given, model, "--input_format", "jsonl")
+    assert json.loads(out)["id"] == 7 and json.loads(out)["label"] in WORDS
+
+
+def test_a_file_without_an_output_is_printed(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.tsv").write_text("id\ttext\n1\ta good day\n")
+    out, _ = through(monkeypatch, capsys, "", model, tmp_path / "in.tsv")
+    assert out.splitlines()[0].split("\t") == ["id", "text", *ADDED]
+
+
+def test_nothing_on_standard_input_is_refused(model, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "standard input is empty; expected texts, one in a line" in refused(model)
+
+
+# Interrupted
+
+
+@pytest.fixture
+def long_file(tmp_path) -> Path:
+    path = tmp_path / "in.csv"
+    write_table(path, [{"id": number, "text": TEXTS[number % 20]} for number in range(90)])
+    return path
+
+
+def counted(monkeypatch, fail_after: int | None = None) -> list[int]:
+    """How many texts each call of the classifier was given; it fails when so many have been answered."""
+    asked: list[int] = []
+    original = Classifier.__call__
+
+    def call(self, texts, *rest):
+        if fail_after is not None and sum(asked) >= fail_after:
+            raise KeyboardInterrupt
+        asked.append(len(texts))
+        return original(self, texts, *rest)
+
+    monkeypatch.setattr(Classifier, "__call__", call)
+    return asked
+
+
+def test_an_interrupted_command_goes_on_and_answers_nothing_twice(model, long_file, tmp_path, monkeypatch):
+    main(model, long_file, "--output", tmp_path / "whole.csv", "--batch_size", 2)
+    words = (model, long_file, "--output", tmp_path / "out.csv", "--batch_size", 2)
+    with monkeypatch.context() as patch:
+        asked = counted(patch, fail_after=48)
+        with pytest.raises(KeyboardInterrupt):
+            main(*words)
+        assert sum(asked) == 48, "three chunks of 16"
+    assert not (tmp_path / "out.csv").exists()
+    with open(tmp_path / "out.csv.part", "a", encoding="utf-8") as stream:
+        stream.write("[1, 0.1, 0.2, 0.7]\n[2, 0.1, ")  # a chunk that was cut
+    with monkeypatch.context() as patch:
+        asked = counted(patch)
+        assert main(*words) == 0
+        assert sum(asked) == 90 - 48
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not (tmp_path / "out.csv.part").exists()
+
+
+def test_what_was_computed_stays_when_the_output_cannot_be_written(model, long_file, tmp_path, monkeypatch):
+    words = (model, long_file, "--output", tmp_path / "out.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction.RowWriter, "close", lambda self: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            main(*words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv.part"]
+    with monkeypatch.context() as patch:
+        asked = counted(patch)
+        main(*words)
+        assert asked == []
+    assert len(read_table(tmp_path / "out.csv")) == 90
+
+
+def test_predictions_of_another_command_are_not_gone_on_with(model, long_file, tmp_path, monkeypatch):
+    words = (model, long_file, "--output", tmp_path / "out.csv", "--batch_size", 2)
+    with monkeypatch.context() as patch:
+        counted(patch, fail_after=16)
+        with pytest.raises(KeyboardInterrupt):
+            main(*words)
+    before = (tmp_path / "out.csv.part").read_bytes()
+    long_file.write_text(long_file.read_text() + "90,one more\n")
+    assert "out.csv.part holds predictions of another command" in refused(*words)
+    assert (tmp_path / "out.csv.part").read_bytes() == before
+
+
+def test_an_output_that_is_there_is_replaced_only_if_asked_for(model, long_file, tmp_path):
+    (tmp_path / "out.csv").write_text("mine")
+    words = (model, long_file, "--output", tmp_path / "out.csv")
+    assert "out.csv is there already; give another, or --overwrite true" in refused(*words)
+    assert (tmp_path / "out.csv").read_text() == "mine"
+    assert main(*words, "--overwrite", "true") == 0
+    assert len(read_table(tmp_path / "out.csv")) == 90
+
+
+def test_memory_does_not_grow_with_the_file(model, tmp_path, monkeypatch):
+    """The model is left out: what is read, kept and written of 400 and of 40,000 rows."""
+
+    def answer(self, texts, *rest):
+        return [Prediction("neutral", {"negative": 0.1, "neutral": 0.8, "positive": 0.1}, 0.7)] * len(texts)
+
+    monkeypatch.setattr(Classifier, "__call__", answer)
+    peaks = {}
+    for rows in (4_000, 40_000):
+        path = tmp_path / f"{rows}.csv"
+        path.write_text("text\n" + f"{'a day ' * 20}\n" * rows)
+        classifier = Classifier(model, precision="fp32")
+        config = prediction.PredictConfig(output=str(tmp_path / f"out{rows}.csv"))
+        tracemalloc.start()
+        table = prediction.scan(str(path), config)
+        prediction.predict_file(classifier, table, config, "text")
+        peaks[rows] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert os.path.getsize(tmp_path / "40000.csv") > 4_000_000
+    assert peaks[40_000] < peaks[4_000] + 500_000, peaks
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "message"),
+    [
+        ("in.csv", "a,b\n1,2\n", [], "has no column 'text'; its columns are a, b. Name one with --text_column."),
+        ("in.csv", "a,b\n1,2\n", ["--text_column", "c"], "has no column 'c'; its columns are a, b. Name one"),
+        ("in.csv", "text,b\n1\n2,3\n", [], "1 rows cannot be read: line 2: has 1 fields, the header 2"),
+        ("in.jsonl", '{"text": "a"}\n{', [], "1 rows cannot be read: line 2: is no JSON"),
+        ("in.csv", "", [], "is empty; expected a header line"),
+        ("in.parquet", "PAR", [], "in.parquet is not readable Parquet"),
+        ("in.xlsx", "x", [], "expected a file whose name ends in .csv, .tsv, .jsonl, .parquet or .txt"),
+        ("in.csv", "text\na\n", ["--output", "out.xlsx"], "--output is out.xlsx; expected a name that ends in .csv"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(model, tmp_path, name, content, flags, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content)
+    assert message in refused(model, name, "--output", "result.csv", *flags)
+    assert not Path("result.csv.part").exists()
+
+
+def test_a_file_that_is_not_there_is_refused_before_the_model_is_loaded(tmp_path):
+    assert "nix.csv: there is no such file" in refused("no-model", tmp_path / "nix.csv")
+
+
+def test_a_model_that_is_not_there_is_refused(long_file):
+    assert "runs/nix is not a run folder" in refused("runs/nix", long_file, "--output", long_file.parent / "out.csv")
+
+
+def test_rows_that_cannot_be_read_can_be_left_out(model, tmp_path, capsys):
+    (tmp_path / "in.csv").write_text("text,b\na good day,1\nx\nthe news,2\n")
+    main(model, tmp_path / "in.csv", "--output", tmp_path / "out.csv", "--skip_bad_rows", "true")
+    assert [row["b"] for row in read_table(tmp_path / "out.csv")] == ["1", "2"]
+    assert "rows left out that cannot be read: 1\n" in capsys.readouterr().err
+
+
+def test_the_only_column_is_taken_whatever_its_name(model, tmp_path):
+    (tmp_path / "in.csv").write_text("tweet\na good day\n")
+    main(model, tmp_path / "in.csv", "--output", tmp_path / "out.csv")
+    assert read_table(tmp_path / "out.csv")[0]["label"] in WORDS
+
+
+def test_a_text_of_a_megabyte_is_truncated_and_counted(model, tmp_path, capsys):
+    (tmp_path / "in.csv").write_text(f"text\n{'a good day ' * 100_000}\n")
+    main(model, tmp_path / "in.csv", "--output", tmp_path / "out.csv")
+    assert "texts truncated to fit 512 tokens: 1\n" in capsys.readouterr().err
+
+
+# Several processes
+
+
+def test_two_processes_share_the_rows_and_write_one_file(model, long_file, tmp_path):
+    main(model, long_file, "--output", tmp_path / "one.csv", "--batch_size", 4)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "predict.py"), model]
+    words += [str(long_file), "--output", str(tmp_path / "two.csv"), "--batch_size", "4", "--precision", "fp32"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("90 rows: ") == 1, "one of them speaks"
+    one, two = (read_table(tmp_path / name) for name in ("one.csv", "two.csv"))
+    assert [row["label"] for row in one] == [row["label"] for row in two] and len(two) == 90
+    for name in ADDED[1:]:
+        assert [float(row[name]) for row in one] == pytest.approx([float(row[name]) for row in two], abs=1e-4)

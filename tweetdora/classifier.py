@@ -1,0 +1,101 @@
+"""Labels and probabilities for texts, from anything that train.py or push_to_hub.py leaves, or a model of the Hub.
+
+>>> from tweetdora import Classifier
+>>> classify = Classifier("runs/quickstart")
+>>> classify(["What a day!"])
+[Prediction(label='positive', probabilities={'negative': 0.01, 'neutral': 0.03, 'positive': 0.96}, margin=0.93)]
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tweetdora.config import EvaluateConfig
+from tweetdora.device import Precision, compute_state, use_cpu_threads
+from tweetdora.hub import pin_revision, use_cache_if_unreachable
+from tweetdora.modeling import check_ids_fit
+from tweetdora.scoring import score_all
+from tweetdora.targets import adapter_sha256, decide_decoding, find_eval_target, load_finetuned, load_prompts
+
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely label word, the probability of each, and by how much the first is more likely than the second.
+
+    A text without a character has no label, and no probabilities.
+    """
+
+    label: str | None
+    probabilities: dict[str, float]
+    margin: float | None
+
+
+class Classifier:
+    """Classifies texts by the likelihood of the label words behind the prompt that a model was trained with.
+
+    `name_or_path` is a run folder, a published model or adapter, in a folder or on the Hub. With several processes
+    (accelerate launch) each computes a share of the texts, and all of them get all predictions.
+
+    Raises:
+        InputError: there is no such model, or the device cannot compute in that precision.
+        HubError: the Hub cannot be reached.
+    """
+
+    def __init__(self, name_or_path: str, *, precision: Precision = "auto", batch_size: int = 128) -> None:
+        state = compute_state()
+        use_cpu_threads(state.device, state.num_processes)
+        use_cache_if_unreachable(name_or_path)
+        config = EvaluateConfig(precision=precision, batch_size=batch_size)
+        self.target = find_eval_target(name_or_path, config)
+        self.decoding = decide_decoding(self.target, config, state.device.type)
+        use_cache_if_unreachable(self.target.base)
+        revision = pin_revision(self.target.base, self.target.base_revision)
+        tokenizer, self._prompt_tokenizer = load_prompts(self.target, revision)
+        self._model, identity = load_finetuned(self.target, revision, self.decoding.precision, state.device)
+        check_ids_fit(self._model, tokenizer, self._prompt_tokenizer.prompt_ids(["a"])[0][0])
+        self._batch_size = batch_size
+        self.label_words = self.target.task.label_words
+        self.truncated = 0  # texts so far that did not fit
+        adapter = self.target.adapter_dir
+        # What tells these predictions from those of another model.
+        self.identity: dict[str, Any] = {
+            "base": [identity.name_or_path, identity.revision, identity.weights_sha256],
+            "adapter": adapter_sha256(adapter) if adapter else None,
+            "prompt": [self._prompt_tokenizer.format.head, self._prompt_tokenizer.format.tail, self.label_words],
+            "max_length": self.target.task.max_length,
+            "precision": self.decoding.precision,
+        }
+
+    def __call__(
+        self, texts: str | Sequence[str], on_progress: Callable[[int], None] = lambda done: None
+    ) -> list[Prediction]:
+        """The prediction for each text, in their order; `on_progress` is told of every batch."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        full = [place for place, text in enumerate(texts) if text.strip()]
+        found = [Prediction(None, {}, None)] * len(texts)
+        if full:
+            scores = score_all(
+                self._model,
+                self._prompt_tokenizer,
+                [texts[place].strip() for place in full],
+                batch_size=self._batch_size,
+                on_progress=on_progress,
+            )
+            self.truncated += scores.truncated
+            rows = zip(full, scores.labels.tolist(), scores.probabilities.tolist(), strict=True)
+            for place, label, row in rows:
+                found[place] = make_prediction(label, row, self.label_words)
+        return found
+
+
+def make_prediction(label: int, row: Sequence[float], label_words: Sequence[str]) -> Prediction:
+    """The prediction from a label id and the labels' probabilities, in the label words' order.
+
+    >>> make_prediction(1, [0.25, 0.75], ["bad", "good"])
+    Prediction(label='good', probabilities={'bad': 0.25, 'good': 0.75}, margin=0.5)
+    """
+    others = max(value for number, value in enumerate(row) if number != label)
+    shown = {word: round(value, _DIGITS) for word, value in zip(label_words, row, strict=True)}
+    return Prediction(label_words[label], shown, round(max(row[label] - others, 0.0), _DIGITS))

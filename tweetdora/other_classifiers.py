@@ -1,0 +1,81 @@
+"""Classifiers of other kinds, on the same examples: what a model of this size has to be better than.
+
+Both need packages that nothing else here needs; where they are missing, so are their rows.
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+
+from tweetdora.config import LABEL_WORDS, normalize_label
+from tweetdora.data import Examples
+from tweetdora.metrics import INTERVAL_METRICS, bootstrap_intervals, confusion_matrix, scores
+from tweetdora.records import Bootstrap, OtherClassifier
+
+TFIDF, VADER = "TF-IDF and logistic regression", "VADER"
+_PACKAGES = {TFIDF: ("sklearn", "scikit-learn"), VADER: ("vaderSentiment", "vaderSentiment")}  # module, distribution
+_VADER_NEUTRAL = 0.05  # the thresholds of its README
+
+
+def other_classifiers(
+    train: Examples | None, examples: Examples, label_words: Sequence[str], bootstrap: Bootstrap
+) -> tuple[list[OtherClassifier], list[str]]:
+    """The scores of those that fit the task and are installed; and what to install for the others, in sentences.
+
+    `train` are the examples that a run was trained on, None where they are not known.
+    """
+    wanted = [TFIDF] * (train is not None) + [VADER] * _is_sentiment(label_words)
+    found, missing = [], []
+    for name in wanted:
+        module, distribution = _PACKAGES[name]
+        if importlib.util.find_spec(module) is None:
+            missing.append(f"{name} was not measured beside it: pip install {distribution}")
+            continue
+        predictions = _tfidf(train, examples) if name == TFIDF and train is not None else _vader(examples, label_words)
+        matrix = confusion_matrix(examples.labels, predictions, len(label_words))
+        intervals = bootstrap_intervals(examples.labels, predictions, len(label_words), bootstrap)
+        found.append(
+            OtherClassifier(
+                **{metric: float(scores(matrix)[metric]) for metric in INTERVAL_METRICS},
+                name=name,
+                version=f"{distribution} {importlib.metadata.version(distribution)}",
+                macro_f1_interval=intervals.macro_f1,
+            )
+        )
+    return found, missing
+
+
+def _is_sentiment(label_words: Sequence[str]) -> bool:
+    return {normalize_label(word) for word in label_words} == set(LABEL_WORDS)
+
+
+def _tfidf(train: Examples, examples: Examples) -> list[int]:
+    """Logistic regression, its labels weighted alike, on TF-IDF of words and pairs of words.
+
+    C and the weighting were chosen on the validation split of the quickstart's tweets (LOG.md).
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    pipeline = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        LogisticRegression(C=10, max_iter=1000, class_weight="balanced"),
+    )
+    pipeline.fit(train.texts, train.labels)
+    return [int(label) for label in pipeline.predict(examples.texts)]
+
+
+def _vader(examples: Examples, label_words: Sequence[str]) -> list[int]:
+    """VADER's word list for English (Hutto and Gilbert, ICWSM 2014), which was made on tweets; nothing is trained."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyzer = SentimentIntensityAnalyzer()
+    numbers = {normalize_label(word): number for number, word in enumerate(label_words)}
+
+    def label(text: str) -> str:
+        """The label word's normal form."""
+        compound = analyzer.polarity_scores(text)["compound"]
+        return "positive" if compound >= _VADER_NEUTRAL else "negative" if compound <= -_VADER_NEUTRAL else "neutral"
+
+    return [numbers[label(text)] for text in examples.texts]

@@ -1,0 +1,323 @@
+"""What predict.py does between reading its flags and its end: read rows, classify them, write what was found.
+
+Rows are read and written in chunks, so that memory does not grow with the file. The predictions of a chunk are kept in
+<output>.part before the next chunk is computed; the output is made from input and .part at the end. A command that is
+given again goes on behind the last whole chunk:
+
+    {"command": {...}}                           whose predictions these are
+    [2, 0.01, 0.03, 0.96]                        a row: its label's number, and the labels' probabilities
+    null                                         a row without a text
+    {"rows": 2, "truncated": 0}                  the end of a chunk: all its rows are there
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import pyarrow
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from pyarrow import parquet
+from tqdm import tqdm
+
+from tweetdora.classifier import Classifier, Prediction, make_prediction
+from tweetdora.config import PredictConfig
+from tweetdora.errors import InputError
+from tweetdora.files import file_sha256
+from tweetdora.tables import Row, RowWriter, hint_for_columns, is_table, read_any_rows, read_stream
+
+_CHUNK_BATCHES = 8  # batches of each process in a chunk: within one, texts of like length are batched together
+_SHOWN_BAD_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of an input file after it was read once: its columns, its rows, and those that cannot be read."""
+
+    path: str
+    columns: list[str]
+    num_rows: int
+    bad: dict[int, str]  # by line
+
+
+@dataclass
+class Summary:
+    """What was done, for a person."""
+
+    labels: Counter[str] = field(default_factory=Counter)
+    empty: int = 0
+    truncated: int = 0
+    skipped: int = 0
+
+    def add(self, prediction: Prediction) -> None:
+        """Count a row."""
+        if prediction.label is None:
+            self.empty += 1
+        else:
+            self.labels[prediction.label] += 1
+
+    def lines(self, max_length: int) -> list[str]:
+        """The counts, in sentences."""
+        total = sum(self.labels.values()) + self.empty
+        counts = ", ".join(f"{count:,} {label}" for label, count in self.labels.most_common())
+        notes = [f"{total:,} rows: {counts or 'none with a text'}"]
+        if self.empty:
+            notes.append(f"rows without a text, whose label is empty: {self.empty:,}")
+        if self.truncated:
+            notes.append(f"texts truncated to fit {max_length} tokens: {self.truncated:,}")
+        if self.skipped:
+            notes.append(f"rows left out that cannot be read: {self.skipped:,}")
+        return notes
+
+
+def scan(path: str, config: PredictConfig) -> Table:
+    """Read a file once: what is wrong with it is said before any text is classified.
+
+    Raises:
+        InputError: the file, or a row of it, cannot be read.
+    """
+    columns: dict[str, None] = {}
+    bad: dict[int, str] = {}
+    count = 0
+    for row in read_any_rows(path, config.csv_delimiter, config.encoding):
+        columns.update(dict.fromkeys(row.values))
+        if row.problem is None:
+            count += 1
+        else:
+            bad[row.line] = row.problem
+    if bad and not config.skip_bad_rows:
+        shown = "; ".join(f"line {line}: {problem}" for line, problem in list(bad.items())[:_SHOWN_BAD_ROWS])
+        more = f"; and {len(bad) - _SHOWN_BAD_ROWS:,} more" if len(bad) > _SHOWN_BAD_ROWS else ""
+        hint = hint_for_columns(path, list(columns)) if is_table(path) else ""
+        raise InputError(
+            f"{path}: {len(bad):,} rows cannot be read: {shown}{more}. "
+            f"{hint or '--skip_bad_rows true leaves such rows out, and counts them.'}"
+        )
+    return Table(path, list(columns), count, bad)
+
+
+def find_text_column(columns: list[str], config: PredictConfig, of_the_model: str, path: str) -> str:
+    """The column that holds the texts: the one that is named, else the model's own, else `text`, else the only one.
+
+    Raises:
+        InputError: names the columns that there are.
+    """
+    wanted = [config.text_column] if config.text_column else [of_the_model, "text"]
+    for name in wanted:
+        if name in columns:
+            return name
+    if config.text_column is None and len(columns) == 1 and not hint_for_columns(path, columns):
+        return columns[0]
+    hint = hint_for_columns(path, columns) if is_table(path) else ""
+    raise InputError(
+        f"{path} has no column {wanted[0]!r}; its columns are {', '.join(columns)}. "
+        f"{hint or 'Name one with --text_column.'}"
+    )
+
+
+def added_columns(columns: Iterable[str], label_words: list[str]) -> list[str]:
+    """The names of what is added: label, the probability of each label word, margin; `predicted_…` where one is taken.
+
+    >>> added_columns(["text", "label"], ["bad", "good"])
+    ['predicted_label', 'predicted_probability_bad', 'predicted_probability_good', 'predicted_margin']
+    """
+    names = ["label", *(f"probability_{word}" for word in label_words), "margin"]
+    taken = set(columns)
+    while taken & set(names):
+        names = [f"predicted_{name}" for name in names]
+    return names
+
+
+def with_prediction(values: dict[str, Any], prediction: Prediction, names: list[str]) -> dict[str, Any]:
+    """A row with what was found, in the order of `names`."""
+    probabilities: list[float | None] = list(prediction.probabilities.values())
+    probabilities = probabilities or [None] * (len(names) - 2)
+    return {**values, **dict(zip(names, [prediction.label, *probabilities, prediction.margin], strict=True))}
+
+
+def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    """The rows, `size` at a time."""
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+def text_of(row: Row, column: str) -> str:
+    """A row's text; empty where it has none."""
+    value = row.values.get(column)
+    return "" if value is None else str(value)
+
+
+# To a file
+
+
+def predict_file(classifier: Classifier, table: Table, config: PredictConfig, column: str) -> Summary:
+    """Classify a file's rows, those that an interrupted command left, and write the output.
+
+    Raises:
+        InputError: the predictions that are there are of another command.
+    """
+    state = PartialState()
+    output = str(config.output)
+    part = f"{output}.part"
+    command = {
+        "model": classifier.identity,
+        "input": [os.path.basename(table.path), file_sha256(table.path)],
+        "text_column": column,
+        "skipped": sorted(table.bad),
+    }
+    done = _begin_part(part, command) if state.is_main_process else 0
+    done = _from_main_process(done)
+    rows = (row for row in read_any_rows(table.path, config.csv_delimiter, config.encoding) if row.problem is None)
+    rest = islice(rows, done, None)
+    size = config.batch_size * _CHUNK_BATCHES * state.num_processes
+    bar = tqdm(total=table.num_rows, initial=done, unit="row", disable=not state.is_main_process)
+    with bar, open(part if state.is_main_process else os.devnull, "a", encoding="utf-8") as stream:
+        for chunk in chunks(rest, size):
+            before = classifier.truncated
+            predictions = classifier([text_of(row, column) for row in chunk])
+            bar.update(len(chunk))
+            lines = [_as_line(found, classifier.label_words) for found in predictions]
+            end = json.dumps({"rows": len(chunk), "truncated": classifier.truncated - before})
+            stream.write("\n".join([*lines, end]) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+    state.wait_for_everyone()
+    return _write_output(part, table, config, classifier.label_words) if state.is_main_process else Summary()
+
+
+def _as_line(prediction: Prediction, label_words: list[str]) -> str:
+    if prediction.label is None:
+        return "null"
+    return json.dumps([label_words.index(prediction.label), *prediction.probabilities.values()])
+
+
+def _from_main_process(value: int) -> int:
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def _begin_part(part: str, command: dict[str, Any]) -> int:
+    """Make the .part file, or cut it behind its last whole chunk; how many rows it has."""
+    os.makedirs(os.path.dirname(part) or os.curdir, exist_ok=True)
+    head = json.dumps({"command": command}) + "\n"
+    if not os.path.isfile(part):
+        with open(part, "w", encoding="utf-8") as stream:
+            stream.write(head)
+        return 0
+    rows, whole = 0, len(head.encode())
+    with open(part, "rb") as binary:
+        if binary.readline() != head.encode():
+            raise InputError(
+                f"{part} holds predictions of another command: of another model, input or text column. Give that "
+                "command again to end it, delete the file, or choose another --output."
+            )
+        for line in binary:
+            if line.startswith(b'{"rows"') and line.endswith(b"\n"):
+                rows, whole = rows + json.loads(line)["rows"], binary.tell()
+    os.truncate(part, whole)
+    return rows
+
+
+def _read_part(part: str, label_words: list[str], summary: Summary) -> Iterator[Prediction]:
+    with open(part, encoding="utf-8") as stream:
+        stream.readline()
+        for line in stream:
+            found = json.loads(line)
+            if isinstance(found, dict):
+                summary.truncated += found["truncated"]
+                continue
+            prediction = make_prediction(found[0], found[1:], label_words) if found else Prediction(None, {}, None)
+            summary.add(prediction)
+            yield prediction
+
+
+def _write_output(part: str, table: Table, config: PredictConfig, label_words: list[str]) -> Summary:
+    """Make the output from input and .part, which then goes; what was computed stays if that fails."""
+    output, summary = str(config.output), Summary(skipped=len(table.bad))
+    form = os.path.splitext(output)[1].lower()[1:]
+    names = added_columns(table.columns, label_words)
+    rows = (row for row in read_any_rows(table.path, config.csv_delimiter, config.encoding) if row.problem is None)
+    predictions = _read_part(part, label_words, summary)
+    beside = f"{output}.{os.getpid()}.new"
+    try:
+        text: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "newline": ""}
+        mode = {"mode": "wb"} if form == "parquet" else text
+        with open(beside, **mode) as stream:
+            delimiter = config.csv_delimiter if form == "csv" else None
+            writer = RowWriter(stream, form, [*table.columns, *names], delimiter, _schema(table, names, form))
+            for chunk in chunks(rows, 4096):
+                found = islice(predictions, len(chunk))
+                writer.write([with_prediction(row.values, one, names) for row, one in zip(chunk, found, strict=True)])
+            writer.close()
+        list(predictions)  # the end of the last chunk
+        os.replace(beside, output)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
+    os.remove(part)
+    return summary
+
+
+def _schema(table: Table, names: list[str], form: str) -> pyarrow.Schema | None:
+    """The types of a Parquet file's columns, where they are known beforehand."""
+    if form != "parquet" or table.path.lower().endswith(".jsonl"):
+        return None
+    fields = [pyarrow.field(name, pyarrow.string()) for name in table.columns]
+    if table.path.lower().endswith(".parquet"):
+        fields = list(parquet.read_schema(table.path))
+    numbers = [pyarrow.field(name, pyarrow.float64()) for name in names[1:]]
+    return pyarrow.schema([*fields, pyarrow.field(names[0], pyarrow.string()), *numbers])
+
+
+# From and to streams
+
+
+def predict_stream(
+    classifier: Classifier, rows: Iterator[Row], form: str, config: PredictConfig, columns: list[str], column: str
+) -> Summary:
+    """Classify rows as they come, and print them: nothing is kept, so nothing is gone on with."""
+    names, summary = added_columns(columns, classifier.label_words), Summary()
+    is_main = PartialState().is_main_process
+    writer = RowWriter(sys.stdout, form, [*columns, *names]) if is_main else None
+    for chunk in chunks(rows, config.batch_size * PartialState().num_processes):
+        good = [row for row in chunk if row.problem is None]
+        summary.skipped += len(chunk) - len(good)
+        if len(good) < len(chunk) and not config.skip_bad_rows:
+            first = next(row for row in chunk if row.problem is not None)
+            raise InputError(
+                f"line {first.line}: {first.problem}. --skip_bad_rows true leaves such rows out, and counts them."
+            )
+        predictions = classifier([text_of(row, column) for row in good])
+        for prediction in predictions:
+            summary.add(prediction)
+        if writer is not None:
+            pairs = zip(good, predictions, strict=True)
+            writer.write([with_prediction(row.values, found, names) for row, found in pairs])
+            sys.stdout.flush()
+    summary.truncated = classifier.truncated
+    return summary
+
+
+def read_input(config: PredictConfig) -> tuple[Iterator[Row], list[str]]:
+    """The rows of standard input, and their columns.
+
+    Raises:
+        InputError: there is nothing.
+    """
+    rows = read_stream(sys.stdin, config.input_format, config.csv_delimiter)
+    first = next(rows, None)
+    if first is None:
+        raise InputError("standard input is empty; expected texts, one in a line (--input_format for others).")
+
+    def again() -> Iterator[Row]:
+        """All rows, the first one too."""
+        yield first
+        yield from rows
+
+    return again(), list(first.values)

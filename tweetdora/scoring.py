@@ -1,0 +1,219 @@
+"""How likely each label word is as the answer to a text: its tokens and the stop token, behind the prompt.
+
+Generation asks for one answer, and an untuned model often names no label word at all. The likelihood of every label
+word can be asked of any model: the label is the most likely one, and the likelihoods, made to add up to 1, are its
+probabilities. The system prompt is computed once for a batch, as in training and generation; the tokens of all label
+words stand as one tree behind each prompt, and are computed in one pass:
+
+    prompt ─┬─ not ── good ── <stop>
+            └─ good ── <stop>
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from tweetdora.attention import ATTENTION
+from tweetdora.generation import prefill
+from tweetdora.prompts import PromptTokenizer
+
+_ROUNDING = 0.1  # of a log-likelihood: what follows an equally likely first token may differ by so much
+
+
+@dataclass(frozen=True)
+class CompletionTree:
+    """The tokens of completions behind which another token is to be predicted, each beginning only once.
+
+    For the completions 8 2, 9 5 2 and 9 6 2:
+
+        tokens   [8, 9, 5, 6]
+        parents  [-1, -1, 1, 1]           places in `tokens`; -1 is the prompt
+        paths    [[(-1, 8), (0, 2)],      for each completion the place behind which each of its tokens is predicted
+                  [(-1, 9), (1, 5), (2, 2)],
+                  [(-1, 9), (1, 6), (3, 2)]]
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    paths: list[list[tuple[int, int]]]
+
+    @property
+    def depths(self) -> list[int]:
+        """How far behind the prompt's last token each token stands, from 1."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    def ancestors(self) -> torch.Tensor:
+        """Which tokens (columns) each token (rows) has on its way, itself included; of shape (K, K)."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for place, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[place] |= seen[parent]
+        return seen
+
+
+def make_tree(completions: Sequence[Sequence[int]]) -> CompletionTree:
+    """The tree of completions, each of which ends in a stop token."""
+    places: dict[tuple[int, ...], int] = {(): -1}
+    tokens: list[int] = []
+    parents: list[int] = []
+    paths = []
+    for completion in completions:
+        path: list[tuple[int, int]] = []
+        begun: tuple[int, ...] = ()
+        for token in completion:
+            path.append((places[begun], token))
+            before, begun = begun, (*begun, token)
+            if len(begun) < len(completion) and begun not in places:
+                places[begun] = len(tokens)
+                tokens.append(token)
+                parents.append(places[before])
+        paths.append(path)
+    return CompletionTree(tokens, parents, paths)
+
+
+@torch.no_grad()
+def score_packed(
+    model: PreTrainedModel, prompts: list[list[int]], completions: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-likelihood (N, C) of each completion behind each prompt, and of its first token alone.
+
+    Both in float32 on the CPU; two passes of the model.
+    """
+    tree = make_tree(completions)
+    logits, cache, positions = prefill(model, prompts)
+    first_tokens = [token for _, token in _steps(tree, at_root=True)]
+    at_root = _log_probabilities(logits, first_tokens)
+    columns = {(-1, token): at_root[:, number] for number, token in enumerate(first_tokens)}
+    if tree.tokens:
+        count, number = len(prompts), len(tree.tokens)
+        depths = torch.tensor(tree.depths, device=model.device)
+        behind = model(
+            input_ids=torch.tensor([tree.tokens * count], device=model.device),
+            position_ids=(positions.T + depths - 1).reshape(1, -1),
+            attention_mask=torch.ones(1, 1, 1, 1, device=model.device),  # a place-holder, as in packing.pack
+            packing={"cache": cache, "decoding": True, "tree": tree.ancestors().to(model.device)},
+            use_cache=False,
+        ).logits[0]
+        behind = behind.view(count, number, -1)
+        for place, token in _steps(tree, at_root=False):
+            columns[place, token] = _log_probabilities(behind[:, place], [token])[:, 0]
+    sums = [torch.stack([columns[step] for step in path]).sum(0) for path in tree.paths]
+    firsts = [columns[path[0]] for path in tree.paths]
+    return torch.stack(sums, dim=1).cpu(), torch.stack(firsts, dim=1).cpu()
+
+
+def _steps(tree: CompletionTree, at_root: bool) -> list[tuple[int, int]]:
+    """What is predicted, and behind which place: behind the prompt, or behind a token of the tree; each once."""
+    steps = dict.fromkeys(step for path in tree.paths for step in path)
+    return [step for step in steps if (step[0] < 0) == at_root]
+
+
+def _log_probabilities(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities (N, len(tokens)) of some tokens, in float32, from logits (N, V)."""
+    logits = logits.float()
+    return logits[:, tokens] - logits.logsumexp(-1, keepdim=True)
+
+
+@torch.no_grad()
+def score_padded(
+    model: PreTrainedModel, prompts: list[list[int]], completions: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by ordinary passes, one for each completion: for models that the other way does not fit."""
+    length = max(map(len, prompts))
+    sums, firsts = [], []
+    for completion in completions:
+        # Nothing is predicted from the last token. Padding on the left puts the completion in the last columns.
+        rows = [[0] * (length - len(prompt)) + prompt + list(completion[:-1]) for prompt in prompts]
+        mask = torch.tensor(
+            [[0] * (length - len(prompt)) + [1] * (len(rows[0]) - length + len(prompt)) for prompt in prompts]
+        )
+        logits = model(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=mask.to(model.device),
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(model.device),
+            logits_to_keep=len(completion),
+        ).logits.float()  # (N, len(completion), V)
+        wanted = torch.tensor(completion, device=model.device).expand(len(prompts), -1)[..., None]
+        found = logits.gather(-1, wanted)[..., 0] - logits.logsumexp(-1)  # (N, len(completion))
+        sums.append(found.sum(-1))
+        firsts.append(found[:, 0])
+    return torch.stack(sums, dim=1).cpu(), torch.stack(firsts, dim=1).cpu()
+
+
+def choose_labels(sums: torch.Tensor, firsts: torch.Tensor, first_tokens: Sequence[int]) -> torch.Tensor:
+    """The label id (N,) of each row: the most likely one, and where rounding has made two alike the one greedy takes.
+
+    In bf16 neighbouring logits are up to 0.125 apart, so first tokens are often equally likely to the last bit; greedy
+    generation then takes the one of the smallest id, and so does this (17 of 800 tweets of the quickstart). `firsts`
+    (N, C) are the log-likelihoods of the label words' first tokens alone.
+    """
+    best = sums.argmax(-1, keepdim=True)
+    alike = (firsts == firsts.gather(1, best)) & (sums.gather(1, best) - sums < _ROUNDING)
+    tokens = torch.tensor(first_tokens).expand_as(sums)
+    smallest = tokens.masked_fill(~alike, torch.iinfo(torch.int64).max).min(-1, keepdim=True).values
+    return sums.masked_fill(~(alike & (tokens == smallest)), float("-inf")).argmax(-1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-likelihoods (N, C) of the label words, label ids (N,), how many texts were truncated, and the seconds."""
+
+    log_likelihoods: torch.Tensor
+    labels: torch.Tensor
+    truncated: int
+    seconds: float
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """The likelihoods, made to add up to 1 over the labels; (N, C) in float64."""
+        return self.log_likelihoods.double().softmax(-1)
+
+
+def score_all(
+    model: PreTrainedModel | PeftModel,
+    prompt_tokenizer: PromptTokenizer,
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Scores:
+    """Score each label word and its stop token behind the prompt of each text.
+
+    Prompts of like length are batched together. With several processes each scores a share of the texts, and all of
+    them get all scores.
+    """
+    started = time.perf_counter()
+    completions = prompt_tokenizer.completion_ids
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    score = score_packed if inner.config._attn_implementation == ATTENTION else score_padded
+    with PartialState().split_between_processes(list(range(len(texts)))) as share:
+        prompts, truncated = prompt_tokenizer.prompt_ids([texts[index] for index in share])
+        sums, firsts = torch.empty(2, len(prompts), len(completions))
+        longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        was_training = model.training
+        model.eval()
+        try:
+            for start in range(0, len(longest_first), batch_size):
+                batch = longest_first[start : start + batch_size]
+                sums[batch], firsts[batch] = score(inner, [prompts[index] for index in batch], completions)
+                on_progress(len(batch))
+        finally:
+            model.train(was_training)
+    labels = choose_labels(sums, firsts, [completion[0] for completion in completions])
+    gathered = gather_object([(sums, labels, truncated)])
+    return Scores(
+        log_likelihoods=torch.cat([part for part, _, _ in gathered]),
+        labels=torch.cat([part for _, part, _ in gathered]),
+        truncated=sum(number for _, _, number in gathered),
+        seconds=time.perf_counter() - started,
+    )

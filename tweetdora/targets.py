@@ -1,0 +1,238 @@
+"""What a script is pointed at: a run folder, a published model, an adapter or any model; and how it is loaded."""
+
+import os
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tweetdora.cli import read_task
+from tweetdora.config import MAX_NEW_TOKENS, RUNS_DIR, EvaluateConfig, TaskConfig
+from tweetdora.device import Precision, can_compute, decide_precision
+from tweetdora.errors import InputError
+from tweetdora.files import file_sha256
+from tweetdora.modeling import (
+    DTYPES,
+    adapter_folder,
+    base_identity,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    merge,
+    read_adapter_config,
+    read_published_task,
+    tokenizer_folder,
+)
+from tweetdora.prompts import PromptTokenizer, read_prompt_format
+from tweetdora.records import (
+    ADAPTER_DIR,
+    ADAPTER_WEIGHTS,
+    RUN_FILE,
+    TASK_FILE,
+    BaseModelRecord,
+    PromptFormat,
+    RunRecord,
+    read_run,
+)
+
+
+@dataclass(frozen=True)
+class EvalTarget:
+    """What is measured: a base model, and an adapter on it where there is one."""
+
+    name: str
+    kind: Literal["run", "adapter", "model"]
+    base: str
+    base_revision: str | None
+    adapter_dir: str | None
+    tokenizer: str | None  # the adapter's own, which was trained with; None: the base's
+    task: TaskConfig
+    prompt_format: PromptFormat | None  # None: read it off the chat template
+    max_new_tokens: int | None  # that the target was trained for; None: not known
+    run: RunRecord | None
+    results_dir: str
+    corrections: list[str] = field(default_factory=list)  # what of the task's data is replaced
+    notes: list[str] = field(default_factory=list)  # for a person
+
+
+def find_eval_target(name: str, config: EvaluateConfig) -> EvalTarget:
+    """Tell a run folder from an adapter from a model, with the task that is measured.
+
+    Raises:
+        InputError: a recipe is given for a run, whose record already holds a task, or the run is not finished.
+    """
+    target = _find_target(name, config)
+    task, corrections = correct_task(target.task, config.corrections)
+    return replace(target, task=task, corrections=corrections)
+
+
+def correct_task(task: TaskConfig, given: dict[str, Any]) -> tuple[TaskConfig, list[str]]:
+    """The task with other data, and what is otherwise, in the form of a record's mismatches."""
+    changes = dict(given)
+    if given.get("dataset_name", task.dataset_name) != task.dataset_name:  # these belong to the data set
+        changes = {"dataset_config": None, "dataset_revision": None, **changes}
+    for split in ("validation", "test"):
+        if f"{split}_split" in given:
+            changes[f"{split}_share"] = 0.0
+    corrected = replace(task, **changes)
+    before, now = asdict(task), asdict(corrected)
+    return corrected, [f"{name}: was {before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
+
+
+def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
+    if _is_run(name):
+        run = read_run(name)
+        if config.config is not None:
+            raise InputError(f"--config {config.config}: the task of {name} stands in its {RUN_FILE}; leave it out.")
+        return EvalTarget(
+            name=name,
+            kind="run",
+            base=run.base_model.name_or_path,
+            base_revision=run.base_model.revision,
+            adapter_dir=os.path.join(name, ADAPTER_DIR),
+            tokenizer=tokenizer_folder(os.path.join(name, ADAPTER_DIR)),
+            task=run.task,
+            prompt_format=run.prompt_format,
+            max_new_tokens=run.max_new_tokens,
+            run=run,
+            results_dir=config.output_dir or os.path.join(name, "evaluation"),
+        )
+    published, notes = None, []
+    if config.config is None:
+        published = read_published_task(name)
+        if published is None:
+            default = TaskConfig()
+            notes = [
+                f"note: no {TASK_FILE} was found with {name}: it is asked the published run's question, on "
+                f"{default.dataset_name}. --config names a recipe with another task."
+            ]
+    target = EvalTarget(
+        name=name,
+        kind="model",
+        base=name,
+        base_revision=None,
+        adapter_dir=None,
+        tokenizer=None,
+        task=published.task if published else read_task(config.config),
+        prompt_format=published.prompt_format if published else None,
+        max_new_tokens=published.max_new_tokens if published else None,
+        run=None,
+        results_dir=config.output_dir or _results_dir(name),
+        notes=notes,
+    )
+    adapter = read_adapter_config(name)
+    if adapter is None:
+        return target
+    base, folder = adapter.base_model_name_or_path or "", adapter_folder(name)  # it is not empty: it was read
+    return replace(
+        target,
+        kind="adapter",
+        base=base,
+        base_revision=adapter.revision,
+        adapter_dir=folder,
+        tokenizer=tokenizer_folder(folder),
+    )
+
+
+def _is_run(name: str) -> bool:
+    if os.path.isdir(name):
+        return not any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json"))
+    return os.path.normpath(name).startswith(RUNS_DIR + os.sep)  # a run folder with a slip of the pen, no Hub id
+
+
+def _results_dir(name: str) -> str:
+    """Where the results of a model or adapter go: runs/evaluations/owner--name, so that a/x and b/x lie apart.
+
+    A folder of its own, because owner/name may also be what a run in runs/name was published as.
+    """
+    path = os.path.relpath(name)
+    if path == os.curdir or path.startswith(os.pardir):
+        path = os.path.abspath(name)
+    return os.path.join(RUNS_DIR, "evaluations", path.strip(os.sep).replace(os.sep, "--"))
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the answers of a measurement are generated, and what is to be said of it."""
+
+    precision: Precision
+    reason: str
+    max_new_tokens: int
+    notes: list[str]
+
+
+def decide_decoding(target: EvalTarget, config: EvaluateConfig, device_type: str) -> Decoding:
+    """Precision and budget: what was asked for, else what the run was trained and validated with, else the defaults.
+
+    Raises:
+        InputError: the device cannot compute in the precision that was asked for.
+    """
+    launcher, run = os.environ.get("ACCELERATE_MIXED_PRECISION"), target.run
+    notes = []
+    precision, reason = decide_precision(config.precision, set(), launcher, device_type)
+    if run is not None and precision != run.training.precision:
+        if not reason.startswith("asked for") and can_compute(run.training.precision, device_type):
+            precision, reason = run.training.precision, "as the run was trained"
+        else:
+            notes.append(f"note: answers in {precision} ({reason}); the run was trained in {run.training.precision}.")
+    elif run is not None and not reason.startswith("asked for"):
+        reason = "as the run was trained"
+    trained_with = target.max_new_tokens
+    budget = config.max_new_tokens or trained_with or MAX_NEW_TOKENS
+    if trained_with is not None and budget != trained_with:
+        notes.append(f"note: --max_new_tokens {budget}; {target.name} was trained for {trained_with}.")
+    return Decoding(precision, reason, budget, notes)
+
+
+# Loading
+
+
+def load_prompts(target: EvalTarget, revision: str | None) -> tuple[PreTrainedTokenizerBase, PromptTokenizer]:
+    """The target's tokenizer, and how it makes a prompt of a text; `revision` is the base's commit.
+
+    Raises:
+        InputError: there is no such model, or its chat template does not fit.
+        HubError: the Hub cannot be reached.
+    """
+    tokenizer = load_tokenizer(*((target.tokenizer, None) if target.tokenizer else (target.base, revision)))
+    prompt_format = target.prompt_format or read_prompt_format(tokenizer, target.task)
+    return tokenizer, PromptTokenizer(tokenizer, prompt_format, target.task.max_length)
+
+
+def load_target_base(
+    target: EvalTarget, revision: str | None, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, BaseModelRecord]:
+    """The target's base model at its commit, and what tells it from others.
+
+    Raises:
+        InputError: it is not the base that a run was trained on.
+        HubError: the Hub cannot be reached.
+    """
+    model = load_base(target.base, revision, dtype, device)
+    identity = base_identity(model, target.base, revision)
+    if target.run is not None and identity != target.run.base_model:
+        raise InputError(
+            f"{target.base} is not the base model that {target.name} was trained on: found {asdict(identity)}, the "
+            f"run's record says {asdict(target.run.base_model)}."
+        )
+    return model, identity
+
+
+def merge_adapter(model: PreTrainedModel, adapter_dir: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The base, in float32, with the adapter merged into it, cast to the number format; as it is published."""
+    return torch.nn.Module.to(merge(load_adapter(model, adapter_dir)), dtype)
+
+
+def adapter_sha256(adapter_dir: str) -> str:
+    """SHA-256 of the adapter's weights."""
+    return file_sha256(os.path.join(adapter_dir, ADAPTER_WEIGHTS))
+
+
+def load_finetuned(
+    target: EvalTarget, revision: str | None, precision: Precision, device: torch.device
+) -> tuple[PreTrainedModel, BaseModelRecord]:
+    """What the target answers with: the base with its adapter merged, or the model alone; and the base's identity."""
+    dtype = DTYPES[precision]
+    model, identity = load_target_base(target, revision, torch.float32 if target.adapter_dir else dtype, device)
+    return merge_adapter(model, target.adapter_dir, dtype) if target.adapter_dir else model, identity
