@@ -1,5 +1,6 @@
 # make demo     the main job on a real model and real tweets, offline but for the packages; ends with a table
 # make test     all tests, offline
+# make test-compat   the published folder in an older transformers as well
 # make soak     kill -9 a run at random moments, 20 runs over, and compare each with one left alone
 # make quality  formatter, linter and type checker
 # make bench    measure this project side by side with TRL and PEFT, about an hour and a half on two cores
@@ -15,7 +16,7 @@ EVALUATE_FLAGS ?=
 # For a smoke test: make bench BENCH_FLAGS=--quick
 BENCH_FLAGS ?=
 
-.PHONY: demo test soak quality bench assets
+.PHONY: demo test test-compat soak quality bench assets
 
 demo: $(VENV)/.runtime assets
 	rm -rf $(DEMO_DIR)
@@ -26,6 +27,14 @@ demo: $(VENV)/.runtime assets
 
 test: $(VENV)/.dev assets
 	$(BIN)/python -m pytest
+
+test-compat: $(VENV)/.dev assets .compat/.done
+	$(BIN)/python -m pytest tests/test_compat.py
+
+.compat/.done: requirements-compat.txt $(VENV)/.dev
+	rm -rf .compat
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .compat -r requirements-compat.txt
+	touch $@
 
 soak: $(VENV)/.dev
 	TWEETDORA_SOAK=20 $(BIN)/python -m pytest -s tests/test_survival.py -k killed

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import scipy.stats
-from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 
 from tweetdora import metrics
 from tweetdora.generation import UNPARSED, Generation
@@ -20,12 +20,13 @@ from tweetdora.metrics import (
     bootstrap_intervals,
     compute_metrics,
     confusion_matrix,
+    likelihood_metrics,
     mcnemar_p_value,
     paired_difference,
     proportion_interval,
     scores,
 )
-from tweetdora.records import Bootstrap, Intervals, McNemar, MetricDifference, Metrics, decode
+from tweetdora.records import Bootstrap, Intervals, LikelihoodMetrics, McNemar, MetricDifference, Metrics, decode
 
 WORDS = ["negative", "neutral", "positive"]
 
@@ -420,3 +421,59 @@ def test_a_class_without_rows_has_its_place_in_the_lines():
     # Always negative: 2 hits, 3 called so, 2 there.
     assert lines.majority.label == "negative"
     assert lines.majority.macro_f1 == pytest.approx(4 / 5 / 3)
+
+
+# Probabilities
+
+
+def likelihoods_of(probabilities: list[list[float]], labels: list[int], samples: int = 200) -> LikelihoodMetrics:
+    rows = np.array(probabilities)
+    return likelihood_metrics(labels, rows.argmax(-1).tolist(), rows, Bootstrap(samples, 0), seconds=2.0)
+
+
+def test_log_loss_and_calibration_error_are_those_worked_out_by_hand():
+    """Bins 0.6 to 0.7 (two rows, one right, mean 0.64) and 0.9 to 1.0 (two rows, both right, mean 0.95)."""
+    found = likelihoods_of([[0.61, 0.39], [0.33, 0.67], [0.05, 0.95], [0.95, 0.05]], [0, 0, 1, 0])
+    assert found.log_loss == pytest.approx(-(np.log(0.61) + np.log(0.33) + 2 * np.log(0.95)) / 4)
+    assert found.calibration_error == pytest.approx((2 * abs(0.64 - 0.5) + 2 * abs(0.95 - 1.0)) / 4)
+    assert (found.accuracy, found.samples_per_second) == (0.75, 2.0)
+    assert [(part.num_examples, part.accuracy) for part in found.bins] == [(2, 0.5), (2, 1.0)]
+    assert [part.confidence for part in found.bins] == pytest.approx([0.64, 0.95])
+    assert [part.probabilities for part in found.bins] == [(0.6, 0.7), (0.9, 1.0)]
+
+
+def test_the_scores_of_the_most_likely_labels_are_scikit_learns():
+    random = np.random.default_rng(0)
+    rows = random.dirichlet([1, 1, 1], 300)
+    labels = random.integers(0, 3, 300).tolist()
+    found = likelihoods_of(rows.tolist(), labels)
+    predictions = rows.argmax(-1)
+    assert found.macro_f1 == pytest.approx(f1_score(labels, predictions, average="macro"))
+    assert found.accuracy == pytest.approx(accuracy_score(labels, predictions))
+    assert found.log_loss == pytest.approx(log_loss(labels, rows))
+
+
+def test_the_intervals_are_those_of_redrawn_examples():
+    """Second way: draw rows, and compute both scores of each draw from the start."""
+    random = np.random.default_rng(1)
+    rows, labels = random.dirichlet([2, 1], 120), random.integers(0, 2, 120)
+    found = likelihoods_of(rows.tolist(), labels.tolist(), samples=3000)
+    drawn = []
+    for _ in range(3000):
+        picked = random.integers(0, 120, 120)
+        again = likelihoods_of(rows[picked].tolist(), labels[picked].tolist(), samples=1)
+        drawn.append((again.log_loss, again.calibration_error))
+    expected = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
+    assert found.log_loss_interval == pytest.approx(tuple(expected[:, 0]), abs=0.03)
+    assert found.calibration_error_interval == pytest.approx(tuple(expected[:, 1]), abs=0.02)
+
+
+def test_a_label_without_any_probability_costs_much_and_not_all():
+    found = likelihoods_of([[1.0, 0.0], [0.5, 0.5]], [1, 0])
+    assert 300 < found.log_loss < 400 and np.isfinite(found.log_loss_interval).all()
+
+
+def test_an_answer_with_a_space_behind_the_word_is_exact():
+    """Llama 2's template writes one in front of the stop token."""
+    generations = [Generation("good ", 1, True), Generation(" bad", 0, True), Generation("good\n", 1, True)]
+    assert compute_metrics([1, 0, 1], generations, ["bad", "good"]).exact_match == pytest.approx(2 / 3)

@@ -230,6 +230,22 @@ def test_the_limits_hold_what_was_noted_on_the_data_and_what_was_corrected(recor
     assert "older" not in limits
 
 
+def test_the_card_has_the_likelihoods_and_what_other_classifiers_score(records):
+    text = render(records)
+    assert "| VADER (vaderSentiment 3.3.2) | 0.444 | [0.300, 0.550] | 0.450 | | 0.460 |" in text
+    row = "| fine-tuned | 0.475 | [0.300, 0.600] | 0.600 | 0.654 | [0.500, 0.800] | 0.088 | [0.050, 0.200] |"
+    assert row in text and "(plots/reliability.png)" in text and "**Log loss** is" in text
+
+
+def test_a_card_of_older_records_does_without_both(records):
+    for name in ("base", "finetuned"):
+        records["evaluation"][name]["likelihood"] = None
+    records["evaluation"]["baselines"]["others"] = []
+    text = render(records)
+    for words in ("VADER", "ikelihood", "reliability.png", "Log loss"):
+        assert words not in text
+
+
 def test_a_model_that_is_no_better_than_guessing_says_so(records):
     words = "- The fine-tuned model's macro-F1, 0.465, is not above that of uniform guessing, 0.501."
     assert words in render(records)

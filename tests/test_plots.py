@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
+from sample_records import sample_likelihood
 
-from tweetdora.plots import plot_confusion, plot_training
+from tweetdora.plots import plot_confusion, plot_reliability, plot_training
 
 WORDS = ["negative", "neutral", "positive"]
 MATRIX = [[5, 1, 0, 0], [2, 3, 1, 1], [0, 0, 9, 0]]
@@ -137,3 +138,9 @@ def test_plots_are_closed(tmp_path):
 
 def test_pictures_need_no_screen():
     assert matplotlib.get_backend().lower() == "agg"
+
+
+def test_the_reliability_of_two_models_is_drawn(tmp_path):
+    path = tmp_path / "reliability.png"
+    plot_reliability({"base": sample_likelihood(0.3), "finetuned": sample_likelihood(0.6)}, str(path), "small, test")
+    assert path.read_bytes().startswith(b"\x89PNG")

@@ -377,3 +377,12 @@ def test_two_processes_share_the_rows_and_write_one_file(model, long_file, tmp_p
     assert [row["label"] for row in one] == [row["label"] for row in two] and len(two) == 90
     for name in ADDED[1:]:
         assert [float(row[name]) for row in one] == pytest.approx([float(row[name]) for row in two], abs=1e-4)
+
+
+def test_a_process_may_have_no_row_at_all(model, tmp_path):
+    (tmp_path / "in.csv").write_text("text\na good day\n")
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "predict.py"), model]
+    words += [str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv"), "--precision", "fp32"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(read_table(tmp_path / "out.csv")) == 1

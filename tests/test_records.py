@@ -387,3 +387,14 @@ def test_the_records_of_the_repository_are_read():
     for name in ("quickstart/run.json", "quickstart/test.json"):
         kind = RunRecord if name.endswith("run.json") else EvaluationRecord
         assert read_record(kind, str(ROOT / "results" / name)).environment.packages["torch"]
+
+
+def test_predictions_of_version_3_are_read(tmp_path):
+    lines = [plain(line) for line in sample_predictions()]
+    for line in lines:
+        for model in ("base", "finetuned"):
+            del line[model]["log_likelihoods"]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_predictions(str(tmp_path / "predictions.jsonl"))
+    assert [line.finetuned.text for line in found] == [line.finetuned.text for line in sample_predictions()]
+    assert {line.base.log_likelihoods for line in found} == {None}

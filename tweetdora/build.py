@@ -28,7 +28,8 @@ from tweetdora.modeling import (
     merge,
     save_merged,
 )
-from tweetdora.plots import confusion_title, plot_confusion, plot_training
+from tweetdora.plots import confusion_title, plot_confusion, plot_reliability, plot_training
+from tweetdora.portable import make_portable
 from tweetdora.prompts import PromptTokenizer, freeze_template, stop_token_ids
 from tweetdora.provenance import without_folders
 from tweetdora.records import (
@@ -129,6 +130,7 @@ def build_model(
         copy_adapter(adapter_dir, os.path.join(folder, ADAPTER_DIR), run.base_display_name, revision)
         stop_ids = stop_token_ids(base, tokenizer, prompt_tokenizer.stop_token_id)
         save_merged(merge(with_adapter), tokenizer, stop_ids, getattr(torch, config.dtype), folder)
+    make_portable(folder)
     del base, with_adapter
 
     saved_tokenizer, saved = load_vanilla(folder, config.adapter_only, device)
@@ -270,6 +272,8 @@ def draw_plots(folder: str, name: str, result: TrainingResult, evaluation: Evalu
         path = os.path.join(plots, f"confusion_{model}.png")
         title = confusion_title(model, metrics.macro_f1)
         plot_confusion(metrics.confusion_matrix, evaluation.label_words, path, title)
+    if evaluation.likelihoods:
+        plot_reliability(evaluation.likelihoods, os.path.join(plots, "reliability.png"), name)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from tweetdora.records import (
     Difference,
     EvaluationRecord,
     Interval,
+    LikelihoodMetrics,
     ModelMetrics,
     PredictionRecord,
     RunRecord,
@@ -218,6 +219,15 @@ def _result_facts(records: Records, words: list[str]) -> dict[str, Any]:
         "finetuned": _model_texts(records.finetuned),
         "uniform": _score_texts(evaluation.baselines.uniform),
         "majority": {**_score_texts(majority), "label": majority.label},
+        "others": [
+            {
+                **_score_texts(other),
+                "name": f"{other.name} ({other.version})",
+                "interval": _interval(other.macro_f1_interval),
+            }
+            for other in evaluation.baselines.others
+        ],
+        "likelihoods": {name: _likelihood_texts(found) for name, found in evaluation.likelihoods.items()},
         "difference": {
             "value": f"{difference.macro_f1.difference:+.3f}",
             "interval": _interval(difference.macro_f1.interval, "+.3f"),
@@ -314,7 +324,17 @@ def _data_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
     }
 
 
-def _score_texts(scores: Baseline | ModelMetrics) -> dict[str, str]:
+def _likelihood_texts(found: LikelihoodMetrics) -> dict[str, str]:
+    return _score_texts(found) | {
+        "macro_f1_interval": _interval(found.intervals.macro_f1),
+        "log_loss": f"{found.log_loss:.3f}",
+        "log_loss_interval": _interval(found.log_loss_interval),
+        "calibration_error": f"{found.calibration_error:.3f}",
+        "calibration_error_interval": _interval(found.calibration_error_interval),
+    }
+
+
+def _score_texts(scores: Baseline | ModelMetrics | LikelihoodMetrics) -> dict[str, str]:
     return {name: f"{getattr(scores, name):.3f}" for name in ("macro_f1", "macro_recall", "accuracy")}
 
 

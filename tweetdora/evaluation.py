@@ -26,7 +26,7 @@ from tweetdora.metrics import (
 )
 from tweetdora.modeling import DTYPES, check_ids_fit, load_base
 from tweetdora.other_classifiers import other_classifiers
-from tweetdora.plots import SHOWN_NAMES, confusion_title, plot_confusion
+from tweetdora.plots import SHOWN_NAMES, confusion_title, plot_confusion, plot_reliability
 from tweetdora.prompts import PromptTokenizer
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.records import (
@@ -289,6 +289,7 @@ def save_results(record: EvaluationRecord, target: EvalTarget) -> None:
         path = os.path.join(folder, f"confusion_{name}.png")
         title = confusion_title(name, metrics.macro_f1)
         plot_confusion(metrics.confusion_matrix, record.label_words, path, title)
+    plot_reliability(record.likelihoods, os.path.join(folder, "reliability.png"), f"{target.name}, {record.split}")
     write_record(os.path.join(target.results_dir, f"{record.split}.json"), record)
 
 

@@ -1,4 +1,4 @@
-"""Plots of a run: loss and validation curves, and the confusion matrices of base and fine-tuned model."""
+"""Plots of a run: curves of the training, and confusion matrices and calibration of base and fine-tuned model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,8 @@ import numpy as np
 matplotlib.use("Agg")  # files only: a training machine has no screen
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
+
+from tweetdora.records import LikelihoodMetrics
 
 _STYLE: Any = {
     "font.size": 10,
@@ -72,5 +74,29 @@ def plot_confusion(matrix: Sequence[Sequence[int]], label_words: Sequence[str], 
             text = f"{counts[row, column]:,}\n{shares[row, column]:.0%}"
             axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
         axis.spines[:].set_visible(False)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def plot_reliability(models: dict[str, LikelihoodMetrics], path: str, title: str) -> None:
+    """Accuracy over the probability of the most likely label, for each model by its name; a point for each bin.
+
+    The larger a point, the more examples it stands for.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+        axis.plot([0, 1], [0, 1], ":", color=_GREY, label="perfectly calibrated")
+        for (name, found), colour in zip(models.items(), (_GREY, _ORANGE), strict=False):
+            total = sum(part.num_examples for part in found.bins)
+            confidence, accuracy = (
+                [getattr(part, what) for part in found.bins] for what in ("confidence", "accuracy")
+            )
+            sizes = [15 + 250 * part.num_examples / total for part in found.bins]
+            label = f"{SHOWN_NAMES[name]}: calibration error {found.calibration_error:.3f}"
+            axis.plot(confidence, accuracy, "-", color=colour, linewidth=1, label=label)
+            axis.scatter(confidence, accuracy, sizes, color=colour, alpha=0.6)
+        axis.set(xlabel="probability of the most likely label", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.03))
+        axis.set_title(title)
+        axis.legend(frameon=False, loc="upper left", fontsize=9)
         figure.savefig(path)
         plt.close(figure)

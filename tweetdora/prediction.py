@@ -176,18 +176,23 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
     rest = islice(rows, done, None)
     size = config.batch_size * _CHUNK_BATCHES * state.num_processes
     bar = tqdm(total=table.num_rows, initial=done, unit="row", disable=not state.is_main_process)
-    with bar, open(part if state.is_main_process else os.devnull, "a", encoding="utf-8") as stream:
+    with bar:
         for chunk in chunks(rest, size):
             before = classifier.truncated
             predictions = classifier([text_of(row, column) for row in chunk])
             bar.update(len(chunk))
             lines = [_as_line(found, classifier.label_words) for found in predictions]
-            end = json.dumps({"rows": len(chunk), "truncated": classifier.truncated - before})
-            stream.write("\n".join([*lines, end]) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+            if state.is_main_process:
+                _append(part, [*lines, json.dumps({"rows": len(chunk), "truncated": classifier.truncated - before})])
     state.wait_for_everyone()
     return _write_output(part, table, config, classifier.label_words) if state.is_main_process else Summary()
+
+
+def _append(part: str, lines: list[str]) -> None:
+    with open(part, "a", encoding="utf-8") as stream:
+        stream.write("\n".join(lines) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _as_line(prediction: Prediction, label_words: list[str]) -> str:

@@ -449,6 +449,11 @@ class EvaluationRecord:
         """What was measured, by name: base, and finetuned where there is one."""
         return {"base": self.base} | ({"finetuned": self.finetuned} if self.finetuned else {})
 
+    @property
+    def likelihoods(self) -> dict[str, LikelihoodMetrics]:
+        """What was measured of the label words' likelihoods, by the models' names; none in older records."""
+        return {name: found.likelihood for name, found in self.models.items() if found.likelihood is not None}
+
 
 @dataclass(frozen=True)
 class GenerationRecord:

@@ -1,0 +1,110 @@
+"""What a published folder needs so that others than transformers 5 read the same model from it.
+
+transformers 5 writes the rotary embedding's settings in one mapping, rope_parameters, which version 4 does not read:
+it takes its own default for what is missing, without a word, and is then another model (SmolLM2's base of 100,000
+becomes 10,000). The fields of both versions stand side by side here. transformers.js, for its part, looks for the chat
+template in tokenizer_config.json only.
+"""
+
+import os
+from typing import Any
+
+from tweetdora.errors import VerificationError
+from tweetdora.files import read_json, write_json
+
+TRIED_VERSIONS = ("4.57.6", "5.23.0")  # `make test-compat`: the same answers
+# Model types that `make test-compat` has compared in both versions, with different bases of the rotary embedding.
+TRIED_MODEL_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite"),
+    *("gpt_neox", "stablelm", "starcoder2"),
+)
+_CONFIG, _TOKENIZER, _TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
+# What transformers 5 notes of how it was called; of no use to a reader, and unknown to others.
+_OF_THE_WRITER = ("backend", "is_local", "local_files_only")
+
+
+def make_portable(folder: str) -> None:
+    """Add what others read to the configuration and tokenizer in a folder, and let everybody read its files."""
+    for name, change in ((_CONFIG, _portable_config), (_TOKENIZER, _portable_tokenizer)):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            write_json(path, change(read_json(path), folder))
+    for place, _, files in os.walk(folder):
+        for name in files:
+            os.chmod(os.path.join(place, name), 0o644)  # safetensors writes files for their owner only
+
+
+def _portable_config(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    parts = {name: _portable_config(part, folder) for name, part in config.items() if name == "text_config"}
+    return {**config, **parts, **_version_4_rope(config)}
+
+
+def _version_4_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding's settings under the names of version 4."""
+    found = config.get("rope_parameters")
+    if not found:
+        return {}
+    by_layer = {name: part for name, part in found.items() if isinstance(part, dict)}
+    main = by_layer.get("full_attention", found) if by_layer else found
+    fields: dict[str, Any] = {"rope_theta": main["rope_theta"]}
+    if "sliding_attention" in by_layer:
+        fields["rope_local_base_freq"] = by_layer["sliding_attention"]["rope_theta"]
+    if main.get("partial_rotary_factor") is not None:
+        fields["partial_rotary_factor"] = main["partial_rotary_factor"]
+    if config.get("model_type") == "gpt_neox":
+        fields |= {"rotary_emb_base": main["rope_theta"], "rotary_pct": main.get("partial_rotary_factor", 1.0)}
+    if main.get("rope_type", "default") != "default":
+        own = ("rope_theta", "partial_rotary_factor")
+        fields["rope_scaling"] = {name: value for name, value in main.items() if name not in own}
+    return fields
+
+
+def _portable_tokenizer(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    fields = {name: value for name, value in config.items() if name not in _OF_THE_WRITER}
+    if fields.get("tokenizer_class") == "TokenizersBackend":  # the name in version 5 of what was this
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    fields.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    template = os.path.join(folder, _TEMPLATE)
+    if os.path.isfile(template):
+        with open(template, encoding="utf-8") as stream:
+            fields["chat_template"] = stream.read()
+    return fields
+
+
+def check_portable(folder: str) -> None:
+    """Look at what was written, field by field.
+
+    Raises:
+        VerificationError: names a field that others would miss, or read as another value.
+    """
+    wrong = []
+    config = read_json(os.path.join(folder, _CONFIG)) if os.path.isfile(os.path.join(folder, _CONFIG)) else {}
+    tokenizer = read_json(os.path.join(folder, _TOKENIZER))
+    for name, value in _version_4_rope(config).items():
+        if config.get(name) != value:
+            wrong.append(f"{_CONFIG} has {name} {config.get(name)!r}; expected {value!r}")
+    if tokenizer.get("tokenizer_class") in (None, "TokenizersBackend"):
+        wrong.append(f"{_TOKENIZER} has tokenizer_class {tokenizer.get('tokenizer_class')!r}, unknown to version 4")
+    for name in ("chat_template", "model_input_names"):
+        if not tokenizer.get(name):
+            wrong.append(f"{_TOKENIZER} has no {name}")
+    for place, _, files in os.walk(folder):
+        for name in files:
+            if os.stat(os.path.join(place, name)).st_mode & 0o777 != 0o644:
+                wrong.append(f"{name} cannot be read by everybody")
+    if wrong:
+        raise VerificationError(
+            f"the folder is not one that others can use: {'; '.join(wrong)}. Nothing was published."
+        )
+
+
+def supported_versions(model_type: str | None) -> str:
+    """What the card says of the versions of transformers that read the model.
+
+    >>> supported_versions("llama")
+    'transformers 4.57.6 and 5.23.0 (tried)'
+    """
+    old, new = TRIED_VERSIONS
+    if model_type in TRIED_MODEL_TYPES:
+        return f"transformers {old} and {new} (tried)"
+    return f"transformers>=5 ({new} was tried; models of this kind were not tried with 4)"
