@@ -27,7 +27,7 @@ from tweetdora.evaluation import format_results
 from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.leaks import check_contents
 from tweetdora.model_card import check_records, check_skill, front_matter, plan_publication, render_card
-from tweetdora.portable import check_portable, make_portable
+from tweetdora.portable import check_portable, make_portable, model_type
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.publish import (
     add_tag,
@@ -101,7 +101,8 @@ def build(
     check, reference = build_model(run_dir, records.run, examples, config, device, folder)
     draw_plots(folder, records.run.name, records.result, records.evaluation)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as stream:
-        stream.write(render_card(records, publication, config.dtype, check, reference.outputs.generations))
+        answers = reference.outputs.generations
+        stream.write(render_card(records, publication, config.dtype, check, answers, model_type(folder)))
     make_portable(folder)  # the card and the plots too
     check_portable(folder)
     check_contents(folder, publication.hub_model_id)

@@ -89,6 +89,10 @@ class Desk:
         quiet = "import os\nos.dup2(os.open(os.devnull, os.O_WRONLY), 2)\n"  # transformers' progress bars
         answer = self.run("-c", quiet + code, home="empty").removesuffix("\n")
         assert f"\nIt prints {inline_code(answer)}. Generation is greedy" in card
+        if "### Run it" in card:
+            more = re.search(r"### Run it.*?```python\n(.*?)```", card, re.DOTALL)[1]
+            printed = self.run("-c", quiet + code + more, home="empty").removesuffix("\n").splitlines()
+            assert printed[-2:] == [repr([answer, answer])] * 2, "batched, and by the pipeline"
 
     def read(self, repo_id: str, path: str) -> str:
         """A file as the Hub holds it on main."""

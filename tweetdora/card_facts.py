@@ -120,12 +120,17 @@ class Publication:
 
 
 def card_facts(
-    records: Records, publication: Publication, dtype: str, check: Comparison, generations: Sequence[str]
+    records: Records,
+    publication: Publication,
+    dtype: str,
+    check: Comparison,
+    generations: Sequence[str],
+    read_by: str,
 ) -> dict[str, Any]:
     """Every value that the template shows, formatted.
 
-    `check` is what comparing the saved model, of number format `dtype`, showed; `generations` what it wrote for the
-    first examples.
+    `read_by` is portable.supported_versions'; `check` is what comparing the saved model,
+    of number format `dtype`, showed; `generations` what it wrote for the first examples.
     """
     run, evaluation = records.run, records.evaluation
     git, words = run.environment.git, run.task.label_words
@@ -142,6 +147,7 @@ def card_facts(
         "samples_rule": _SAMPLES_RULE,
         "samples": choose_samples(records.predictions, words),
         "dtype": dtype,
+        "read_by": read_by,
         "check": {**vars(check), "max_logit_difference": f"{check.max_logit_difference:.1e}"},
         "commands": publication.commands,
         "mismatches": run.mismatches,

@@ -16,6 +16,7 @@ from tweetdora.card_facts import Publication, Records, card_facts, title, widget
 from tweetdora.config import PushConfig
 from tweetdora.errors import InputError
 from tweetdora.evaluation import no_better_than_guessing
+from tweetdora.portable import supported_versions
 from tweetdora.provenance import command_line
 from tweetdora.records import BaseModelCard, Comparison, folder_name
 
@@ -35,12 +36,17 @@ LICENSES = """
 
 
 def render_card(
-    records: Records, publication: Publication, dtype: str, check: Comparison, generations: Sequence[str]
+    records: Records,
+    publication: Publication,
+    dtype: str,
+    check: Comparison,
+    generations: Sequence[str],
+    model_type: str | None = None,
 ) -> str:
     """The whole card as text, metadata in front; its code loads the Hub's model, or the folder where there is none.
 
-    `check` is what comparing the saved model, of number format `dtype`, showed; `generations` what it wrote for the
-    first examples.
+    `model_type` is that of the saved configuration; `check` is what comparing the saved model,
+    of number format `dtype`, showed; `generations` what it wrote for the first examples.
     """
     # StrictUndefined: a name that the template has and card_facts has not is an error, not a gap in a sentence. No
     # escaping for HTML: each filter below escapes for the place in Markdown where it is used.
@@ -50,7 +56,7 @@ def render_card(
     )
     with open(TEMPLATE, encoding="utf-8") as stream:
         template = environment.from_string(stream.read())
-    facts = card_facts(records, publication, dtype, check, generations)
+    facts = card_facts(records, publication, dtype, check, generations, supported_versions(model_type))
     text = template.render(**facts, metadata=front_matter(records, publication))
     ModelCard(text)  # parses its own metadata back, or raises
     return text

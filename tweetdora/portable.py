@@ -64,6 +64,7 @@ def _portable_tokenizer(config: dict[str, Any], folder: str) -> dict[str, Any]:
     if fields.get("tokenizer_class") == "TokenizersBackend":  # the name in version 5 of what was this
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     fields.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    fields["padding_side"] = "left"  # answers are generated behind the prompts, also of a batch
     template = os.path.join(folder, _TEMPLATE)
     if os.path.isfile(template):
         with open(template, encoding="utf-8") as stream:
@@ -85,7 +86,7 @@ def check_portable(folder: str) -> None:
             wrong.append(f"{_CONFIG} has {name} {config.get(name)!r}; expected {value!r}")
     if tokenizer.get("tokenizer_class") in (None, "TokenizersBackend"):
         wrong.append(f"{_TOKENIZER} has tokenizer_class {tokenizer.get('tokenizer_class')!r}, unknown to version 4")
-    for name in ("chat_template", "model_input_names"):
+    for name in ("chat_template", "model_input_names", "padding_side"):
         if not tokenizer.get(name):
             wrong.append(f"{_TOKENIZER} has no {name}")
     for place, _, files in os.walk(folder):
@@ -96,6 +97,12 @@ def check_portable(folder: str) -> None:
         raise VerificationError(
             f"the folder is not one that others can use: {'; '.join(wrong)}. Nothing was published."
         )
+
+
+def model_type(folder: str) -> str | None:
+    """The kind of the model in a folder; None of an adapter alone."""
+    path = os.path.join(folder, _CONFIG)
+    return read_json(path).get("model_type") if os.path.isfile(path) else None
 
 
 def supported_versions(model_type: str | None) -> str:
