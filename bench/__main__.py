@@ -5,8 +5,8 @@
     python -m bench --quick                  # a smoke test: 2 steps of 8 examples, into runs/bench/quick.json
 
 The parts: training (steps, losses, share of the GEMM rate, projection), memory, methods (DoRA against LoRA), prompts
-(longer ones), generation, launch, and full (the published recipe, with --full or --only full). Each runs in processes
-of its own, so that no part inherits another's memory; sides that are compared run in one process, in turn.
+(longer ones), generation, prediction, launch, and full (the published recipe, with --full or --only full). Each runs
+in processes of its own, so that no part inherits another's memory; sides that are compared run in one, in turn.
 
 Leaves every raw sample, with machine, versions and commit, in results/bench/cpu.json.
 """
@@ -46,6 +46,7 @@ PARTS = {
     ),
     "prompts": ("bench.variants.measure_prompts", ["bf16"]),
     "generation": ("bench.generation.measure_generation", ["all"]),
+    "prediction": ("bench.prediction.measure_prediction", ["fp32", "bf16"]),
     "saving": ("bench.saving.measure_saving", ["all"]),
     "launch": ("bench.launch.measure_launch", ["all"]),
     "full": ("bench.launch.measure_full", ["all"]),

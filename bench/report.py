@@ -111,6 +111,24 @@ def _generation(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     return rows
 
 
+def _prediction(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
+    rows = []
+    for precision, sample in samples.items():
+        count = sample["num_examples"]
+        speeds = {
+            name: format_spread(spread([count / seconds for seconds in sample[f"{name}_seconds"]]), "samples/s")
+            for name in ("scores", "generation", "pipeline")
+        }
+        size = sample["pipeline_batch"]
+        for other, what in (("generation", "generated"), ("pipeline", f"pipeline, batches of {size}")):
+            ratio = format_spread(ratios(sample[f"{other}_seconds"], sample["scores_seconds"]))
+            name = f"classified by likelihood, tuned, {precision}; {what}"
+            rows.append([name, speeds["scores"], speeds[other], ratio])
+        equal = f"{sample['equal_to_generation']} of {sample['exact']}"
+        rows.append([f"labels equal to exact generations, tuned, {precision}", equal, "", ""])
+    return rows
+
+
 def _launch(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     sample, what = samples["all"], f"accelerate launch to the first step, {settings.train_examples:,} examples"
     rows = [[what, f"{sample['runs'][-1]['to_first_step']:.1f} s", "", ""]]
@@ -139,6 +157,7 @@ _LINES = {
     "methods": _methods,
     "prompts": _prompts,
     "generation": _generation,
+    "prediction": _prediction,
     "saving": _saving,
     "launch": _launch,
     "full": _full,

@@ -405,6 +405,22 @@ def test_a_header_of_quoted_names_between_other_delimiters_is_refused_with_the_f
     assert load_examples(make_task("rows.csv", content, csv_delimiter=";"), "train", None).texts == ["a"]
 
 
+def test_files_in_a_folder_that_are_not_what_they_should_be_are_refused_too(tmp_path):
+    """datasets reads them; pandas makes an index of fields that are too many, and another text of the rest."""
+    (tmp_path / "semicolons").mkdir()
+    (tmp_path / "semicolons" / "train.csv").write_text("text;label\na;0\nb;1\n")
+    with pytest.raises(
+        InputError, match='give --csv_delimiter ";". --dataset_name is then to be one file, not the fol'
+    ):
+        load_examples(TaskConfig(dataset_name=str(tmp_path / "semicolons")), "train", None)
+    (tmp_path / "ragged").mkdir()
+    (tmp_path / "ragged" / "train.csv").write_text("text,label\nwell, well,0\nfine, thanks,1\n")
+    with pytest.raises(
+        InputError, match="ragged: the rows of its .csv files have more fields than their headers; a te"
+    ):
+        load_examples(TaskConfig(dataset_name=str(tmp_path / "ragged")), "train", None)
+
+
 def test_a_header_that_names_a_column_twice_is_refused(make_task):
     with pytest.raises(InputError, match="rows.csv: its header names 'text' more than once."):
         load_examples(make_task("rows.csv", "text,text,label\na,b,0\n"), "train", None)

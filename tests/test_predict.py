@@ -21,6 +21,7 @@ import tweetdora
 from tweetdora import Classifier, prediction
 from tweetdora.build import write_task
 from tweetdora.classifier import Prediction
+from tweetdora.cli import show_log
 from tweetdora.errors import InputError
 from tweetdora.modeling import load_base, load_tokenizer
 from tweetdora.prompts import PromptTokenizer, read_prompt_format
@@ -30,6 +31,13 @@ from tweetdora.tables import read_any_rows
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["negative", "neutral", "positive"]
 ADDED = ["label", "probability_negative", "probability_neutral", "probability_positive", "margin"]
+
+
+@pytest.fixture(autouse=True)
+def log_where_it_was():
+    """predict.py logs to standard error, and this process goes on behind it."""
+    yield
+    show_log()
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +332,7 @@ def test_memory_does_not_grow_with_the_file(model, tmp_path, monkeypatch):
         ("in.csv", "text,b\n1\n2,3\n", [], "1 rows cannot be read: line 2: has 1 fields, the header 2"),
         ("in.jsonl", '{"text": "a"}\n{', [], "1 rows cannot be read: line 2: is no JSON"),
         ("in.csv", "", [], "is empty; expected a header line"),
+        ("in.csv", "text\n", [], "in.csv has no rows; the first line of a .csv names the columns."),
         ("in.parquet", "PAR", [], "in.parquet is not readable Parquet"),
         ("in.xlsx", "x", [], "expected a file whose name ends in .csv, .tsv, .jsonl, .parquet or .txt"),
         ("in.csv", "text\na\n", ["--output", "out.xlsx"], "--output is out.xlsx; expected a name that ends in .csv"),

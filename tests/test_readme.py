@@ -10,14 +10,14 @@ import pytest
 
 from bench.record import read_bench
 from bench.stats import format_spread, ratios, spread
-from tweetdora.cli import parse_train, parse_with_target, read_task
+from tweetdora.cli import parse_predict, parse_train, parse_with_target, read_task
 from tweetdora.config import EvaluateConfig, PushConfig
 from tweetdora.errors import InputError
 from tweetdora.records import EvaluationRecord, RunRecord, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPT = re.compile(r"(?:accelerate launch|python) [^`\n#|]*?(?:train|evaluate|push_to_hub)\.py[^`\n#|]*")
+SCRIPT = re.compile(r"(?:accelerate launch|python) [^`\n#|]*?(?:train|evaluate|predict|push_to_hub)\.py[^`\n#|]*")
 COMMANDS = sorted({found.strip() for found in SCRIPT.findall(README) if "--help" not in found})
 
 
@@ -36,6 +36,8 @@ def parse(command):
     script, flags = words[place], words[place + 1 :]
     if script == "train.py":
         return parse_train(flags, "")
+    if script == "predict.py":
+        return parse_predict(flags, "")
     return parse_with_target(flags, EvaluateConfig if script == "evaluate.py" else PushConfig, "", "")
 
 
@@ -135,10 +137,27 @@ def test_the_table_of_results_is_the_records():
         measured("**fine-tuned: DoRA on k and v, r 8**", "**", record.finetuned),
         row("uniform guessing", record.baselines.uniform),
         row(f'always "{record.baselines.majority.label}"', record.baselines.majority),
+        *(other_row(other) for other in record.baselines.others),
+        *(likelihood_line(name, found) for name, found in record.likelihoods.items()),
         f"The difference is {difference.macro_f1.difference:+.3f} [{low:+.3f}, {high:+.3f}], paired; "
         f"{difference.mcnemar.fixed} examples became right and {difference.mcnemar.broken} wrong.",
     ):
         assert line in README.replace("\n", " ").replace("  ", " ") or line in README, line
+
+
+def other_row(other: Any) -> str:
+    """A line of the table, of a classifier of another kind."""
+    low, high = other.macro_f1_interval
+    scores = f"{other.macro_f1:.3f} | [{low:.3f}, {high:.3f}] | {other.macro_recall:.3f} | {other.accuracy:.3f}"
+    return f"| {other.name} | {scores} | | |"
+
+
+def likelihood_line(name: str, found: Any) -> str:
+    """What is said of the likeliest label words of a model."""
+    low, high = found.intervals.macro_f1
+    shown = {"base": "base", "finetuned": "fine-tuned"}[name]
+    scores = f"{found.macro_f1:.3f} | [{low:.3f}, {high:.3f}] | {found.macro_recall:.3f} | {found.accuracy:.3f}"
+    return f"| {shown}, the likeliest label word | {scores} | | |"
 
 
 def cells_of(what: str) -> list[str]:

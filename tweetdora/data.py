@@ -179,9 +179,16 @@ def _split_of_file(task: TaskConfig, split_name: str) -> _Split:
 
 
 def _check_columns(task: TaskConfig, columns: list[str]) -> None:
+    if any(name.startswith("__index_level_") for name in columns):  # pandas makes an index of what is too much
+        raise InputError(
+            f"{task.dataset_name}: the rows of its .csv files have more fields than their headers; a text that holds "
+            "the delimiter needs quotes."
+        )
     for flag, column in (("--text_column", task.text_column), ("--label_column", task.label_column)):
         if column not in columns:
-            hint = hint_for_columns(task.dataset_name, columns) if is_table(task.dataset_name) else ""
+            hint = hint_for_columns(task.dataset_name, columns)
+            if hint and not is_table(task.dataset_name):
+                hint += " --dataset_name is then to be one file, not the folder."
             raise InputError(
                 f"{task.dataset_name} has no column {column!r}; its columns are {', '.join(columns)}. "
                 + (hint or f"Name one with {flag}.")

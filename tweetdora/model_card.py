@@ -20,7 +20,12 @@ from tweetdora.portable import supported_versions
 from tweetdora.provenance import command_line
 from tweetdora.records import BaseModelCard, Comparison, folder_name
 
-TEMPLATE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "model_card_template.md")
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+# At the top of the repository; of an installed package beside the scripts (pyproject.toml).
+_PLACES = [
+    os.path.join(folder, "model_card_template.md") for folder in (os.path.dirname(_PACKAGE), f"{_PACKAGE}/scripts")
+]
+TEMPLATE = next(filter(os.path.isfile, _PLACES), _PLACES[0])
 # What the Hub knows (huggingface.co/docs/hub/repositories-licenses); its validator refuses any other.
 LICENSES = """
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m

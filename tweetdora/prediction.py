@@ -90,6 +90,8 @@ def scan(path: str, config: PredictConfig) -> Table:
             count += 1
         else:
             bad[row.line] = row.problem
+    if not columns and not bad:
+        raise InputError(f"{path} has no rows; the first line of a .csv names the columns.")
     if bad and not config.skip_bad_rows:
         shown = "; ".join(f"line {line}: {problem}" for line, problem in list(bad.items())[:_SHOWN_BAD_ROWS])
         more = f"; and {len(bad) - _SHOWN_BAD_ROWS:,} more" if len(bad) > _SHOWN_BAD_ROWS else ""

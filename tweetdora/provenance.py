@@ -31,6 +31,8 @@ def git_state() -> GitState | None:
     """The state of the checkout that this code runs from; None outside of one."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
+        if os.path.realpath(_git(here, "rev-parse", "--show-toplevel")) != os.path.realpath(here):
+            return None  # installed, in an environment that lies in somebody's checkout
         commit = _git(here, "rev-parse", "HEAD")
         dirty = bool(_git(here, "status", "--porcelain", "--untracked-files=no"))
         changes = _git(here, "diff", "HEAD", "--", "*.py")

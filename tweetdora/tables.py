@@ -199,6 +199,8 @@ def hint_for_columns(path: str, columns: list[str]) -> str:
 
 def _guess_encoding(path: str) -> str:
     """The end of a sentence that says which encoding to name."""
+    if not os.path.isfile(path):  # a folder's files, or standard input
+        return ""
     with open(path, "rb") as stream:
         start = stream.read(4096)
     for mark, name in _BYTE_ORDER_MARKS.items():
