@@ -21,7 +21,7 @@ from tweetdora.classifier import Classifier
 from tweetdora.cli import parse_predict, run_script, show_log
 from tweetdora.config import PredictConfig
 from tweetdora.errors import InputError
-from tweetdora.prediction import Summary, find_text_column, predict_file, predict_stream, read_input, scan
+from tweetdora.prediction import Summary, Table, find_text_column, predict_file, predict_stream, read_input, scan
 from tweetdora.tables import read_any_rows
 
 log = logging.getLogger("tweetdora.predict")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         column = find_text_column(table.columns, config, of_the_model, table.path)
         summary = predict_file(classifier, table, config, column)
     else:
-        summary = _to_standard_output(classifier, path, config, of_the_model)
+        summary = _to_standard_output(classifier, table, config, of_the_model)
     for line in summary.lines(classifier.target.task.max_length):
         say("%s", line)
     if config.output is not None:
@@ -56,16 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _to_standard_output(classifier: Classifier, path: str | None, config: PredictConfig, of_the_model: str) -> Summary:
+def _to_standard_output(
+    classifier: Classifier, table: Table | None, config: PredictConfig, of_the_model: str
+) -> Summary:
     """Classify a file, or standard input, to standard output, in the form of the input; of plain text to CSV."""
-    if path is None:
+    if table is None:
         rows, columns = read_input(config)
-        form = config.input_format
+        form = str(config.input_format)
     else:
-        rows = read_any_rows(path, config.csv_delimiter, config.encoding)
-        columns = scan(path, config).columns
-        form = os.path.splitext(path)[1].lower()[1:]
-    column = find_text_column(columns, config, of_the_model, path or "standard input")
+        rows, columns = read_any_rows(table.path, config.csv_delimiter, config.encoding), table.columns
+        form = os.path.splitext(table.path)[1].lower()[1:]
+    column = find_text_column(columns, config, of_the_model, table.path if table else "standard input")
     form = form if form in ("tsv", "jsonl") else "csv"
     return predict_stream(classifier, rows, form, config, columns, column)
 
