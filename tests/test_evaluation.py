@@ -260,6 +260,16 @@ def test_another_data_set_has_its_own_configuration_and_revision():
     assert correct_task(task, given)[0].dataset_config == "x"
 
 
+def test_a_correction_tells_no_folder_of_this_machine(tmp_path):
+    """It stands on the card; so does the note on training examples that are gone."""
+    _, said = correct_task(TaskConfig(), {"dataset_name": str(tmp_path / "secret" / "rows.csv")})
+    assert said[0] == "dataset_name: was 'cardiffnlp/tweet_eval', now 'rows.csv'"
+    run = sample_run(task=TaskConfig(dataset_name=str(tmp_path / "gone.csv")))
+    (tmp_path / "here.csv").write_text("text,label\na,0\n")
+    here = TaskConfig(dataset_name=str(tmp_path / "here.csv"), test_split="train")
+    assert str(tmp_path) not in " ".join(notes_of(run, here))
+
+
 def test_a_named_split_takes_the_place_of_a_share():
     corrected, said = correct_task(TaskConfig(test_share=0.1), {"test_split": "train[:5]"})
     assert (corrected.test_split, corrected.test_share) == ("train[:5]", 0.0)

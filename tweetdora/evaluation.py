@@ -100,8 +100,8 @@ def load_eval_data(
         return EvalData(examples, notes_on_splits(splits, target.task.label_words))
     try:
         train = load_examples(target.run.task, "train", trained_on)
-    except UserError as error:
-        train, why = None, f"cannot be read any more ({error})"
+    except UserError:  # its words name folders of this machine, and notes stand on the card
+        train, why = None, "cannot be read any more"
     if train is not None and train.sha256 != target.run.train_data.sha256:
         train, why = None, "are others now than those that were trained on"
     if train is None:

@@ -25,6 +25,7 @@ from tweetdora.modeling import (
     tokenizer_folder,
 )
 from tweetdora.prompts import PromptTokenizer, read_prompt_format
+from tweetdora.provenance import without_folders
 from tweetdora.records import (
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,
@@ -76,7 +77,11 @@ def correct_task(task: TaskConfig, given: dict[str, Any]) -> tuple[TaskConfig, l
         if f"{split}_split" in given:
             changes[f"{split}_share"] = 0.0
     corrected = replace(task, **changes)
-    before, now = asdict(task), asdict(corrected)
+    # These stand on the card, where a folder of this machine has no place.
+    before, now = (
+        {name: without_folders(value) if isinstance(value, str) else value for name, value in asdict(found).items()}
+        for found in (task, corrected)
+    )
     return corrected, [f"{name}: was {before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
 
 
