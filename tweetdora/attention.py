@@ -70,13 +70,16 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention output (B, T, H, D) for query (B, H, T, D), key and value (B, G, S, D); H heads share G of keys.
 
-    With `packing` (see PackedCollator) B is 1 and S is T.
+    With `packing` (see PackedCollator) B is 1 and S is T. With packing["tree"] too, the K tokens of a tree behind each
+    of the N rows follow all the rows (see scoring.CompletionTree).
     """
     if packing is not None:
         _refuse_other_masks(module, attention_mask, kwargs)
         layer: Any = module.layer_idx
         if packing.get("decoding"):
             return _decode_attention(query, key, value, packing, layer, **kwargs), None
+        if "tree" in packing:
+            return _attention_with_tree(query, key, value, packing, **kwargs), None
         output, keys, values = _packed_attention(query, key, value, packing, **kwargs)
         if "cache" in packing:
             packing["cache"].prompts[layer] = keys, values
@@ -174,13 +177,8 @@ def _decode_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention output (1, N, H, D) of one new token a row, query (1, H, N, D), key and value (1, G, N, D).
-
-    With packing["tree"], see scoring.CompletionTree, there are K new tokens a row instead of one.
-    """
+    """Attention output (1, N, H, D) of one new token a row, query (1, H, N, D), key and value (1, G, N, D)."""
     cache: PackedKVCache = packing["cache"]
-    if "tree" in packing:
-        return _tree_attention(query, key, value, cache, packing["tree"], layer, scaling, sliding_window)
     new = [states[0].transpose(0, 1)[:, :, None] for states in (key, value)]  # (N, G, 1, D)
     if layer in cache.generated:
         new = [torch.cat([old, states], dim=2) for old, states in zip(cache.generated[layer], new, strict=True)]
@@ -204,22 +202,35 @@ def _decode_attention(
     return output.reshape(1, count, -1, width)
 
 
+def _attention_with_tree(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: dict[str, Any], **kwargs: Any
+) -> torch.Tensor:
+    """Attention output (1, T, H, D) of a packed batch whose last N * K tokens are trees, K tokens behind each row."""
+    end = query.shape[2] - packing["row_count"] * len(packing["tree"])  # of the rows
+    output, keys, values = _packed_attention(query[:, :, :end], key[:, :, :end], value[:, :, :end], packing, **kwargs)
+    tree = _tree_attention(query[:, :, end:], key[:, :, end:], value[:, :, end:], keys, values, packing, **kwargs)
+    return torch.cat([output, tree], dim=1)
+
+
 def _tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cache: PackedKVCache,
-    tree: torch.Tensor,
-    layer: int,
-    scaling: float | None,
-    sliding_window: int | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    packing: dict[str, Any],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Attention output (1, N * K, H, D) of K tokens of a tree behind each of N rows.
 
-    `tree` (K, K) says which tokens (columns) each of them (rows) has on its way from the root, itself included: it
-    sees these and the row's prompt. Query (1, H, N * K, D), key and value (1, G, N * K, D).
+    packing["tree"] (K, K) says which tokens (columns) each of them (rows) has on its way from the root, itself
+    included: it sees these and the row's prompt, whose `keys` and `values` are of (N, G, P + L, D), padded on the
+    right, and packing["seen"] (N, P + L) says which of them are tokens. Query (1, H, N * K, D), key and value
+    (1, G, N * K, D).
     """
-    keys, values = cache.prompts[layer]  # (N, G, P + L, D)
+    tree, prompt_seen = packing["tree"], packing["seen"]
     count, groups, prompt_length, width = keys.shape
     number = len(tree)
     heads = query.shape[1] // groups
@@ -229,11 +240,11 @@ def _tree_attention(
     query = query[0].unflatten(1, (count, number)).transpose(0, 1).unflatten(1, (groups, heads))  # (N, G, h, K, D)
     query = query.flatten(2, 3) * (scaling if scaling is not None else width**-0.5)  # (N, G, h * K, D)
     scores = torch.cat([query @ keys.transpose(2, 3), query @ new_keys.transpose(2, 3)], dim=-1)
-    seen_prompt = cache.seen[:, None].expand(-1, number, -1)  # (N, K, P + L)
+    seen_prompt = prompt_seen[:, None].expand(-1, number, -1)  # (N, K, P + L)
     seen_new = tree.expand(count, -1, -1)
     if sliding_window is not None:
         depth = tree.sum(1)  # 1 for a token right behind the prompt
-        place = cache.seen.sum(1, keepdim=True) + depth - 1  # (N, K)
+        place = prompt_seen.sum(1, keepdim=True) + depth - 1  # (N, K)
         distance = place[:, :, None] - torch.arange(prompt_length, device=keys.device)
         seen_prompt = seen_prompt & (distance < sliding_window)
         seen_new = seen_new & (depth[:, None] - depth < sliding_window)

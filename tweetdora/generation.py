@@ -21,7 +21,7 @@ from transformers import (
 from tweetdora.attention import ATTENTION, PackedKVCache
 from tweetdora.config import normalize_label
 from tweetdora.data import Examples
-from tweetdora.packing import pack
+from tweetdora.packing import pack, prefix_length
 from tweetdora.prompts import PromptTokenizer, stop_token_ids
 
 _LEAVE = 0.75  # the share of a batch that goes on, at most, for the rest to leave it
@@ -190,7 +190,7 @@ def generate_packed(
 
 def prefill(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[torch.Tensor, PackedKVCache, torch.Tensor]:
     """Logits (N, V) of each prompt's first new token, the prompts' keys and values, and its position (1, N)."""
-    prefix = _prefix_length(prompts)
+    prefix = prefix_length(prompts)
     own = [prompt[prefix:] for prompt in prompts]
     cache = PackedKVCache()
     batch, starts = pack(prompts, prefix)
@@ -237,14 +237,6 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
     if logits.device.type != "cpu":
         return logits.argmax(-1)
     return torch.from_numpy(logits.float().numpy().argmax(-1))
-
-
-def _prefix_length(prompts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with, one token at least left to each."""
-    limit = min(map(len, prompts)) - 1
-    return next(
-        (place for place in range(limit) if any(prompt[place] != prompts[0][place] for prompt in prompts)), limit
-    )
 
 
 @torch.no_grad()

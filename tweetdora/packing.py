@@ -99,6 +99,14 @@ def pack(rows: Sequence[list[int]], prefix: int) -> tuple[dict[str, Any], list[i
     return batch, starts
 
 
+def prefix_length(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with, one token at least left to each."""
+    limit = min(map(len, prompts)) - 1
+    return next(
+        (place for place in range(limit) if any(prompt[place] != prompts[0][place] for prompt in prompts)), limit
+    )
+
+
 def shared_prefix_length(examples: Sequence[dict[str, Any]]) -> int:
     """How many tokens all rows begin with.
 

@@ -3,7 +3,7 @@
 Generation asks for one answer, and an untuned model often names no label word at all. The likelihood of every label
 word can be asked of any model: the label is the most likely one, and the likelihoods, made to add up to 1, are its
 probabilities. The system prompt is computed once for a batch, as in training and generation; the tokens of all label
-words stand as one tree behind each prompt, and are computed in one pass:
+words stand as one tree behind each prompt, and prompts and trees are computed in one pass:
 
     prompt ─┬─ not ── good ── <stop>
             └─ good ── <stop>
@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tweetdora.attention import ATTENTION
-from tweetdora.generation import prefill
+from tweetdora.packing import pack, prefix_length
 from tweetdora.prompts import PromptTokenizer
 
 _ROUNDING = 0.1  # of a log-likelihood: what follows an equally likely first token may differ by so much
@@ -87,35 +87,47 @@ def score_packed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-likelihood (N, C) of each completion behind each prompt, and of its first token alone.
 
-    Both in float32 on the CPU; two passes of the model.
+    Both in float32 on the CPU; one pass of the model.
     """
     tree = make_tree(completions)
-    logits, cache, positions = prefill(model, prompts)
-    first_tokens = [token for _, token in _steps(tree, at_root=True)]
-    at_root = _log_probabilities(logits, first_tokens)
-    columns = {(-1, token): at_root[:, number] for number, token in enumerate(first_tokens)}
-    if tree.tokens:
-        count, number = len(prompts), len(tree.tokens)
-        depths = torch.tensor(tree.depths, device=model.device)
-        behind = model(
-            input_ids=torch.tensor([tree.tokens * count], device=model.device),
-            position_ids=(positions.T + depths - 1).reshape(1, -1),
-            attention_mask=torch.ones(1, 1, 1, 1, device=model.device),  # a place-holder, as in packing.pack
-            packing={"cache": cache, "decoding": True, "tree": tree.ancestors().to(model.device)},
-            use_cache=False,
-        ).logits[0]
-        behind = behind.view(count, number, -1)
-        for place, token in _steps(tree, at_root=False):
-            columns[place, token] = _log_probabilities(behind[:, place], [token])[:, 0]
+    logits = model(**send_to_device(pack_with_trees(prompts, tree), model.device), use_cache=False).logits[0]
+    logits = logits.view(1 + len(tree.tokens), len(prompts), -1)  # behind the prompt, then behind each token
+    columns: dict[tuple[int, int], torch.Tensor] = {}
+    for place in range(-1, len(tree.tokens)):
+        tokens = [token for behind, token in _steps(tree) if behind == place]
+        found = _log_probabilities(logits[place + 1], tokens)
+        columns |= {(place, token): found[:, number] for number, token in enumerate(tokens)}
     sums = [torch.stack([columns[step] for step in path]).sum(0) for path in tree.paths]
     firsts = [columns[path[0]] for path in tree.paths]
     return torch.stack(sums, dim=1).cpu(), torch.stack(firsts, dim=1).cpu()
 
 
-def _steps(tree: CompletionTree, at_root: bool) -> list[tuple[int, int]]:
-    """What is predicted, and behind which place: behind the prompt, or behind a token of the tree; each once."""
-    steps = dict.fromkeys(step for path in tree.paths for step in path)
-    return [step for step in steps if (step[0] < 0) == at_root]
+def pack_with_trees(prompts: list[list[int]], tree: CompletionTree) -> dict[str, Any]:
+    """A packed batch of N prompts, and behind them the K tokens of a tree for each.
+
+    `packing` has besides what pack() puts there: tree (K, K), see CompletionTree.ancestors; and seen (N, P + L), which
+    of a row's padded places are tokens. logits_to_keep names each prompt's last token, then the trees' tokens, all
+    rows' first ones before the second ones.
+    """
+    prefix = prefix_length(prompts)
+    batch, starts = pack(prompts, prefix)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    last = torch.tensor(starts) + lengths - prefix - 1
+    total, count, number = batch["input_ids"].shape[1], len(prompts), len(tree.tokens)
+    keep = [last, (total + torch.arange(count * number)).view(count, number).T.reshape(-1)]
+    batch["logits_to_keep"] = torch.cat(keep)
+    if tree.tokens:
+        positions = lengths[:, None] + torch.tensor(tree.depths) - 1  # (N, K)
+        batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([tree.tokens * count])], dim=1)
+        batch["position_ids"] = torch.cat([batch["position_ids"], positions.view(1, -1)], dim=1)
+        batch["packing"]["tree"] = tree.ancestors()
+        batch["packing"]["seen"] = torch.arange(int(lengths.max())) < lengths[:, None]
+    return batch
+
+
+def _steps(tree: CompletionTree) -> list[tuple[int, int]]:
+    """What is predicted, and behind which place; each once."""
+    return list(dict.fromkeys(step for path in tree.paths for step in path))
 
 
 def _log_probabilities(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
