@@ -1,4 +1,4 @@
-"""Tiny things that the tests share, all made here: nothing is fetched, and no real model is loaded.
+"""What the tests share: tiny things made here, and one run of the real small model. Nothing is fetched.
 
 The environment stands at the top because huggingface_hub, datasets and transformers read it when they are imported.
 """
@@ -6,6 +6,7 @@ The environment stands at the top because huggingface_hub, datasets and transfor
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -253,6 +254,32 @@ def prompt_tokenizer(tokenizer: Any, task: Any) -> Any:
     from tweetdora.prompts import PromptTokenizer, read_prompt_format
 
     return PromptTokenizer(tokenizer, read_prompt_format(tokenizer, task), task.max_length)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of the real small model on real tweets, 30 steps, and what push_to_hub.py said: it wrote all formats."""
+    run = tmp_path_factory.mktemp("small") / "small"
+    short = "--max_steps 30 --eval_steps 30 --max_eval_samples 8"
+    _script("train.py", "--config", "recipes/quickstart.yaml", "--output_dir", str(run), *short.split())
+    _script("evaluate.py", str(run), "--max_eval_samples", "48", "--bootstrap_samples", "200")
+    formats = "--gguf q8_0 --onnx true --dry_run true --check_samples 24"
+    return run, _script("push_to_hub.py", str(run), *formats.split())
+
+
+def _script(*words: str) -> str:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from tweetdora.records import (
     PREDICTIONS,
     Baseline,
     Comparison,
+    Conversion,
     DataRecord,
     Difference,
     EvaluationRecord,
@@ -126,11 +127,12 @@ def card_facts(
     check: Comparison,
     generations: Sequence[str],
     read_by: str,
+    conversions: Sequence[Conversion] = (),
 ) -> dict[str, Any]:
     """Every value that the template shows, formatted.
 
-    `read_by` is portable.supported_versions'; `check` is what comparing the saved model,
-    of number format `dtype`, showed; `generations` what it wrote for the first examples.
+    `read_by` is portable.supported_versions', `conversions` are the model's other formats; `check` is what comparing
+    the saved model, of number format `dtype`, showed; `generations` what it wrote for the first examples.
     """
     run, evaluation = records.run, records.evaluation
     git, words = run.environment.git, run.task.label_words
@@ -148,6 +150,8 @@ def card_facts(
         "samples": choose_samples(records.predictions, words),
         "dtype": dtype,
         "read_by": read_by,
+        "gguf": next((found for found in conversions if found.format.startswith("GGUF")), None),
+        "onnx": [found for found in conversions if found.format.startswith("ONNX")],
         "check": {**vars(check), "max_logit_difference": f"{check.max_logit_difference:.1e}"},
         "commands": publication.commands,
         "mismatches": run.mismatches,

@@ -724,7 +724,23 @@ class PushConfig:
     adapter_only: bool = field(
         default=False, metadata={"help": "Publish the adapter alone, for PEFT, in place of the merged model."}
     )
-    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    gguf: Literal["none", "q8_0", "f16"] = field(
+        default="none",
+        metadata={"help": "Publish a GGUF file too, for llama.cpp and Ollama (needs requirements-gguf.txt)."},
+    )
+    llama_cpp: str = field(
+        default=".llama.cpp", metadata={"help": "Folder with llama.cpp's converter, for --gguf; `make .llama.cpp`."}
+    )
+    onnx: bool = field(
+        default=False,
+        metadata={
+            "help": "Publish ONNX files too, for transformers.js and onnxruntime (needs requirements-onnx.txt)."
+        },
+    )
+    space: str | None = field(
+        default=None, metadata={"help": "Publish a page to try the model on too: a Space of the Hub, owner/name."}
+    )
+    private: bool = field(default=False, metadata={"help": "Make new repositories private."})
     revision: str | None = field(
         default=None, metadata={"help": "Branch to commit to, made if it is not there; none: the default one."}
     )
@@ -755,6 +771,14 @@ class PushConfig:
             raise InputError(f"--hub_model_id is {self.hub_model_id!r}; expected owner/name.")
         if self.adapter_only and self.dtype != "float32":
             raise InputError(f"--adapter_only true: an adapter is float32; leave --dtype {self.dtype} out.")
+        if self.space is not None and self.space.count("/") != 1:
+            raise InputError(f"--space is {self.space!r}; expected owner/name.")
+        if self.adapter_only and self.space:
+            raise InputError("--adapter_only true: the page is for a whole model; leave --space out.")
+        if self.adapter_only and (self.onnx or self.gguf != "none"):
+            raise InputError(
+                "--adapter_only true: GGUF and ONNX files hold a whole model; leave --gguf and --onnx out."
+            )
         if self.create_pr and (self.tag or self.revision or self.private):
             raise InputError(
                 "--create_pr true goes with none of --tag, --revision and --private: a pull request has its own."

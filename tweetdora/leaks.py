@@ -7,12 +7,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
+import gguf
 from huggingface_hub import get_token
 
 from tweetdora.errors import InputError
 
-_KINDS = (".safetensors", ".json", ".md", ".png")
-_BY_NAME = ("chat_template.jinja",)
+_KINDS = (".safetensors", ".json", ".md", ".png", ".gguf", ".onnx", ".onnx_data")
+_BY_NAME = ("chat_template.jinja", "Modelfile")
 # Secrets by their form. A W&B key of the old form, 40 hexadecimal digits, looks like a git commit: only by its value.
 _FORMS = {
     "a Hugging Face token": r"\b(hf|api_org)_[A-Za-z0-9]{30,}",
@@ -39,7 +40,7 @@ _COMMON_USERS = (
 )
 
 
-def check_contents(folder: str, repo_id: str | None) -> None:
+def check_contents(folder: str, repo_id: str | None, kinds: tuple[str, ...] = _KINDS) -> None:
     """Refuse a folder with a file of another kind, or with something that should not be published.
 
     Raises:
@@ -51,9 +52,9 @@ def check_contents(folder: str, repo_id: str | None) -> None:
         for file in sorted(files):
             path = os.path.join(root, file)
             name = os.path.relpath(path, folder)
-            if not file.endswith(_KINDS) and file not in _BY_NAME or file.startswith("."):
+            if not file.endswith(kinds) and file not in _BY_NAME or file.startswith("."):
                 raise InputError(
-                    f"{path} is not among the files of a model that are published ({', '.join(_KINDS)}, "
+                    f"{path} is not among the files that are published ({', '.join(kinds)}, "
                     f"{', '.join(_BY_NAME)}). Remove it, or build the folder anew."
                 )
             for line, text in _lines(path):
@@ -127,6 +128,11 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
         with open(path, "rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         text = json.dumps(header.get("__metadata__", {}), indent=0)
+    elif path.endswith(".gguf"):
+        fields = gguf.GGUFReader(path).fields.values()
+        text = "\n".join(str(field.contents()) for field in fields if field.types == [gguf.GGUFValueType.STRING])
+    elif path.endswith(".onnx_data"):
+        text = ""  # weights alone; what names them stands in the .onnx file
     else:
         with open(path, "rb") as stream:
             text = stream.read().decode("utf-8", "replace")

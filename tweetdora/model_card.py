@@ -18,7 +18,7 @@ from tweetdora.errors import InputError
 from tweetdora.evaluation import no_better_than_guessing
 from tweetdora.portable import supported_versions
 from tweetdora.provenance import command_line
-from tweetdora.records import BaseModelCard, Comparison, folder_name
+from tweetdora.records import BaseModelCard, Comparison, Conversion, folder_name
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 # At the top of the repository; of an installed package beside the scripts (pyproject.toml).
@@ -26,6 +26,7 @@ _PLACES = [
     os.path.join(folder, "model_card_template.md") for folder in (os.path.dirname(_PACKAGE), f"{_PACKAGE}/scripts")
 ]
 TEMPLATE = next(filter(os.path.isfile, _PLACES), _PLACES[0])
+SOURCES = os.path.dirname(TEMPLATE)
 # What the Hub knows (huggingface.co/docs/hub/repositories-licenses); its validator refuses any other.
 LICENSES = """
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
@@ -47,11 +48,12 @@ def render_card(
     check: Comparison,
     generations: Sequence[str],
     model_type: str | None = None,
+    conversions: Sequence[Conversion] = (),
 ) -> str:
     """The whole card as text, metadata in front; its code loads the Hub's model, or the folder where there is none.
 
-    `model_type` is that of the saved configuration; `check` is what comparing the saved model,
-    of number format `dtype`, showed; `generations` what it wrote for the first examples.
+    `model_type` is that of the saved configuration, `conversions` are its other formats; `check` is what comparing the
+    saved model, of number format `dtype`, showed; `generations` what it wrote for the first examples.
     """
     # StrictUndefined: a name that the template has and card_facts has not is an error, not a gap in a sentence. No
     # escaping for HTML: each filter below escapes for the place in Markdown where it is used.
@@ -61,7 +63,8 @@ def render_card(
     )
     with open(TEMPLATE, encoding="utf-8") as stream:
         template = environment.from_string(stream.read())
-    facts = card_facts(records, publication, dtype, check, generations, supported_versions(model_type))
+    read_by = supported_versions(model_type)
+    facts = card_facts(records, publication, dtype, check, generations, read_by, conversions)
     text = template.render(**facts, metadata=front_matter(records, publication))
     ModelCard(text)  # parses its own metadata back, or raises
     return text

@@ -502,6 +502,17 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """The published model in another format: its file, and how many of its answers are the published model's own."""
+
+    format: str  # such as "GGUF q8_0"
+    file: str
+    engine: str  # what has read it, with its version
+    num_examples: int
+    equal_generations: int
+
+
+@dataclass(frozen=True)
 class Published:
     """What the Hub holds."""
 
@@ -535,6 +546,7 @@ class PublishRecord:
     published: Published
     read_back: ReadBack | None
     environment: Environment
+    space: Published | None = None
 
 
 # Writing and reading

@@ -1,0 +1,20 @@
+"""Packages that only some flags need."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from tweetdora.errors import InputError
+
+
+def check_installed(flag: str, extra: str, modules: Sequence[str]) -> None:
+    """Look for the packages of an extra of pyproject.toml, without importing them.
+
+    Raises:
+        InputError: names those that are missing, and the command that installs them.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"{flag} needs packages that are not installed ({', '.join(missing)}). Install them with "
+            f"pip install -r requirements-{extra}.txt, or pip install tweetdora[{extra}]."
+        )
