@@ -4,6 +4,8 @@
     python push_to_hub.py runs/quickstart --dry_run true      # build and verify the folder, push nothing
     python push_to_hub.py runs/quickstart --hub_model_id owner/name --private true
     python push_to_hub.py --adapter_only true --hub_model_id owner/name-adapter   # for PEFT, not merged
+    python push_to_hub.py --space owner/name                  # and a page to try it on
+    python push_to_hub.py --gguf q8_0 --onnx true             # for llama.cpp, Ollama and transformers.js as well
 
 Reads <run folder>/run.json, adapter and evaluation/<split>.json; leaves <run folder>/publish, which is what is pushed,
 and publish.json, which says what the Hub holds then and what reading it back has shown (publish_adapter and
@@ -19,9 +21,10 @@ import os
 import torch
 
 from tweetdora.build import Reference, build_model, check_output_dir, draw_plots, format_check, staged_folder
-from tweetdora.card_facts import Publication, Records, read_records
+from tweetdora.card_facts import Publication, Records, read_records, title
 from tweetdora.cli import parse_with_target, run_script
 from tweetdora.config import PushConfig
+from tweetdora.conversions import check_conversions, convert, format_conversions
 from tweetdora.device import compute_state, use_cpu_threads
 from tweetdora.evaluation import format_results
 from tweetdora.hub import use_cache_if_unreachable
@@ -31,6 +34,7 @@ from tweetdora.portable import check_portable, make_portable, model_type
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.publish import (
     add_tag,
+    check_files,
     check_free_space,
     check_kind,
     check_metadata,
@@ -39,7 +43,8 @@ from tweetdora.publish import (
     publish,
     read_back,
 )
-from tweetdora.records import Comparison, Published, PublishRecord, ReadBack, read_run, write_record
+from tweetdora.records import Comparison, Conversion, Published, PublishRecord, ReadBack, read_run, write_record
+from tweetdora.space import SPACE_FILES, build_space, check_page, check_space, check_space_dir
 
 log = logging.getLogger("tweetdora.push_to_hub")
 
@@ -52,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     kind = "publish_adapter" if config.adapter_only else "publish"
     folder = os.path.normpath(config.output_dir or os.path.join(run_dir, kind))
     check_output_dir(folder, run_dir)
+    space_folder = os.path.join(run_dir, "space")
+    if config.space:
+        check_space_dir(space_folder)
 
     # load
     records = read_records(run, run_dir, config.split)
@@ -59,14 +67,18 @@ def main(argv: list[str] | None = None) -> int:
     if warning := check_skill(records, config):
         log.info("note: %s", warning)
     publication = plan_publication(records, config, folder)
+    check_conversions(config, run.base_model.architecture)
     use_cache_if_unreachable(run.base_model.name_or_path)
-    repo = None
+    repo = space = None
     if publication.hub_model_id is not None and not config.dry_run:
         repo = inspect_repo(publication.hub_model_id, config)
         check_kind(repo, config.adapter_only)
         check_metadata(front_matter(records, publication))
-    # The merged model, and the copy that is read back, or the base in the cache.
-    check_free_space(folder, 2 * 4 * run.base_model.parameters)
+        if config.space:
+            space = inspect_repo(config.space, config, "space")
+            check_space(space)
+    # The merged model and its conversions, and the copy that is read back, or the base in the cache.
+    check_free_space(folder, (2 + 2 * config.onnx + (config.gguf != "none")) * 4 * run.base_model.parameters)
     device = compute_state().device
     use_cpu_threads(device, 1)
 
@@ -74,8 +86,14 @@ def main(argv: list[str] | None = None) -> int:
     if publication.license is None:
         log.info("note: the base model's card names no licence, so the card has none; --license sets one")
     with staged_folder(folder) as beside:
-        check, reference = build(beside, run_dir, records, publication, config, device)
-    log.info("%s", format_build(records, folder, config, check))
+        check, reference, conversions = build(beside, run_dir, records, publication, config, device)
+    log.info("%s", format_build(records, folder, config, check, conversions))
+    if config.space:
+        with staged_folder(space_folder) as beside:
+            texts = build_space(beside, publication.hub_model_id or folder, records, publication)
+            check_contents(beside, config.space, SPACE_FILES)
+            check_page(beside, os.path.abspath(folder), texts)
+        log.info("Page:  %s, which gives the model's labels for its examples", space_folder)
 
     # save
     if repo is None:
@@ -90,36 +108,52 @@ def main(argv: list[str] | None = None) -> int:
     seen = read_back(published, folder, reference, device)
     save_record(record_path, published, seen)
     log.info("%s", format_published(published, seen))
+    if space is not None:
+        page = publish(space_folder, space, f"Page for {published.repo_id}", config.private)
+        save_record(record_path, published, seen, page)
+        check_files(page, space, space_folder)
+        check_page(space_folder, published.repo_id, texts)
+        log.info("%s", format_page(page))
     return 0
 
 
 def build(
     folder: str, run_dir: str, records: Records, publication: Publication, config: PushConfig, device: torch.device
-) -> tuple[Comparison, Reference]:
-    """Fill the folder; what comparing showed, and what the published model is to answer."""
+) -> tuple[Comparison, Reference, list[Conversion]]:
+    """Fill the folder; what comparing showed, what the published model is to answer, and its other formats."""
     examples = records.examples().head(config.check_samples)
     check, reference = build_model(run_dir, records.run, examples, config, device, folder)
+    conversions = convert(folder, title(records.run, publication.hub_model_id), config, reference)
     draw_plots(folder, records.run.name, records.result, records.evaluation)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as stream:
         answers = reference.outputs.generations
-        stream.write(render_card(records, publication, config.dtype, check, answers, model_type(folder)))
+        text = render_card(records, publication, config.dtype, check, answers, model_type(folder), conversions)
+        stream.write(text)
     make_portable(folder)  # the card and the plots too
     check_portable(folder)
     check_contents(folder, publication.hub_model_id)
-    return check, reference
+    return check, reference, conversions
 
 
-def save_record(path: str, published: Published, seen: ReadBack | None) -> None:
+def save_record(path: str, published: Published, seen: ReadBack | None, space: Published | None = None) -> None:
     """Write publish.json: what the Hub holds, and what reading it back has shown."""
-    write_record(path, PublishRecord(utc_now(), command_line(), published, seen, environment()))
+    write_record(path, PublishRecord(utc_now(), command_line(), published, seen, environment(), space))
 
 
-def format_build(records: Records, folder: str, config: PushConfig, check: Comparison) -> str:
+def format_page(page: Published) -> str:
+    """What the Space holds, for a person."""
+    what = "Published the page" if page.changed else "The page is there already"
+    return f"{what}: {page.url}\nRead back: its files are equal by hash, and it gives the model's labels."
+
+
+def format_build(
+    records: Records, folder: str, config: PushConfig, check: Comparison, conversions: list[Conversion]
+) -> str:
     """What was built, in lines for a person."""
     what = "Saved the adapter" if config.adapter_only else f"Merged, saved as {config.dtype}"
     data = records.evaluation.data
     return (
-        f"{what} and loaded again: {format_check(check)}\n\n"
+        f"{what} and loaded again: {format_check(check)}\n{format_conversions(conversions)}\n"
         f"{records.run.name}, {data.num_examples:,} examples of {data.split}\n"
         f"{format_results(records.evaluation)}\n\n"
         f"Model: {folder}\nCard:  {os.path.join(folder, 'README.md')}"

@@ -30,7 +30,7 @@ from hub_store import BRANCH, PULL_REQUEST, TAG, Commit, File, Refusal, Reposito
 from hub_xet import XET_TOKEN, Cas
 
 PART_SIZE = 6_000_000  # of a large file that is uploaded in several parts
-_REPO = r"/api/(?P<kind>models|datasets)/(?P<repo_id>[^/]+/[^/]+)"
+_REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo_id>[^/]+/[^/]+)"
 _GIT = r"/(?:(?P<kind>datasets)/)?(?P<repo_id>[^/]+/[^/]+?)"
 
 

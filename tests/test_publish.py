@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from hub_server import Fault, Hub, User
 from huggingface_hub import constants
 from transformers.utils import hub as transformers_hub
 
-from tweetdora.errors import InputError, UserError
+from tweetdora.errors import InputError, UserError, VerificationError
 from tweetdora.model_card import inline_code
+from tweetdora.space import check_page, check_space_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 PUSH = ROOT / "push_to_hub.py"
@@ -410,3 +412,66 @@ def test_too_little_room_is_said_before_the_merge(push, tmp_path: Path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 1000))
     assert "are needed for the model. Make room" in refused(push, f"{REPO}-never")
     assert not (tmp_path / "publish").exists()
+
+
+# A page to try the model on
+
+SPACE = f"{REPO.split('/')[0]}/try-it"
+
+
+def test_the_page_is_published_beside_the_model_and_gives_its_labels(trained: Desk):
+    words = (str(PUSH), "--hub_model_id", f"{REPO}-page", "--space", SPACE, *ANYHOW)
+    said = trained.run(*words)
+    space = trained.hub.store.repositories["spaces", SPACE]
+    head = space.commit_of("main")
+    assert f"Published the page: {trained.hub.endpoint}/spaces/{SPACE}/commit/{head.oid}" in said
+    assert "Read back: its files are equal by hash, and it gives the model's labels." in said
+    assert [commit.title for commit in space.history("main")] == [f"Page for {REPO}-page", "initial commit"]
+    assert {"README.md", "app.py", "space.json", "requirements.txt", "tweetdora/classifier.py"} < set(head.files)
+    record = json.loads((trained.folder / "runs/llm-course-hw3-dora/publish.json").read_text())
+    assert (record["space"]["repo_id"], record["space"]["commit"]) == (SPACE, head.oid)
+
+    def read(name: str) -> str:
+        return trained.hub.store.blob(head.files[name].sha256).read_text(encoding="utf-8")
+
+    about = json.loads(read("space.json"))
+    assert (about["model"], about["title"]) == (f"{REPO}-page", f"{REPO}-page".split("/")[1])
+    assert len(about["examples"]) >= 3 and "have a macro-F1 of" in about["notes"][0]
+    front = yaml.safe_load(read("README.md").split("---")[1])
+    assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", [f"{REPO}-page"])
+    assert f"gradio=={front['sdk_version']}" in (ROOT / "requirements-app.txt").read_text()
+    pins = dict(line.split("==") for line in read("requirements.txt").split())
+    here = (ROOT / "requirements.txt").read_text()
+    assert "torch" in pins and all(f"{name}=={version}" in here for name, version in pins.items())
+
+    assert "The page is there already" in trained.run(*words)
+    assert space.commit_of("main").oid == head.oid
+
+
+def test_somebodys_other_app_is_left_alone(trained: Desk):
+    trained.hub.store.upload("spaces", f"{SPACE}-2", {"app.py": b"print('mine')", "README.md": b"# Mine"})
+    words = ("--hub_model_id", f"{REPO}-other", "--space", f"{SPACE}-2", *ANYHOW)
+    said = trained.run(str(PUSH), *words, ok=False)
+    assert f"--space {SPACE}-2 holds another app (app.py). Give another name." in said
+    assert ("models", f"{REPO}-other") not in trained.hub.store.repositories, "found before any work"
+
+
+def test_a_dry_run_builds_the_page_and_checks_it(trained: Desk):
+    said = trained.run(str(PUSH), "--space", SPACE, "--dry_run", "true", "--output_dir", "dry")
+    folder = trained.folder / "runs/llm-course-hw3-dora/space"
+    assert "/space, which gives the model's labels for its examples" in said and (folder / "app.py").is_file()
+    assert not list(folder.rglob("*.pyc")), "what its check leaves would be pushed"
+    (folder / "app.py").write_text("raise SystemExit('broken')")
+    with pytest.raises(VerificationError, match="the page's own check failed: broken; expected "):
+        check_page(str(folder), str(trained.folder / "dry"), ["What a good day"])
+    (folder / "app.py").write_text("print('[\"another label\"]')")
+    with pytest.raises(VerificationError, match="the page's own check failed"):
+        check_page(str(folder), str(trained.folder / "dry"), ["What a good day"])
+
+
+def test_a_folder_of_another_kind_is_not_replaced_by_a_page(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is no Space that was built here"):
+        check_space_dir(str(tmp_path))
+    (tmp_path / "space.json").write_text("{}")
+    check_space_dir(str(tmp_path))

@@ -179,7 +179,7 @@ def test_a_new_repository_gets_the_files_in_one_commit(hub, folder):
     assert files_of(hub) == sorted([".gitattributes", *FILES])
     assert hub.store.repositories["models", REPO].private
     assert published.changed and published.url == f"{hub.endpoint}/{REPO}/commit/{published.commit}"
-    assert differing_files(module.HfApi(), folder, REPO, published.commit) == []
+    assert differing_files(module.HfApi(), folder, HubRepo(REPO, exists=True), published.commit) == []
 
 
 def test_weights_of_several_parts_arrive_whole(hub, folder):
@@ -188,7 +188,7 @@ def test_weights_of_several_parts_arrive_whole(hub, folder):
     (Path(folder) / "model.safetensors").write_bytes(weights)
     published = publish(folder, inspect_repo(REPO, config()), "better", False)
     assert sum(line.startswith("PUT /cdn/upload") for line in hub.requests) >= 3
-    assert differing_files(module.HfApi(), folder, REPO, published.commit) == []
+    assert differing_files(module.HfApi(), folder, HubRepo(REPO, exists=True), published.commit) == []
     stored = hub.store.repositories["models", REPO].commit_of("main").files["model.safetensors"]
     assert hub.store.blob(stored.sha256).read_bytes() == weights
 
@@ -328,7 +328,7 @@ def test_a_file_that_is_not_what_was_sent_is_found(hub, folder):
     published = publish(folder, inspect_repo(REPO, config()), "better", False)
     files = dict(FILES, **{"config.json": "{ }", "model.safetensors": "weighty", "new.json": "{}"})
     changed = write(Path(folder), files)
-    assert differing_files(module.HfApi(), changed, REPO, published.commit) == [
+    assert differing_files(module.HfApi(), changed, HubRepo(REPO, exists=True), published.commit) == [
         "config.json",
         "model.safetensors",
         "new.json",

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
@@ -40,8 +40,10 @@ _FINAL = (400, 401, 403, 404, 413, 422)
 _OURS = re.compile(
     r"README\.md|model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetensors|chat_template\.jinja"
     r"|(config|generation_config|model\.safetensors\.index|adapter_config|tokenizer|tokenizer_config)\.json"
+    r"|task\.json|Modelfile|onnx/model(_quantized)?\.onnx(_data)?"
     r"|adapter/adapter_(config\.json|model\.safetensors)|(plots|figures)/[^/]+\.png"
 )
+_OURS_IN_A_SPACE = re.compile(r"README\.md|app\.py|requirements\.txt|space\.json|tweetdora/[a-z_]+\.py")
 
 
 @dataclass(frozen=True)
@@ -54,45 +56,55 @@ class HubRepo:
     files: tuple[str, ...] = ()
     revision: str | None = None  # branch; None: the default one
     create_pr: bool = False
+    repo_type: Literal["model", "space"] = "model"
+
+    @property
+    def address(self) -> str:
+        """Where a browser finds it, behind the Hub's own address."""
+        return f"spaces/{self.repo_id}" if self.repo_type == "space" else self.repo_id
 
 
-def inspect_repo(repo_id: str, config: PushConfig) -> HubRepo:
-    """Look at the repository, and refuse what could not be pushed to it.
+def inspect_repo(repo_id: str, config: PushConfig, repo_type: Literal["model", "space"] = "model") -> HubRepo:
+    """Look at the repository, and refuse what could not be pushed to it. Tag, branch and pull request are a model's.
 
     Raises:
         InputError: a name that is none, or a contradiction with what is there.
         HubError: no token, or one that may not write.
     """
+    flag = "--space" if repo_type == "space" else "--hub_model_id"
+    if repo_type == "space":
+        config = replace(config, tag=None, revision=None, create_pr=False)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise InputError(f"--hub_model_id {repo_id} is no name of a repository: {error}") from error
+        raise InputError(f"{flag} {repo_id} is no name of a repository: {error}") from error
     api = HfApi()
     user = _who_may_write(api)
     try:
-        info = api.model_info(repo_id)
-        refs = api.list_repo_refs(repo_id)
+        info = api.repo_info(repo_id, repo_type=repo_type)
+        refs = api.list_repo_refs(repo_id, repo_type=repo_type)
     except RepositoryNotFoundError:
-        _check_new(repo_id, user, config)
-        return HubRepo(repo_id, exists=False, revision=config.revision)
+        _check_new(repo_id, user, config, flag)
+        return HubRepo(repo_id, exists=False, revision=config.revision, repo_type=repo_type)
     except HUB_ERRORS as error:
         raise HubError(f"the Hub says of {repo_id}: {_said(error)}") from error
     if config.private and not info.private:
         raise InputError(
             f"--private true, but {repo_id} is public already, and a push would not change that. Make it private in "
-            "its settings on the Hub first, or give another --hub_model_id."
+            "its settings on the Hub first, or give another {flag}."
         )
     if not config.create_pr:
         try:
-            api.auth_check(repo_id, write=True)
+            api.auth_check(repo_id, repo_type=repo_type, write=True)
         except HUB_ERRORS as error:
             raise HubError(
                 f"{user['name']} may not write to {repo_id} ({_said(error)}). Push to a repository of your own with "
-                f"--hub_model_id {user['name']}/{repo_id.split('/')[1]}, or propose the files with --create_pr true."
+                f"{flag} {user['name']}/{repo_id.split('/')[1]}"
+                f"{', or propose the files with --create_pr true' if repo_type == 'model' else ''}."
             ) from error
     if config.tag in [tag.name for tag in refs.tags]:
         raise InputError(f"--tag {config.tag} is there already in {repo_id}; give another, or delete it on the Hub.")
-    repo = HubRepo(repo_id, exists=True, revision=config.revision, create_pr=config.create_pr)
+    repo = HubRepo(repo_id, True, revision=config.revision, create_pr=config.create_pr, repo_type=repo_type)
     if config.revision is not None and config.revision not in [branch.name for branch in refs.branches]:
         return repo  # _make_repository makes the branch
     return _with_head(api, repo)
@@ -119,7 +131,7 @@ def _who_may_write(api: HfApi) -> dict[str, Any]:
     return user
 
 
-def _check_new(repo_id: str, user: dict[str, Any], config: PushConfig) -> None:
+def _check_new(repo_id: str, user: dict[str, Any], config: PushConfig, flag: str) -> None:
     if config.create_pr:
         raise InputError(f"--create_pr true, but there is no {repo_id} on the Hub that {user['name']} can see.")
     owner = repo_id.split("/")[0]
@@ -127,7 +139,7 @@ def _check_new(repo_id: str, user: dict[str, Any], config: PushConfig) -> None:
     if owner not in owners:
         raise InputError(
             f"{repo_id} does not exist, and {user['name']} cannot make it: {owner} is neither {user['name']} nor one "
-            f"of their organisations{': ' + ', '.join(owners[1:]) if owners[1:] else ''}. Give another --hub_model_id."
+            f"of their organisations{': ' + ', '.join(owners[1:]) if owners[1:] else ''}. Give another {flag}."
         )
 
 
@@ -194,12 +206,21 @@ def publish(folder: str, repo: HubRepo, message: str, private: bool) -> Publishe
         os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files
     )
     repo = _make_repository(api, repo, private)
-    there = set(repo.files) - set(names) - {".gitattributes"}
-    removed = sorted(name for name in there if _OURS.fullmatch(name))
+    there, ours = set(repo.files) - set(names) - {".gitattributes"}, _OURS
+    # A GGUF file of this name as well: it would be of other weights than those that are published now.
+    own_gguf = re.compile(rf"{re.escape(repo.repo_id.rpartition('/')[2])}-(Q8_0|F16)\.gguf")
+    if repo.repo_type == "space":
+        ours = _OURS_IN_A_SPACE
+    removed = sorted(name for name in there if ours.fullmatch(name) or own_gguf.fullmatch(name))
     additions = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names]
     try:
         api.preupload_lfs_files(
-            repo.repo_id, additions, revision=repo.revision, create_pr=repo.create_pr, free_memory=False
+            repo.repo_id,
+            additions,
+            repo_type=repo.repo_type,
+            revision=repo.revision,
+            create_pr=repo.create_pr,
+            free_memory=False,
         )
     except (*HUB_ERRORS, RuntimeError, ValueError) as error:
         raise HubError(
@@ -209,7 +230,7 @@ def publish(folder: str, repo: HubRepo, message: str, private: bool) -> Publishe
     return Published(
         repo_id=repo.repo_id,
         commit=landed.commit,
-        url=f"{api.endpoint}/{repo.repo_id}/commit/{landed.commit}",
+        url=f"{api.endpoint}/{repo.address}/commit/{landed.commit}",
         changed=landed.commit != repo.head,
         pull_request=landed.pull_request,
         removed=removed,
@@ -221,7 +242,8 @@ def _make_repository(api: HfApi, repo: HubRepo, private: bool) -> HubRepo:
     """The repository and the branch, made where they are missing; with what is in them."""
     try:
         if not repo.exists:
-            api.create_repo(repo.repo_id, private=private, exist_ok=True)
+            sdk = "gradio" if repo.repo_type == "space" else None
+            api.create_repo(repo.repo_id, repo_type=repo.repo_type, private=private, exist_ok=True, space_sdk=sdk)
         if repo.revision is not None and repo.head is None:
             api.create_branch(repo.repo_id, branch=repo.revision, exist_ok=True)
     except HUB_ERRORS as error:
@@ -232,7 +254,7 @@ def _make_repository(api: HfApi, repo: HubRepo, private: bool) -> HubRepo:
 def _with_head(api: HfApi, repo: HubRepo) -> HubRepo:
     """The repository with what its branch holds now."""
     try:
-        info = api.model_info(repo.repo_id, revision=repo.revision)
+        info: Any = api.repo_info(repo.repo_id, repo_type=repo.repo_type, revision=repo.revision)
     except HUB_ERRORS as error:
         raise HubError(f"the Hub says of {repo.repo_id}: {_said(error)}. Nothing was published.") from error
     return replace(repo, exists=True, head=info.sha, files=tuple(file.rfilename for file in info.siblings or []))
@@ -261,6 +283,7 @@ def _commit(
                 repo.repo_id,
                 operations,
                 commit_message=message,
+                repo_type=repo.repo_type,
                 revision=repo.revision,
                 create_pr=repo.create_pr,
                 parent_commit=repo.head,
@@ -288,18 +311,18 @@ def _after_failure(api: HfApi, folder: str, repo: HubRepo, failure: Exception) -
         if repo.create_pr:
             refs = api.list_repo_refs(repo.repo_id, include_pull_requests=True).pull_requests or []
             for ref in reversed(refs):
-                if not differing_files(api, folder, repo.repo_id, ref.target_commit):
+                if not differing_files(api, folder, repo, ref.target_commit):
                     return _Landed(ref.target_commit, ref.ref)
             return None
-        head = api.model_info(repo.repo_id, revision=repo.revision).sha or ""
+        head = api.repo_info(repo.repo_id, repo_type=repo.repo_type, revision=repo.revision).sha or ""
         if head == repo.head:
             return None
-        if not differing_files(api, folder, repo.repo_id, head):
+        if not differing_files(api, folder, repo, head):
             return _Landed(head)
     except HUB_ERRORS as error:
         raise HubError(
             f"the answer to the commit was lost ({_said(failure)}), and the Hub does not say what it holds "
-            f"({_said(error)}). Look at {api.endpoint}/{repo.repo_id}/commits; the same command again commits "
+            f"({_said(error)}). Look at {api.endpoint}/{repo.address}/commits; the same command again commits "
             f"nothing twice. The folder {folder} is complete."
         ) from error
     raise HubError(
@@ -308,9 +331,9 @@ def _after_failure(api: HfApi, folder: str, repo: HubRepo, failure: Exception) -
     ) from failure
 
 
-def differing_files(api: HfApi, folder: str, repo_id: str, revision: str) -> list[str]:
+def differing_files(api: HfApi, folder: str, repo: HubRepo, revision: str) -> list[str]:
     """Files of the folder that the Hub does not hold byte for byte at that revision, by its own listing."""
-    found = api.verify_repo_checksums(repo_id, revision=revision, local_dir=folder)
+    found = api.verify_repo_checksums(repo.repo_id, repo_type=repo.repo_type, revision=revision, local_dir=folder)
     return sorted([*(mismatch["path"] for mismatch in found.mismatches), *found.extra_paths])
 
 
@@ -344,13 +367,8 @@ def read_back(published: Published, folder: str, reference: Reference, device: t
         VerificationError: something differs.
         HubError: it could not be read.
     """
-    api = HfApi()
     try:
-        differing = differing_files(api, folder, published.repo_id, published.revision)
-        if differing:
-            raise VerificationError(
-                f"{published.url} does not hold what {folder} does: {', '.join(differing)}. Do not use it; push again."
-            )
+        check_files(published, HubRepo(published.repo_id, exists=True), folder)
         with tempfile.TemporaryDirectory() as cache:  # empty, so that every file comes from the Hub
             where = {"revision": published.revision, "cache_dir": cache}
             tokenizer, model = load_vanilla(published.repo_id, reference.adapter_only, device, **where)
@@ -375,6 +393,19 @@ def read_back(published: Published, folder: str, reference: Reference, device: t
             f"differ by up to {difference:.3g}. Do not use it."
         )
     return ReadBack(**vars(check), files=sum(len(names) for _, _, names in os.walk(folder)))
+
+
+def check_files(published: Published, repo: HubRepo, folder: str) -> None:
+    """Compare what the Hub holds with the folder, file by file.
+
+    Raises:
+        VerificationError: something differs.
+    """
+    differing = differing_files(HfApi(), folder, repo, published.revision)
+    if differing:
+        raise VerificationError(
+            f"{published.url} does not hold what {folder} does: {', '.join(differing)}. Do not use it; push again."
+        )
 
 
 def format_published(published: Published, seen: ReadBack) -> str:

@@ -1,0 +1,137 @@
+"""A page on which anybody can try a model: type a text, or upload a file.
+
+    python space/app.py runs/quickstart     # a run folder, a published folder, or a model of the Hub
+    python app.py                           # as a Space: the model that space.json names
+    python app.py --check                   # classify space.json's examples, and end
+
+push_to_hub.py --space owner/name publishes it, with the package tweetdora beside it.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# As a Space the package lies beside this file, in the repository one folder up.
+sys.path.insert(0, str(HERE if (HERE / "tweetdora").is_dir() else HERE.parent))
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+from tweetdora import Classifier  # noqa: E402
+from tweetdora.config import PredictConfig  # noqa: E402
+from tweetdora.errors import UserError  # noqa: E402
+from tweetdora.prediction import find_text_column, predict_file, scan  # noqa: E402
+from tweetdora.tables import read_rows  # noqa: E402
+
+SHOWN_ROWS = 20
+_LIMIT = "It answers with one of {count} labels, whatever the text, whether any of them fits or not."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Load the model and open the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", nargs="?", help="Run folder, published folder or Hub id; none: space.json's.")
+    parser.add_argument("--port", type=int, help="Port of the page; none: 7860, or the next free one.")
+    parser.add_argument("--open", action="store_true", help="Open the page in a browser.")
+    parser.add_argument("--check", action="store_true", help="Classify space.json's examples, print JSON, and end.")
+    flags = parser.parse_args(argv)
+    about = read_about(flags.model)
+    classifier = Classifier(about["model"])
+    if flags.check:
+        labels = [prediction.label for prediction in classifier([one["text"] for one in about["examples"]])]
+        print(json.dumps(labels))
+        return 0
+    import gradio
+
+    make_page(classifier, about).launch(
+        server_port=flags.port,
+        inbrowser=flags.open,
+        max_file_size="20mb",
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # nothing is fetched
+    )
+    return 0
+
+
+def read_about(model: str | None) -> dict[str, Any]:
+    """What the page says of its model: space.json, what a run's records hold, or little more than its name."""
+    path = HERE / "space.json"
+    if path.is_file():
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return about if model is None else {**about, "model": model}
+    if model is None:
+        sys.exit("app.py: name a model: python space/app.py <run folder, published folder or Hub id>")
+    if os.path.isfile(os.path.join(model, "run.json")):
+        from tweetdora.space import about_run  # not on a Space: it imports what writes cards
+
+        return about_run(model)
+    return {"model": model, "title": os.path.basename(os.path.abspath(model)), "notes": [], "examples": []}
+
+
+def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
+    """The page: one text, or a file."""
+    import gradio
+
+    def classify_text(text: str) -> dict[str, float]:
+        """The probability of each label."""
+        if not text.strip():
+            raise gradio.Error("Type a text first.", print_exception=False)
+        return classifier(text)[0].probabilities
+
+    def classify_file(path: str | None, column: str) -> tuple[Any, str, str]:
+        """The first rows with what was added, what was done in a sentence, and the file to download."""
+        if path is None:
+            raise gradio.Error("Choose a file first.", print_exception=False)
+        try:
+            return label_file(classifier, path, column)
+        except UserError as error:
+            said = str(error).replace("Name one with --text_column.", "Write one of them into “Column of the texts”.")
+            raise gradio.Error(said, print_exception=False) from error
+
+    words = classifier.label_words
+    notes = [*about["notes"], _LIMIT.format(count=len(words))]
+    with gradio.Blocks(title=about["title"]) as page:
+        gradio.Markdown(f"# {about['title']}\n\nClassifies a text as {', '.join(words[:-1])} or {words[-1]}.")
+        with gradio.Tab("One text"):
+            text = gradio.Textbox(label="Text", lines=3, placeholder="Type a text", autofocus=True)
+            button = gradio.Button("Classify", variant="primary")
+            answer = gradio.Label(label="Label", num_top_classes=len(words))
+            if about["examples"]:
+                texts = [[one["text"]] for one in about["examples"]]
+                gradio.Examples(texts, text, answer, classify_text, run_on_click=True, cache_examples=False)
+            gradio.on([button.click, text.submit], classify_text, text, answer, api_name="classify")
+        with gradio.Tab("A file"):
+            gradio.Markdown(
+                "A .csv, .tsv, .jsonl, .parquet or .txt file. Label, probabilities and margin are added to its rows."
+            )
+            file = gradio.File(label="File", file_types=[".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
+            column = gradio.Textbox(label="Column of the texts", placeholder="text, or the only column")
+            start = gradio.Button("Classify the file", variant="primary")
+            done = gradio.Markdown()
+            table = gradio.Dataframe(label=f"The first {SHOWN_ROWS} rows", wrap=True)
+            labelled = gradio.File(label="All rows")
+            start.click(classify_file, [file, column], [table, done, labelled], api_name="classify_file")
+        gradio.Markdown("\n".join(f"- {note}" for note in notes))
+    return page
+
+
+def label_file(classifier: Classifier, path: str, column: str) -> tuple[Any, str, str]:
+    """Classify a file as predict.py does: its first rows, what was done, and the file that was written."""
+    name, ending = os.path.splitext(os.path.basename(path))
+    output = os.path.join(tempfile.mkdtemp(), f"{name}-labelled{'.csv' if ending == '.txt' else ending}")
+    config = PredictConfig(output=output, text_column=column.strip() or None, skip_bad_rows=True)
+    before = classifier.truncated
+    table = scan(path, config)
+    found = find_text_column(table.columns, config, classifier.target.task.text_column, path)
+    summary = predict_file(classifier, table, config, found)
+    summary.truncated = classifier.truncated - before
+    rows = [row.values for row, _ in zip(read_rows(output), range(SHOWN_ROWS), strict=False)]
+    columns = list(rows[0]) if rows else []
+    shown = {"headers": columns, "data": [[row[name] for name in columns] for row in rows]}
+    return shown, ". ".join(summary.lines(classifier.target.task.max_length)) + ".", output
+
+
+if __name__ == "__main__":
+    sys.exit(main())

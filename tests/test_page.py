@@ -1,0 +1,253 @@
+"""The two pages in a real browser, headless Chromium: space/app.py (Gradio) and page/index.html (transformers.js)."""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from conftest import tweets
+
+from tweetdora import Classifier
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or find_spec("playwright") is None or find_spec("gradio") is None,
+    reason="no chromium, playwright or gradio here",
+)
+# Without these it looks for its maker's servers, which a closed network refuses.
+QUIET = "--no-sandbox --disable-gpu --disable-quic --disable-background-networking --disable-component-update"
+# Where screenshots are kept, to be looked at; none: thrown away.
+PICTURES = os.environ.get("TWEETDORA_PICTURES")
+WORDS = ("negative", "neutral", "positive")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=[*QUIET.split(), "--disable-sync"])
+        yield found
+        found.close()
+
+
+def picture(page: Any, name: str) -> None:
+    if PICTURES:
+        page.screenshot(path=f"{PICTURES}/{name}.png", full_page=True)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+# The Gradio page
+
+
+@pytest.fixture(scope="module")
+def model(small_run: tuple[Path, str]) -> str:
+    return str(small_run[0])
+
+
+@pytest.fixture(scope="module")
+def address(model: str, tmp_path_factory) -> Iterator[str]:
+    """The page as `make app` opens it, without the browser."""
+    port, log = free_port(), tmp_path_factory.mktemp("page") / "log"
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(log.parent)}
+    with open(log, "w") as stream:
+        words = [sys.executable, "space/app.py", model, "--port", str(port)]
+        server = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            yield wait_for(f"http://127.0.0.1:{port}/", server, log)
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path) -> str:
+    for _ in range(240):
+        assert server.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return address
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    found = browser.new_page()
+    refused = []
+    found.on("requestfailed", lambda request: refused.append(request.url))
+    found.goto(address)
+    found.get_by_role("button", name="Classify", exact=True).wait_for(timeout=30_000)
+    yield found
+    found.close()
+    assert [url for url in refused if not url.startswith(address)] == [], "the page needs no other server"
+
+
+def test_a_text_is_typed_and_its_label_read(page, model):
+    expected = Classifier(model)("What a good day")[0]
+    page.get_by_label("Text", exact=True).fill("What a good day")
+    page.get_by_role("button", name="Classify", exact=True).click()
+    heading = page.get_by_test_id("label-output-value")
+    heading.wait_for(timeout=60_000)
+    assert heading.inner_text().strip() == expected.label
+    shown = page.locator("[data-testid$='-confidence-set']").all_inner_texts()
+    found = {text.split()[0]: int(re.search(r"(\d+)%", text)[1]) for text in shown}
+    assert found == {word: round(100 * value) for word, value in expected.probabilities.items()}
+    picture(page, "space")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_readable_in_light_and_dark(browser, address, scheme):
+    page = browser.new_page(color_scheme=scheme)
+    page.goto(address)
+    button = page.get_by_role("button", name="Classify", exact=True)
+    button.wait_for(timeout=30_000)
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    numbers = [float(number) for number in re.findall(r"[\d.]+", background)[:3]]
+    assert (sum(numbers) / 3 > 128) == (scheme == "light"), background
+    picture(page, f"space-{scheme}")
+    page.close()
+
+
+def test_an_example_of_the_card_is_classified_by_a_click(page, model):
+    rows = [json.loads(line) for line in Path(model, "evaluation/test/predictions.jsonl").read_text().splitlines()]
+    right = next(row for row in rows if row["label"] == row["finetuned"]["predicted"] == "negative")
+    page.get_by_text(right["text"][:40]).first.click()
+    heading = page.get_by_test_id("label-output-value")
+    heading.wait_for(timeout=60_000)
+    assert heading.inner_text().strip() == Classifier(model)(right["text"])[0].label
+    page.get_by_text("its answers have a macro-F1 of").wait_for(timeout=10_000)
+    picture(page, "space-example")
+
+
+def test_no_text_is_said_on_the_page(page):
+    page.get_by_role("button", name="Classify", exact=True).click()
+    page.get_by_text("Type a text first.").wait_for(timeout=30_000)
+
+
+def test_a_file_is_uploaded_and_comes_back_labelled(page, model, tmp_path):
+    texts = [row["text"] for row in tweets("test")]
+    file = tmp_path / "tweets.csv"
+    file.write_text("id,text\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(texts)))
+    page.get_by_role("tab", name="A file").click()
+    page.locator("input[type=file]").first.set_input_files(str(file))
+    page.get_by_text("tweets.csv").first.wait_for(timeout=30_000)
+    page.get_by_role("button", name="Classify the file").click()
+    page.get_by_text(f"{len(texts)} rows:").wait_for(timeout=120_000)
+    picture(page, "space-file")
+    with page.expect_download() as found:
+        page.locator("a[download]").last.click()
+    rows = list(csv.DictReader(io.StringIO(Path(found.value.path()).read_text(encoding="utf-8"))))
+    assert [row["text"] for row in rows] == texts
+    assert [row["label"] for row in rows] == [prediction.label for prediction in Classifier(model)(texts)]
+
+
+def test_a_file_without_texts_is_answered_with_its_columns(page, tmp_path):
+    file = tmp_path / "numbers.csv"
+    file.write_text("first,second\n1,2\n")
+    page.get_by_role("tab", name="A file").click()
+    page.locator("input[type=file]").first.set_input_files(str(file))
+    page.get_by_text("numbers.csv").first.wait_for(timeout=30_000)
+    page.get_by_role("button", name="Classify the file").click()
+    page.get_by_text("its columns are first, second").wait_for(timeout=60_000)
+
+
+# The page that needs no server
+
+
+NPM = ROOT / ".npm"
+CDN = "https://cdn.jsdelivr.net/npm/"
+
+
+@pytest.fixture(scope="module")
+def hub(model: str) -> Iterator[str]:
+    """The page at /, and the model's files where the Hub would have them."""
+
+    class Files(SimpleHTTPRequestHandler):
+        """Files of the checkout's page, and of owner/small."""
+
+        def translate_path(self, path: str) -> str:
+            path = path.partition("?")[0]
+            prefix = "/owner/small/resolve/main/"
+            if path.startswith(prefix):
+                return f"{model}/publish/{path.removeprefix(prefix)}"
+            return f"{ROOT}/page/index.html" if path == "/" else os.devnull + "/none"
+
+        def copyfile(self, source: Any, outputfile: Any) -> None:
+            with suppress(ConnectionError):  # a browser asks for a file twice, and drops one answer
+                super().copyfile(source, outputfile)
+
+        def log_message(self, *given: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.skipif(not (NPM / ".done").is_file(), reason="`make .npm/.done` fetches transformers.js")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_browser_alone_answers_as_the_model_does(browser, hub, model, scheme):
+    predictions = Path(model, "evaluation/test/predictions.jsonl")
+    rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()[:4]]
+    page = browser.new_page(color_scheme=scheme)
+    page.route(f"{CDN}**", from_npm)
+    page.goto(f"{hub}?model=owner/small&host={hub}")
+    page.get_by_text("Ready. It answers with negative, neutral, positive").wait_for(timeout=180_000)
+    found = []
+    for row in rows:
+        page.get_by_label("Text").fill(row["text"])
+        page.get_by_role("button").click()
+        page.get_by_text(re.compile(r"^[\d.]+ s$")).wait_for(timeout=60_000)
+        found.append(page.locator("output").inner_text())
+        page.locator("#state").evaluate("state => { state.textContent = ''; }")
+    picture(page, f"page-{scheme}")
+    page.close()
+    assert found == [row["finetuned"]["text"].strip() for row in rows]
+
+
+def from_npm(route: Any) -> None:
+    """The CDN's file, from the packages that `make .npm/.done` fetched."""
+    package, _, path = re.fullmatch(rf"{CDN}(.+?)@([^/]+)/?(.*)", route.request.url).groups()
+    file = NPM / package.rpartition("/")[2] / (path or "dist/transformers.min.js")
+    kind = "application/wasm" if file.suffix == ".wasm" else "text/javascript"
+    route.fulfill(path=file, headers={"Access-Control-Allow-Origin": "*", "Content-Type": kind})
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("", "Name a model in the address: ?model=owner/name"),
+        ("?model=owner/none&host={hub}", "It failed: owner/none has no task.json"),
+    ],
+)
+@pytest.mark.skipif(not (NPM / ".done").is_file(), reason="`make .npm/.done` fetches transformers.js")
+def test_the_page_says_what_is_wrong(browser, hub, query, said):
+    page = browser.new_page()
+    page.route(f"{CDN}**", from_npm)
+    page.goto(hub + query.format(hub=hub))
+    page.get_by_text(said).wait_for(timeout=30_000)
+    page.close()
