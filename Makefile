@@ -2,8 +2,10 @@
 # make test     all tests, offline
 # make test-compat   the published folder in an older transformers as well
 # make soak     kill -9 a run at random moments, 20 runs over, and compare each with one left alone
+# make app      a page in the browser, to try a finished run on
 # make quality  formatter, linter and type checker
 # make bench    measure this project side by side with TRL and PEFT, about an hour and a half on two cores
+# make .llama.cpp    llama.cpp's converter, for push_to_hub.py --gguf
 # Each makes .venv from the pinned requirements when it is missing or older than they are. Nothing global is touched.
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ EVALUATE_FLAGS ?=
 # For a smoke test: make bench BENCH_FLAGS=--quick
 BENCH_FLAGS ?=
 
-.PHONY: demo test test-compat soak quality bench assets
+.PHONY: demo test test-compat soak quality bench assets app .llama.cpp
 
 demo: $(VENV)/.runtime assets
 	rm -rf $(DEMO_DIR)
@@ -25,7 +27,7 @@ demo: $(VENV)/.runtime assets
 	$(BIN)/python evaluate.py $(DEMO_DIR) $(EVALUATE_FLAGS)
 	$(BIN)/python push_to_hub.py $(DEMO_DIR) --dry_run true
 
-test: $(VENV)/.dev assets
+test: $(VENV)/.dev assets .llama.cpp
 	$(BIN)/python -m pytest
 
 test-compat: $(VENV)/.dev assets .compat/.done
@@ -35,6 +37,31 @@ test-compat: $(VENV)/.dev assets .compat/.done
 	rm -rf .compat
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .compat -r requirements-compat.txt
 	touch $@
+
+# A page to try a finished run on: make app MODEL=runs/quickstart
+MODEL ?= $(DEMO_DIR)
+
+app: $(VENV)/.app
+	$(BIN)/python space/app.py $(MODEL) --open
+
+$(VENV)/.app: requirements-app.txt $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-app.txt
+	touch $@
+
+# llama.cpp's converter, for push_to_hub.py --gguf.
+.llama.cpp: .llama.cpp/convert_hf_to_gguf.py
+
+.llama.cpp/convert_hf_to_gguf.py: quickstart/converter.py $(VENV)/.runtime
+	$(BIN)/python -m quickstart.converter
+	touch $@
+
+# transformers.js and its runtime, for the test of page/index.html.
+.npm/.done: page/index.html
+	rm -rf .npm && mkdir -p .npm/transformers .npm/onnxruntime-web
+	cd .npm && npm pack --silent @huggingface/transformers@4.3.1 onnxruntime-web@1.31.0-dev.20260914-8d85527a0
+	cd .npm && tar xzf huggingface-transformers-*.tgz -C transformers --strip-components 1
+	cd .npm && tar xzf onnxruntime-web-*.tgz -C onnxruntime-web --strip-components 1
+	rm .npm/*.tgz && touch $@
 
 soak: $(VENV)/.dev
 	TWEETDORA_SOAK=20 $(BIN)/python -m pytest -s tests/test_survival.py -k killed

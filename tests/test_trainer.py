@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -790,6 +791,34 @@ def test_two_processes_train_what_one_trains(sharp_dir, data_dir, straight_run, 
             assert second[figure] == pytest.approx(first[figure], abs=2e-5), (first["step"], figure)
     weights_of = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight_run, run_dir)]
     assert_close(weights_of[1], weights_of[0], 1e-4)
+
+
+def test_tensorboard_and_trackio_get_the_numbers(sharp_dir, data_dir, tmp_path, monkeypatch):
+    """The Trainer's own callbacks, both at once, read back from the files that they wrote."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported: a process of its own
+    run_dir = tmp_path / "run"
+    flags = [*command(sharp_dir, data_dir, run_dir), "--report_to", "tensorboard", "trackio", "--max_steps", "30"]
+    process = start([sys.executable, str(REPO_DIR / "train.py"), *flags], tmp_path)
+    output = finish(process)
+    assert process.returncode == 0, output[-3000:]
+    assert "tracker        tensorboard; trackio\n" in output
+    history = read_run_file(run_dir)["result"]["log_history"]
+    losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    scores = [entry["eval_macro_f1"] for entry in history if "eval_macro_f1" in entry]
+    assert (len(losses), len(scores)) == (30, 1)
+
+    events = EventAccumulator(str(next(run_dir.glob("runs/*"))))
+    events.Reload()
+    seen = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert seen == pytest.approx(losses, rel=1e-6)
+    assert [event.value for event in events.Scalars("eval/macro_f1")] == pytest.approx(scores, rel=1e-6)
+
+    with contextlib.closing(sqlite3.connect(next((tmp_path / "trackio").glob("*.db")))) as database:
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by id")]
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == list(losses.values())
+    assert [row["eval/macro_f1"] for row in rows if "eval/macro_f1" in row] == scores
 
 
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapter(
