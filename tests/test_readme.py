@@ -83,6 +83,8 @@ def test_the_tree_is_the_repositorys():
         "Makefile",
         "pyproject.toml",
         ".gitignore",
+        ".dockerignore",
+        "Dockerfile",
         ".pre-commit-config.yaml",
     }
     top = {path for path in tracked if "/" not in path} - known
