@@ -28,6 +28,7 @@ from tweetdora.evaluation import (
     load_eval_data,
     measure_base_and_finetuned,
     no_better_than_guessing,
+    read_base_results,
     save_generations,
     save_results,
     track_results,
@@ -63,8 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     if state.is_main_process:
         log.info("\n".join(describe(target, config.split, data, decoding)))
 
+    earlier = None
+    if config.base_results is not None:
+        earlier = read_base_results(config.base_results, target, data.examples, config, decoding)
+
     # work
-    measured = measure_base_and_finetuned(target, base_revision, data.examples, config, decoding)
+    measured = measure_base_and_finetuned(target, base_revision, data.examples, config, decoding, earlier)
     if not state.is_main_process:
         return 0
     save_generations(data.examples, measured, target, config.split)

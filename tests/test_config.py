@@ -903,5 +903,5 @@ def test_what_is_given_to_correct_a_task_is_told_from_what_is_not():
     task_fields = {item.name for item in dataclasses.fields(TaskConfig)}
     assert set(CORRECTIONS) <= task_fields
     fixed_by_the_run = {"label_words", "system_prompt", "chat_template", "chat_template_kwargs", "max_length"}
-    other = {"max_train_samples", "validation_share", "test_share", "split_seed"}
+    other = {"max_train_samples", "balance_labels", "validation_share", "test_share", "split_seed"}
     assert task_fields == {*CORRECTIONS, *fixed_by_the_run, *other}

@@ -14,6 +14,7 @@ from tweetdora import data
 from tweetdora.config import TaskConfig
 from tweetdora.data import (
     Examples,
+    balance,
     check_trainable,
     data_record,
     first_text_per_label,
@@ -619,3 +620,33 @@ def test_a_share_in_which_not_every_label_can_be_is_refused(make_task, counts, s
 def test_shares_that_cannot_be_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         TaskConfig(**fields)
+
+
+# Balanced labels
+
+
+def test_balanced_examples_are_as_many_of_each_label_in_the_old_order():
+    """20, 4 and 6 of 30: 10 of each; of label 1 each twice and two of them once more, of 0 half."""
+    labels = [0] * 20 + [1] * 4 + [2] * 6
+    examples = make_examples([f"text {number}" for number in range(30)], labels)
+    found = balance(examples, seed=3)
+    assert label_counts(found, WORDS) == dict.fromkeys(WORDS, 10)
+    assert found.example_ids == sorted(found.example_ids)
+    times = {number: found.example_ids.count(number) for number in range(30)}
+    assert {times[number] for number in range(20)} == {0, 1}
+    assert sorted(times[number] for number in range(20, 24)) == [2, 2, 3, 3]
+    assert sorted(times[number] for number in range(24, 30)) == [1, 1, 2, 2, 2, 2]
+    assert balance(examples, seed=3) == found != balance(examples, seed=4)
+
+
+def test_labels_without_examples_are_left_out_of_the_balance():
+    found = balance(make_examples(["a", "b", "c"], [0, 2, 2]), seed=0)
+    assert label_counts(found, WORDS) == {"negative": 1, "neutral": 0, "positive": 1}
+
+
+def test_the_train_split_alone_is_balanced(make_task):
+    rows = "text,label\n" + "".join(f"{number},{0 if number < 8 else 1}\n" for number in range(12))
+    task = make_task("rows.csv", rows, label_words=["a", "b"], balance_labels=True, max_train_samples=10)
+    assert label_counts(load_examples(task, "train", None), ["a", "b"]) == {"a": 5, "b": 5}
+    task = dataclasses.replace(task, validation_split="train")
+    assert label_counts(load_examples(task, "validation", None), ["a", "b"]) == {"a": 8, "b": 4}

@@ -19,10 +19,12 @@ from tweetdora.records import (
     LengthBand,
     PredictionRecord,
     Published,
+    PublishedTask,
     PublishRecord,
     ReadBack,
     RunRecord,
     TrackerRecord,
+    compact_predictions,
     decode,
     read_predictions,
     read_record,
@@ -201,7 +203,7 @@ def test_a_run_of_the_version_before_that_was_stopped_is_read_as_unfinished(tmp_
     (tmp_path / "run.json").write_text(json.dumps({"record_version": 2, **old}))
     with pytest.raises(InputError, match="is interrupted, not finished. Go on with"):
         read_run(str(tmp_path))
-    with pytest.raises(InputError, match="has record version 2; this code reads version 4. Use the state of"):
+    with pytest.raises(InputError, match="has record version 2; this code reads version 5. Use the state of"):
         read_record(RunRecord, str(tmp_path / "run.json"), oldest_version=RECORD_VERSION)
 
 
@@ -319,7 +321,7 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
 @pytest.mark.parametrize("version", [0, 1, RECORD_VERSION + 1, None, "4"])
 def test_a_record_of_another_version_is_refused(version, run_dir):
     change(run_dir, record_version=version)
-    message = f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3 and 4. Use the"
+    message = f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3, 4 and 5. Use the"
     with pytest.raises(InputError, match=message):
         read_run(str(run_dir))
 
@@ -362,7 +364,35 @@ def in_version_3(record: Any) -> dict[str, Any]:
         if isinstance(old.get(model), dict):
             old[model].pop("likelihood", None)
     old.get("baselines", {}).pop("others", None)
-    return {"record_version": 3, **old}
+    return {**without_what_came_in_5(old), "record_version": 3}
+
+
+def without_what_came_in_5(old: dict[str, Any]) -> dict[str, Any]:
+    """A record as version 4 wrote it."""
+    old.pop("base_measured", None)
+    old.get("task", {}).pop("balance_labels", None)
+    old.get("model", {}).pop("use_rslora", None)
+    return {**old, "record_version": 4}
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_of_version_4_is_read(record, tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps(without_what_came_in_5(plain(record))))
+    assert read_record(type(record), str(tmp_path / "record.json")) == record
+
+
+def test_a_published_task_of_version_4_is_read(tmp_path):
+    task = PublishedTask(sample_run().task, sample_run().prompt_format, 16)
+    (tmp_path / "task.json").write_text(json.dumps(without_what_came_in_5(plain(task))))
+    assert read_record(PublishedTask, str(tmp_path / "task.json"), oldest_version=4) == task
+
+
+def test_compact_predictions_hold_ids_and_no_text(tmp_path):
+    found = compact_predictions(sample_predictions(), sample_evaluation())
+    assert (found.labels, found.base, found.finetuned) == ("0 1 0 1 1", "-1 -1 -1 -1 -1", "1 1 0 0 -1")
+    assert (found.base_likeliest, found.finetuned_likeliest) == ("0 0 0 0 0", "0 0 0 0 0")
+    alone = [replace(line, finetuned=None) for line in sample_predictions()]
+    assert compact_predictions(alone, sample_evaluation()).finetuned == ""
 
 
 def without_what_is_new(record: Any) -> Any:

@@ -427,6 +427,34 @@ def test_a_finished_run_is_measured_on_other_data_and_the_card_says_so(finished,
     assert "- `train`: 1 rows were skipped: 1 with no label." in card and "`train` | 8 | 4 | 0 | 4 |" in card
 
 
+def test_the_bases_answers_are_taken_from_an_earlier_evaluation_of_the_same(finished, tmp_path):
+    """Its scores and answers are those, and every difference in what is asked is refused by name."""
+    folder, _ = finished
+    out = tmp_path / "again"
+    flags = ["--report_to", "none", "--base_results", str(folder / "evaluation")]
+    earlier = read(folder / "evaluation/test.json")
+    given = ["--bootstrap_samples", str(earlier["bootstrap"]["samples"])]
+    assert main_of("evaluate.py")([str(folder), *flags, *given, "--output_dir", str(out)]) == 0
+    record = read(out / "test.json")
+    assert record["base_measured"] == earlier["created"] and earlier["base_measured"] is None
+    for name in ("base", "difference", "baselines"):
+        assert record[name] == earlier[name]
+    assert record["finetuned"]["confusion_matrix"] == earlier["finetuned"]["confusion_matrix"]
+    lines = (folder / "evaluation/test/predictions.jsonl").read_text()
+    assert (out / "test/predictions.jsonl").read_text() == lines
+
+    for more, what in (
+        ([*given, "--max_new_tokens", "2"], "max_new_tokens: "),
+        ([*given, "--max_eval_samples", "5"], "examples: "),
+        (["--bootstrap_samples", "7"], "bootstrap: "),
+    ):
+        said = refused("evaluate.py", folder, *flags, *more, "--output_dir", tmp_path / "no")
+        assert "is another measurement than this one would be: " in said and what in said, said
+    assert "validation.json is missing" in refused("evaluate.py", folder, *flags, "--split", "validation")
+    data = read(folder / "run.json")["task"]["dataset_name"]
+    assert "is for a run; " in refused("evaluate.py", folder / "adapter", *flags, "--dataset_name", data)
+
+
 def test_the_real_small_model_end_to_end(tmp_path):
     """The quickstart recipe, shortened: SmolLM2-135M-Instruct on real tweets (`make test` makes the assets)."""
     folder = tmp_path / "quick"

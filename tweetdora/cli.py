@@ -70,6 +70,16 @@ def parse_predict(argv: Sequence[str] | None, description: str) -> tuple[Predict
     return config, rest.model, None if rest.input == "-" else rest.input
 
 
+def parse_with_paths(
+    argv: Sequence[str] | None, config_class: type[Config], description: str, name: str, help_text: str
+) -> tuple[Config, list[str]]:
+    """Read the flags of a script that takes files or folders, one or more, called `name` in its help."""
+    parser = _parser([config_class], description)
+    parser.add_argument("paths", nargs="+", metavar=name, help=help_text)
+    config, rest = parser.parse_strictly(argv)
+    return config, rest.paths
+
+
 def read_task(recipe_path: str | None) -> TaskConfig:
     """The task that a recipe names; without a recipe the published one."""
     if recipe_path is None:
@@ -94,7 +104,7 @@ def with_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
     if len(given.config) > 1:
         raise InputError(f"--config is given {len(given.config)} times ({', '.join(given.config)}); one recipe a run.")
     path = given.config[0]
-    recipe = _read_yaml(path)
+    recipe = read_yaml(path, f"--config {path}")
     fields = {action.dest: action for action in parser._actions}
     flags: list[str] = []
     for key, value in recipe.items():
@@ -130,20 +140,23 @@ def _fields_that_take(kind: type, parser: HfArgumentParser) -> set[str]:
     return {name for name, hint in hints if any((get_origin(part) or part) is kind for part in get_args(hint))}
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, shown: str) -> dict[str, Any]:
+    """A YAML file of keys and values, each key once; `shown` is what a message calls it.
+
+    Raises:
+        InputError: it is not there, or is no such file.
+    """
     try:
         with open(path, encoding="utf-8") as stream:
             recipe = yaml.load(stream, _UniqueKeys)  # a safe loader
     except FileNotFoundError:
-        raise InputError(f"--config {path}: there is no such file; recipes are in recipes/.") from None
+        raise InputError(f"{shown}: there is no such file; recipes are in recipes/.") from None
     except OSError as error:  # a folder, or a file that may not be read
-        raise InputError(f"--config {path} cannot be read ({error.strerror}); expected a YAML file.") from None
+        raise InputError(f"{shown} cannot be read ({error.strerror}); expected a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not readable YAML: {error}") from None
+        raise InputError(f"{shown} is not readable YAML: {error}") from None
     if not isinstance(recipe, dict):
-        raise InputError(
-            f"--config {path}: expected lines such as 'learning_rate: 3e-5', found {type(recipe).__name__}."
-        )
+        raise InputError(f"{shown}: expected lines such as 'learning_rate: 3e-5', found {type(recipe).__name__}.")
     return recipe
 
 

@@ -196,7 +196,7 @@ class TaskConfig:
         metadata={"help": "Take this share of --train_split for the test: at random, with the labels' proportions."},
     )
     split_seed: Annotated[int, Flag(range=SEED)] = field(
-        default=42, metadata={"help": "Seed of --validation_share and --test_share."}
+        default=42, metadata={"help": "Seed of --validation_share, --test_share and --balance_labels."}
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text to classify."})
     label_column: str = field(default="label", metadata={"help": "Column that holds the label."})
@@ -230,6 +230,13 @@ class TaskConfig:
     )
     max_train_samples: int | None = field(
         default=10_000, metadata={"help": "Train on the first N examples of the train split; 0: all."}
+    )
+    balance_labels: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on as many examples of each label: of rare ones some are taken again, of frequent ones "
+            "some left out, at random; altogether as many as before."
+        },
     )
     max_length: int = field(
         default=512,
@@ -324,6 +331,9 @@ class ModelConfig:
     method: Literal["dora", "lora"] = field(default="dora", metadata={"help": "Adapter method."})
     r: int = field(default=8, metadata={"help": "Rank of the adapter matrices."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / r."})
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale the adapter by lora_alpha / sqrt(r) instead (rank-stabilized LoRA)."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, 0 to below 1."})
     target_modules: list[str] = field(
         default_factory=lambda: ["k_proj", "v_proj"],
@@ -651,6 +661,13 @@ class EvaluateConfig:
     csv_delimiter: str | None = _correction("delimiter in a .csv file")
     encoding: str | None = _correction("encoding of a file")
     skip_bad_rows: bool | None = _correction("choice on bad rows")
+    base_results: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of an earlier evaluation: take the base model's answers from there, if it is the same "
+            "measurement, instead of answering again."
+        },
+    )
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Where results go; none: <run folder>/evaluation, or runs/evaluations/<model or adapter>."},

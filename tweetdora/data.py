@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import datasets
+import numpy as np
 from huggingface_hub import constants
 
 from tweetdora.config import TaskConfig
@@ -106,7 +107,27 @@ def load_examples(task: TaskConfig, split: str, revision: str | None) -> Example
     examples = _usable_examples(_read_split(task, split_name, revision), task, source)
     if shared:
         examples = _share(examples, split, task)
-    return examples.head(task.max_train_samples if split == "train" else None)
+    if split != "train":
+        return examples
+    examples = examples.head(task.max_train_samples)
+    return balance(examples, task.split_seed) if task.balance_labels else examples
+
+
+def balance(examples: Examples, seed: int) -> Examples:
+    """As many examples of each label that there is, in the old order, and about as many together as before.
+
+    Of a frequent label some are left out at random; those of a rare one are all taken, several times, and some of them
+    once more.
+    """
+    generator = np.random.default_rng(seed)
+    places: list[int] = []
+    present = sorted(set(examples.labels))
+    wanted = len(examples) // len(present)
+    for label in present:
+        own = np.flatnonzero(np.asarray(examples.labels) == label)
+        copies, rest = divmod(wanted, len(own))
+        places += [*np.repeat(own, copies), *generator.choice(own, rest, replace=False)]
+    return examples.select(int(place) for place in sorted(places))
 
 
 # Reading

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tweetdora.config import EvaluateConfig, TaskConfig
 from tweetdora.data import Examples, data_record, load_examples
 from tweetdora.data_notes import notes_on_splits
-from tweetdora.errors import UserError
+from tweetdora.errors import InputError, UserError
 from tweetdora.generation import UNPARSED, Generation, generate_all
 from tweetdora.metrics import (
     INTERVAL_METRICS,
@@ -40,6 +40,8 @@ from tweetdora.records import (
     ModelMetrics,
     PredictionRecord,
     PromptFormat,
+    read_predictions,
+    read_record,
     write_predictions,
     write_record,
 )
@@ -65,13 +67,25 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class BaseResults:
+    """What an earlier evaluation left of the base: its record, and its answers to the examples, in their order."""
+
+    record: EvaluationRecord
+    generations: list[GenerationRecord]
+
+
+@dataclass(frozen=True)
 class Measured:
-    """The answers of base and, where there is an adapter, finetuned, by name; and of which models they are."""
+    """The answers of base and, where there is an adapter, finetuned, by name; and of which models they are.
+
+    Those of the base are in `earlier` where an earlier evaluation has measured it.
+    """
 
     answers: dict[str, Answers]
     base_model: BaseModelRecord
     prompt_format: PromptFormat
     adapter_sha256: str | None
+    earlier: BaseResults | None = None
 
 
 @dataclass(frozen=True)
@@ -122,10 +136,66 @@ def describe(target: EvalTarget, split: str, data: EvalData, decoding: Decoding)
     ]
 
 
+def read_base_results(
+    folder: str, target: EvalTarget, examples: Examples, config: EvaluateConfig, decoding: Decoding
+) -> BaseResults:
+    """The base's answers from an earlier evaluation in `folder`, if it is the measurement that would be made now.
+
+    Raises:
+        InputError: there is none, or it is another one; the message says in what.
+    """
+    if target.run is None:
+        raise InputError(f"--base_results {folder} is for a run; {target.name} is none. Leave it out.")
+    record = read_record(EvaluationRecord, os.path.join(folder, f"{config.split}.json"))
+    known, run = record.environment.packages, target.run
+    found = {
+        "base model": record.base_model,
+        "prompt": record.prompt_format,
+        "examples": record.data.sha256,
+        "label words": record.label_words,
+        "precision": record.precision,
+        "max_new_tokens": record.max_new_tokens,
+        "bootstrap": record.bootstrap,
+    }
+    expected = {
+        "base model": run.base_model,
+        "prompt": run.prompt_format,
+        "examples": examples.sha256,
+        "label words": target.task.label_words,
+        "precision": decoding.precision,
+        "max_new_tokens": decoding.max_new_tokens,
+        "bootstrap": _bootstrap(config),
+    }
+    packages = environment().packages
+    for name in ("torch", "transformers"):
+        found[name], expected[name] = known[name], packages[name]
+    if differ := [name for name in found if found[name] != expected[name]]:
+        what = "; ".join(f"{name}: {found[name]}, expected {expected[name]}" for name in differ)
+        raise InputError(
+            f"--base_results {folder} is another measurement than this one would be: {what}. Leave the flag out, and "
+            "the base is measured."
+        )
+    lines = read_predictions(os.path.join(folder, config.split, PREDICTIONS))
+    if [line.text for line in lines] != examples.texts:
+        raise InputError(f"--base_results {folder}: its {PREDICTIONS} are of other examples than its record says.")
+    return BaseResults(record, [line.base for line in lines])
+
+
+def _bootstrap(config: EvaluateConfig) -> Bootstrap:
+    return Bootstrap(config.bootstrap_samples, config.seed)
+
+
 def measure_base_and_finetuned(
-    target: EvalTarget, revision: str | None, examples: Examples, config: EvaluateConfig, decoding: Decoding
+    target: EvalTarget,
+    revision: str | None,
+    examples: Examples,
+    config: EvaluateConfig,
+    decoding: Decoding,
+    earlier: BaseResults | None = None,
 ) -> Measured:
     """Answer all examples with the base at its commit `revision`, and with the adapter on it, if there is one.
+
+    Those that `earlier` holds of the base are taken from there.
 
     The tuned model is measured as it is published: the adapter merged into the base in float32, then cast to the
     precision of the measurement.
@@ -143,6 +213,8 @@ def measure_base_and_finetuned(
         answers["finetuned"] = _answer(
             "finetuned", model, tokenizer, prompt_tokenizer, examples, target.task, config, decoding
         )
+        if earlier is not None:
+            return Measured(answers, identity, prompt_tokenizer.format, sha256, earlier)
         del model  # room for the other
         model = load_base(target.base, revision, dtype, device)
     answers["base"] = _answer("base", model, tokenizer, prompt_tokenizer, examples, target.task, config, decoding)
@@ -198,7 +270,7 @@ def evaluation_record(
     And what could not be measured beside it, in sentences.
     """
     examples = data.examples
-    words, bootstrap = target.task.label_words, Bootstrap(config.bootstrap_samples, config.seed)
+    words, bootstrap, earlier = target.task.label_words, _bootstrap(config), measured.earlier
     predicted = {
         name: [generation.predicted for generation in answers.generations]
         for name, answers in measured.answers.items()
@@ -220,6 +292,11 @@ def evaluation_record(
         )
         for name, answers in measured.answers.items()
     }
+    if earlier is not None:
+        metrics["base"] = earlier.record.base
+        predicted["base"] = [
+            UNPARSED if found.predicted is None else words.index(found.predicted) for found in earlier.generations
+        ]
     difference = None
     if "finetuned" in predicted:
         difference = paired_difference(
@@ -246,6 +323,7 @@ def evaluation_record(
         environment=environment(),
         notes=data.notes,
         corrections=target.corrections,
+        base_measured=earlier.record.created if earlier else None,
     )
     return record, missing
 
@@ -255,13 +333,13 @@ def save_generations(examples: Examples, measured: Measured, target: EvalTarget,
     record, folder = os.path.join(target.results_dir, f"{split}.json"), os.path.join(target.results_dir, split)
     path = os.path.join(folder, PREDICTIONS)
     os.makedirs(folder, exist_ok=True)
-    write_predictions(f"{path}.part", predictions_of(examples, measured.answers, target.task.label_words))
+    write_predictions(f"{path}.part", predictions_of(examples, measured, target.task.label_words))
     if os.path.isfile(record):  # a full disk has left it where it was, with the older generations
         os.remove(record)
     os.replace(f"{path}.part", path)
 
 
-def predictions_of(examples: Examples, answers: dict[str, Answers], label_words: list[str]) -> list[PredictionRecord]:
+def predictions_of(examples: Examples, measured: Measured, label_words: list[str]) -> list[PredictionRecord]:
     """For each example its text and label, and for each model what it wrote and how likely each label word was."""
 
     def as_records(found: Answers) -> list[GenerationRecord]:
@@ -276,7 +354,8 @@ def predictions_of(examples: Examples, answers: dict[str, Answers], label_words:
             for generation, scores in zip(found.generations, found.scores.log_likelihoods.tolist(), strict=True)
         ]
 
-    base = as_records(answers["base"])
+    answers = measured.answers
+    base = measured.earlier.generations if measured.earlier else as_records(answers["base"])
     finetuned = as_records(answers["finetuned"]) if "finetuned" in answers else repeat(None, len(examples))
     rows = zip(examples.example_ids, examples.texts, examples.labels, base, finetuned, strict=True)
     return [PredictionRecord(number, text, label_words[label], one, other) for number, text, label, one, other in rows]

@@ -134,8 +134,8 @@ def bootstrap_intervals(
     drawn = _draw(confusion_matrix(references, predictions, num_labels), bootstrap)
     values = scores(drawn)
     return Intervals(
-        **{name: _interval(values[name]) for name in INTERVAL_METRICS},
-        per_label_f1=[_interval(values["f1"][:, number]) for number in range(num_labels)],
+        **{name: interval_of(values[name]) for name in INTERVAL_METRICS},
+        per_label_f1=[interval_of(values["f1"][:, number]) for number in range(num_labels)],
     )
 
 
@@ -159,9 +159,9 @@ def likelihood_metrics(
         **{name: float(found[name]) for name in INTERVAL_METRICS},
         intervals=bootstrap_intervals(labels.tolist(), predictions.tolist(), num_labels, bootstrap),
         log_loss=float(losses.mean()),
-        log_loss_interval=_interval(drawn_loss),
+        log_loss_interval=interval_of(drawn_loss),
         calibration_error=float(_calibration_error(sums)),
-        calibration_error_interval=_interval(drawn_error),
+        calibration_error_interval=interval_of(drawn_error),
         bins=[
             ReliabilityBin(
                 probabilities=(number / _BINS, (number + 1) / _BINS),
@@ -260,7 +260,7 @@ def paired_difference(
     return Difference(
         **{
             name: MetricDifference(
-                float(point_finetuned[name] - point_base[name]), _interval(drawn_finetuned[name] - drawn_base[name])
+                float(point_finetuned[name] - point_base[name]), interval_of(drawn_finetuned[name] - drawn_base[name])
             )
             for name in INTERVAL_METRICS
         },
@@ -312,6 +312,7 @@ def _draw(cells: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
     return drawn.reshape(bootstrap.samples, *cells.shape)
 
 
-def _interval(values: np.ndarray) -> Interval:
+def interval_of(values: np.ndarray) -> Interval:
+    """The 95 % percentile interval of resampled values."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

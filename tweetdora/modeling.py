@@ -238,6 +238,7 @@ def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
         target_modules="all-linear" if all_linear else list(config.target_modules),
         exclude_modules=text_only,
         use_dora=config.method == "dora",

@@ -1,5 +1,6 @@
 """Plots of a run: curves of the training, and confusion matrices and calibration of base and fine-tuned model."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,3 +101,58 @@ def plot_reliability(models: dict[str, LikelihoodMetrics], path: str, title: str
         axis.legend(frameon=False, loc="upper left", fontsize=9)
         figure.savefig(path)
         plt.close(figure)
+
+
+def plot_groups(
+    groups: Sequence[tuple[str, Any, Sequence[float], float, tuple[float, float]]],
+    path: str,
+    title: str,
+    x: str | None,
+) -> None:
+    """Groups of runs: name, value of the setting `x`, macro-F1 of each run, mean, 95 % interval.
+
+    With `x` a line for each name over the setting, on a logarithmic axis where it is a number that grows by factors;
+    without, a row for each group, the best one on top.
+    """
+    with plt.rc_context(_STYLE):
+        if x is None:
+            _rows_of_groups(groups, path, title)
+        else:
+            _lines_of_groups(groups, path, title, x)
+
+
+def _rows_of_groups(groups: Any, path: str, title: str) -> None:
+    ranked = sorted(groups, key=lambda group: group[3])
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.38 * len(ranked)), layout="constrained")
+    for place, (_, _, values, mean, (low, high)) in enumerate(ranked):
+        axis.plot([low, high], [place, place], "-", color=_BLUE, linewidth=5, alpha=0.25, solid_capstyle="butt")
+        axis.plot(values, [place] * len(values), "o", color=_ORANGE, markersize=4, alpha=0.7)
+        axis.plot([mean], [place], "|", color=_BLUE, markersize=14, markeredgewidth=2)
+    axis.set_yticks(range(len(ranked)), [group[0] for group in ranked])
+    axis.set(xlabel="macro-F1: runs, their mean, 95 % interval of it", title=title, ylim=(-0.6, len(ranked) - 0.4))
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _lines_of_groups(groups: Any, path: str, title: str, x: str) -> None:
+    names = list(dict.fromkeys(group[0] for group in groups))
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for name, colour in zip(names, itertools.cycle((_BLUE, _ORANGE, _GREY, "#1b7837", "#762a83")), strict=False):
+        own = sorted((group for group in groups if group[0] == name), key=lambda group: group[1])
+        places = [group[1] for group in own]
+        low, high = ([group[4][side] for group in own] for side in (0, 1))
+        axis.fill_between(places, low, high, color=colour, alpha=0.15)
+        axis.plot(places, [group[3] for group in own], "-", color=colour, label=name)
+        for place, group in zip(places, own, strict=True):
+            axis.plot([place] * len(group[2]), group[2], "o", color=colour, markersize=4)
+    values = [group[1] for group in groups]
+    if min(values) > 0 and max(values) >= 8 * min(values):
+        axis.set_xscale("log")
+        axis.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+        axis.minorticks_off()
+    axis.set(xlabel=x, ylabel="macro-F1", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(path)
+    plt.close(figure)

@@ -2,11 +2,12 @@
 
 run.json                      RunRecord, train.py's
 evaluation/<split>.json       EvaluationRecord, evaluate.py's, and beside it a PredictionRecord for each example
+<split>.predictions.json      CompactPredictions, of runs whose records are kept by a sweep
 publish/task.json             PublishedTask, beside the model that push_to_hub.py builds
 publish.json                  PublishRecord, push_to_hub.py's
 
 A file holds what its dataclass says, no field more or less, and the version of these dataclasses. The versions before
-are still read: see `_from_version_2` and `_from_version_3`.
+are still read: see `_from_version_2` and those that follow it.
 """
 
 import dataclasses
@@ -23,12 +24,13 @@ from tweetdora.device import Hardware
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256, read_json, write_json
 
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 RUN_FILE = "run.json"
 TASK_FILE = "task.json"
 ADAPTER_DIR = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREDICTIONS = "predictions.jsonl"
+KEPT_PREDICTIONS = "predictions.json"  # behind the split and a dot
 
 Interval = tuple[float, float]  # 95 %
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -422,6 +424,7 @@ class EvaluationRecord:
     """A measurement: of a run or an adapter (`base` and `finetuned`), or of a model alone (`base`).
 
     `corrections` says what of the task's data was replaced for it (config.CORRECTIONS): name, before and now.
+    `base_measured` is when the base was answered, where that was an earlier evaluation (--base_results).
     """
 
     created: str
@@ -443,6 +446,7 @@ class EvaluationRecord:
     environment: Environment
     notes: list[DataNote]
     corrections: list[str]
+    base_measured: str | None = None
 
     @property
     def models(self) -> dict[str, ModelMetrics]:
@@ -478,6 +482,60 @@ class PredictionRecord:
     label: str
     base: GenerationRecord
     finetuned: GenerationRecord | None
+
+
+@dataclass(frozen=True)
+class CompactPredictions:
+    """The answers to all examples without their texts, to be kept with the records: <split>.predictions.json.
+
+    Each of the last five is a line of numbers with a space between, one for each example, in the examples' order: ids
+    of `label_words`, -1 for an answer that names none. `likeliest` are the labels of highest likelihood; empty where
+    they were not measured, as `finetuned` is where a model alone was.
+    """
+
+    split: str
+    data_sha256: str
+    adapter_sha256: str | None
+    label_words: list[str]
+    labels: str
+    base: str
+    finetuned: str
+    base_likeliest: str
+    finetuned_likeliest: str
+
+
+def compact_predictions(lines: list[PredictionRecord], record: EvaluationRecord) -> CompactPredictions:
+    """The predictions behind an evaluation, without texts."""
+    ids = {word: number for number, word in enumerate(record.label_words)}
+
+    def answers(found: list[GenerationRecord | None]) -> str:
+        """The label ids of generated answers."""
+        known = [answer for answer in found if answer is not None]
+        return number_line(-1 if answer.predicted is None else ids[answer.predicted] for answer in known)
+
+    def likeliest(found: list[GenerationRecord | None]) -> str:
+        """The label ids of the highest likelihoods."""
+        known = [answer.log_likelihoods for answer in found if answer is not None and answer.log_likelihoods]
+        return number_line(scores.index(max(scores)) for scores in known)
+
+    base: list[GenerationRecord | None] = [line.base for line in lines]
+    finetuned = [line.finetuned for line in lines]
+    return CompactPredictions(
+        split=record.split,
+        data_sha256=record.data.sha256,
+        adapter_sha256=record.adapter_sha256,
+        label_words=record.label_words,
+        labels=number_line(ids[line.label] for line in lines),
+        base=answers(base),
+        finetuned=answers(finetuned),
+        base_likeliest=likeliest(base),
+        finetuned_likeliest=likeliest(finetuned),
+    )
+
+
+def number_line(numbers: Iterable[int]) -> str:
+    """Numbers as CompactPredictions keeps them; [*map(int, line.split())] are the numbers again."""
+    return " ".join(map(str, numbers))
 
 
 # Publishing
@@ -575,8 +633,10 @@ def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Recor
         )
     if version == 2:
         value = _from_version_2(kind, value)
-    if version < RECORD_VERSION:
+    if version <= 3:
         value = _from_version_3(kind, value)
+    if version <= 4:
+        value = _from_version_4(kind, value)
     return decode(kind, value, path)
 
 
@@ -754,7 +814,7 @@ def _from_version_2(kind: type, value: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-# What each kind of record has since version 4, and what a record of version 3 means by leaving it out.
+# What each kind of record has since version 4 or 5, and what an older record means by leaving it out.
 _NEW_IN_TASK = {
     "csv_delimiter": None,
     "encoding": None,
@@ -765,6 +825,16 @@ _NEW_IN_TASK = {
     "chat_template": None,
     "chat_template_kwargs": None,
 }
+
+
+_NEW_IN_5: dict[str, dict[str, Any]] = {"task": {"balance_labels": False}, "model": {"use_rslora": False}}
+
+
+def _from_version_4(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 4 with what has come since."""
+    if kind is EvaluationRecord:
+        return {"base_measured": None, **value}
+    return value | {name: {**new, **value[name]} for name, new in _NEW_IN_5.items() if name in value}
 
 
 def _from_version_3(kind: type, value: dict[str, Any]) -> dict[str, Any]:

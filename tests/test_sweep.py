@@ -1,0 +1,207 @@
+"""Sweeps: what they plan, skip and refuse; and one of two runs on a tiny model, stopped and gone on with."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tweetdora import sweep as sweeps
+from tweetdora.compare import main as compare
+from tweetdora.errors import InputError
+from tweetdora.records import RunRecord, read_predictions, read_record
+from tweetdora.sweep import SweepConfig, is_done, main, one_sweep_at_a_time, plan_runs, read_sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(**keys): a sweep file with these keys beside the needed ones; its path."""
+
+    def to_file(**keys):
+        keys = {"output_dir": str(tmp_path / "runs"), "records_dir": str(tmp_path / "kept"), "seeds": [1], **keys}
+        path = tmp_path / "sweep.yaml"
+        path.write_text(
+            yaml.safe_dump({name: value for name, value in keys.items() if value is not None}, sort_keys=False)
+        )
+        return str(path)
+
+    return to_file
+
+
+def test_every_combination_is_a_run_and_a_seed_comes_after_the_other(write):
+    path = write(
+        settings={"max_steps": 3},
+        variants={"dora": None, "lora": {"method": "lora"}},
+        grid={"learning_rate": [1e-3, 1e-4], "target_modules": [["q_proj", "v_proj"]]},
+        seeds=[1, 2],
+    )
+    runs = plan_runs(read_sweep(path))
+    assert [run.name for run in runs[:4]] == [
+        "dora-learning_rate=0.001-target_modules=q_proj+v_proj-seed=1",
+        "dora-learning_rate=0.0001-target_modules=q_proj+v_proj-seed=1",
+        "lora-learning_rate=0.001-target_modules=q_proj+v_proj-seed=1",
+        "lora-learning_rate=0.0001-target_modules=q_proj+v_proj-seed=1",
+    ]
+    assert [run.recipe["seed"] for run in runs] == [1] * 4 + [2] * 4
+    assert (runs[2].recipe["method"], runs[2].recipe["max_steps"]) == ("lora", 3)
+
+
+def test_a_recipe_is_what_all_runs_begin_with(write, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("r: 4\nlora_alpha: 9\n")
+    (run,) = plan_runs(read_sweep(write(config=str(tmp_path / "recipe.yaml"), settings={"r": 2})))
+    assert (run.recipe["r"], run.recipe["lora_alpha"]) == (2, 9)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"seeds": None}, "sweep.yaml has no seeds."),
+        ({"sedes": [1]}, "unknown key sedes; expected some of output_dir, records_dir, seeds, config"),
+        ({"seeds": []}, "seeds is []; expected one value or more, each once"),
+        ({"grid": {"r": [4, 4]}}, "r is [4, 4]; expected one value or more, each once"),
+        ({"splits": ["tset"]}, "splits is ['tset']; expected some of train, validation, test"),
+        ({"seeds": 3}, "sweep.yaml.seeds is 3; expected list[int]"),
+        ({"settings": {"learning_rat": 1}}, "run seed=1: unknown key 'learning_rat'. Did you mean learning_rate?"),
+        ({"settings": {"r": 0}}, "--r is 0 and --lora_alpha 16; both must be 1 or more"),
+        ({"config": "nowhere.yaml"}, "config nowhere.yaml: there is no such file"),
+    ],
+)
+def test_what_is_wrong_with_a_sweep_is_said_before_any_work(write, keys, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        plan_runs(read_sweep(write(**keys)))
+
+
+def test_two_sweeps_at_once_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "_LOCK", str(tmp_path / "lock"))
+    with one_sweep_at_a_time():
+        with pytest.raises(InputError, match="another sweep is running on this machine"), one_sweep_at_a_time():
+            pass
+    with one_sweep_at_a_time():
+        pass
+
+
+# A sweep on the tiny model
+
+
+@pytest.fixture(scope="module")
+def tiny(teachable_dir, data_dir, tmp_path_factory):
+    """(folder, path): a sweep file of two runs on the tiny model."""
+    folder = tmp_path_factory.mktemp("sweep")
+    keys = {
+        "output_dir": str(folder / "runs"),
+        "records_dir": str(folder / "kept"),
+        "settings": {
+            **{"model_name_or_path": teachable_dir, "dataset_name": data_dir, "max_train_samples": 0},
+            **{"system_prompt": "Say how the day is: negative, neutral or positive.", "precision": "fp32"},
+            **{"max_steps": 20, "save_steps": 2, "logging_steps": 1, "max_eval_samples": 0, "max_new_tokens": 3},
+        },
+        "variants": {"slow": {"learning_rate": 1e-4}, "fast": {"learning_rate": 2e-2}},
+        "seeds": [1],
+        "splits": ["validation", "test"],
+        "evaluate": {"bootstrap_samples": 50},
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    return folder, str(folder / "sweep.yaml")
+
+
+def start(path, *flags):
+    """The sweep as a user starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "tweetdora.sweep", path, *flags],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(Path(path).parent)},  # its lock, beside those of other tests
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, tmp_path, capsys):
+    folder, path = tiny
+    process = start(path)
+    log = folder / "runs/slow-seed=1.log"
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and "'loss'" not in (log.read_text() if log.is_file() else ""):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Stopped after 0 runs; the same command goes on." in said
+    run = json.loads((folder / "runs/slow-seed=1/run.json").read_text())
+    assert run["status"] in ("interrupted", "finished") and not (folder / "kept").exists()
+
+    process = start(path)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    assert f"{path}: 2 runs, 0 of them done" in said
+    assert re.search(r"slow-seed=1: test macro-F1 \d\.\d{3} \[.*; 1 of 2 in .*, about .* left", said)
+    assert re.search(r"fast-seed=1: test macro-F1 \d\.\d{3} \[.*; 2 of 2 in [^,]*$", said, re.MULTILINE)
+
+    kept = folder / "kept/fast-seed=1"
+    assert sorted(entry.name for entry in kept.iterdir()) == [
+        *("run.json", "test.json", "test.predictions.json", "validation.json", "validation.predictions.json")
+    ]
+    texts = {
+        line.text for line in read_predictions(str(folder / "runs/fast-seed=1/evaluation/test/predictions.jsonl"))
+    }
+    everything = "".join(file.read_text() for file in kept.iterdir())
+    assert texts and not any(text in everything for text in texts)
+    assert not list((folder / "runs/fast-seed=1").glob("checkpoint-*"))
+
+    bases = sorted((folder / "runs").glob("base-*"))
+    assert len(bases) == 1, "the base is asked the same by both runs, and answers once"
+    measured = json.loads((bases[0] / "test.json").read_text())
+    for name in ("slow", "fast"):
+        record = json.loads((folder / f"kept/{name}-seed=1/test.json").read_text())
+        assert record["base_measured"] == measured["created"] and record["base"] == measured["base"]
+
+    assert main([path, "--dry_run", "true"]) == 0
+    assert "done   slow-seed=1\n  done   fast-seed=1\n" in capsys.readouterr().out
+    assert compare([str(folder / "kept"), "--split", "test", "--plot", str(tmp_path / "plot.png")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("learning_rate 0.02") == 2 and re.search(r"above in [01] of 1 seeds", said)
+    assert (tmp_path / "plot.png").stat().st_size > 5_000
+
+
+def test_records_of_other_settings_are_refused(tiny):
+    """After the sweep above: the same folder, another rate."""
+    folder, path = tiny
+    keys = yaml.safe_load(Path(path).read_text())
+    keys["variants"]["fast"] = {"learning_rate": 3e-2}
+    (folder / "other.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    sweep = read_sweep(str(folder / "other.yaml"))
+    slow, fast = plan_runs(sweep)
+    assert is_done(slow, sweep.splits)
+    with pytest.raises(InputError, match="holds a run with other settings: learning_rate: was 0.02, now 0.03"):
+        is_done(fast, sweep.splits)
+
+
+def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path):
+    folder, path = tiny
+    keys = yaml.safe_load(Path(path).read_text())
+    keys |= {"output_dir": str(tmp_path / "runs"), "records_dir": str(tmp_path / "kept"), "splits": ["test"]}
+    keys["variants"] = {"wrong": {"target_modules": ["nowhere"]}, "right": {"max_steps": 2}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    process = start(str(tmp_path / "sweep.yaml"), "--jobs", "2")
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 1, said
+    log = tmp_path / "runs/wrong-seed=1.log"
+    assert f"failed: wrong-seed=1: a script ended with 2; see the end of {log}" in said
+    assert "--target_modules nowhere matches no linear layer" in log.read_text()
+    assert read_record(RunRecord, str(tmp_path / "kept/right-seed=1/run.json")).result.steps == 2
+
+
+def test_no_run_begins_after_its_time(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "_LOCK", str(tmp_path / "lock"))
+    assert main([write(), "--minutes", "0"]) == 1
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(InputError, match="--jobs is 0; expected 1 or more"):
+        SweepConfig(jobs=0)

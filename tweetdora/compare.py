@@ -1,0 +1,273 @@
+"""Compare runs: a table over seeds, paired tests and a plot; of any task, on the same rows.
+
+    python -m tweetdora.compare runs/dora runs/lora                 # run folders that evaluate.py has measured
+    python -m tweetdora.compare results/rates --split validation    # the records of a sweep
+    python -m tweetdora.compare results/rates --plot rates.png --x learning_rate
+    python -m tweetdora.compare results/template.md --output results/README.md    # a page with tables and plots
+
+Runs that differ in the seed alone are one row. A page is a Jinja template that calls table(), differences(), plot(),
+reliability() and evaluation(); folders in it are relative to the page.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import jinja2
+
+from tweetdora.cli import parse_with_paths, run_script
+from tweetdora.config import AT_LEAST_1, Flag, check_ranges
+from tweetdora.errors import InputError
+from tweetdora.evaluation import format_p
+from tweetdora.plots import plot_groups, plot_reliability
+from tweetdora.records import Interval
+from tweetdora.seeds import (
+    Group,
+    SeedDifference,
+    Summary,
+    all_pairs,
+    difference,
+    find_runs,
+    group_runs,
+    settings_text,
+    summarise,
+    value_text,
+)
+
+log = logging.getLogger("tweetdora.compare")
+_PAGE_ENDINGS = (".md", ".j2", ".jinja")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Flags beside the runs."""
+
+    split: str = field(default="test", metadata={"help": "Split that the runs were measured on."})
+    output: str | None = field(
+        default=None, metadata={"help": "File for the table, or for the page; none: standard output."}
+    )
+    plot: str | None = field(default=None, metadata={"help": "File for a plot of the groups, .png or .svg."})
+    x: str | None = field(
+        default=None, metadata={"help": "Setting on the plot's axis, such as learning_rate; none: the groups' names."}
+    )
+    bootstrap_samples: Annotated[int, Flag(range=AT_LEAST_1)] = field(
+        default=2_000, metadata={"help": "Resamples behind the 95 %% intervals."}
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; the exit status."""
+    # parse
+    config, paths = parse_with_paths(argv, CompareConfig, __doc__.partition("\n")[0], "RUN", "Run folder, or page.")
+
+    # load, work
+    if paths[0].endswith(_PAGE_ENDINGS):
+        text = render_page(paths[0], config)
+    else:
+        groups = group_runs(find_runs(paths, config.split))
+        text = "\n\n".join(filter(None, [format_table(groups, config), format_differences(groups, config)])) + "\n"
+        if config.plot:
+            draw_plot(groups, config.plot, config.x, config)
+
+    # save
+    if config.output is None:
+        log.info(text)
+        return 0
+    with open(config.output, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    log.info("Wrote %s.", config.output)
+    return 0
+
+
+# Tables
+
+
+def format_table(groups: Sequence[Group], config: CompareConfig, names: Sequence[str] = ()) -> str:
+    """The groups as a Markdown table, best first; `names` replace what the settings say, in the groups' order."""
+    header = ("runs", "seeds", "macro-F1", "SD over seeds", "95 % over rows", "95 % over rows and seeds") + (
+        "accuracy",
+        "parse",
+        "exact",
+        "EOS",
+        "likeliest",
+        "log loss",
+        "minutes",
+        "memory",
+    )
+    rows = []
+    for number, group in enumerate(groups):
+        found = summarise(group, config.bootstrap_samples)
+        name = names[number] if names else settings_text(group.settings)
+        rows.append((found.mean, (name, *_cells(group, found))))
+    lines = [header, tuple("---" for _ in header), *(cells for _, cells in sorted(rows, key=lambda row: -row[0]))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cells(group: Group, found: Summary) -> tuple[str, ...]:
+    """A group's row, without its name."""
+    metrics = [run.finetuned_metrics for run in group.runs]
+    likelihoods = [metric.likelihood for metric in metrics if metric.likelihood is not None]
+    results = [run.run.result for run in group.runs if run.run.result is not None]
+    minutes = _mean([result.seconds / 60 for result in results])
+    memory = _mean([max(result.peak_memory_bytes.values(), default=0) / 1e9 for result in results])
+    return (
+        str(len(group.runs)),
+        f"**{found.mean:.3f}**",
+        "" if found.deviation is None else f"{found.deviation:.3f}",
+        interval_text(found.rows_interval),
+        "" if found.deviation is None else interval_text(found.interval),
+        f"{_mean([metric.accuracy for metric in metrics]):.3f}",
+        *(share_text(_mean([getattr(metric, name) for metric in metrics])) for name in ("parse_rate", "exact_match")),
+        share_text(_mean([metric.eos_rate for metric in metrics])),
+        f"{_mean([one.macro_f1 for one in likelihoods]):.3f}" if likelihoods else "",
+        f"{_mean([one.log_loss for one in likelihoods]):.3f}" if likelihoods else "",
+        f"{minutes:.1f}",
+        f"{memory:.1f} GB",
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def interval_text(interval: Interval) -> str:
+    """An interval as the tables write it."""
+    return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def share_text(share: float) -> str:
+    """A share in per cent, which is 100 only where it is all of them."""
+    return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %"
+
+
+def format_differences(groups: Sequence[Group], config: CompareConfig, names: Sequence[str] = ()) -> str:
+    """A line for each pair of groups: the difference, and what it is uncertain by; empty for one group."""
+    known = dict(zip(map(id, groups), names or [settings_text(group.settings) for group in groups], strict=True))
+    lines = []
+    for first, second in all_pairs(groups):
+        found = difference(first, second, config.bootstrap_samples)
+        lines.append(f"- **{known[id(first)]}** − {known[id(second)]}: {difference_text(found)}")
+    return "\n".join(lines)
+
+
+def difference_text(found: SeedDifference) -> str:
+    """A difference in words."""
+    low, high = found.interval
+    text = f"{found.difference:+.3f}, 95 % over rows and seeds [{low:+.3f}, {high:+.3f}]"
+    if found.seeds_above is None:
+        return f"{text}; other seeds, so nothing is paired but the rows"
+    count = len(found.p_values)
+    pairs = (
+        f"{fixed} rows better and {broken} worse (McNemar p {format_p(value)})"
+        for fixed, broken, value in zip(found.fixed, found.broken, found.p_values, strict=True)
+    )
+    return f"{text}; above in {found.seeds_above} of {count} seeds; seed by seed {', '.join(pairs)}"
+
+
+# Plots
+
+
+def draw_plot(
+    groups: Sequence[Group],
+    path: str,
+    x: str | None,
+    config: CompareConfig,
+    names: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """Every run's macro-F1 as a point, each group's mean with its interval; over the setting `x`, if one is given.
+
+    Raises:
+        InputError: the groups do not differ in `x`.
+    """
+    if x is not None and any(x not in group.settings for group in groups):
+        known = ", ".join(groups[0].settings) or "no setting"
+        raise InputError(f"--x is {x}, but these runs differ in {known}. Name one of these, or leave --x out.")
+    drawn = []
+    for number, group in enumerate(groups):
+        others = {name: value for name, value in group.settings.items() if name != x}
+        found = summarise(group, config.bootstrap_samples)
+        name = names[number] if names else settings_text(others)
+        drawn.append((name, group.settings[x] if x else None, found.values, found.mean, found.interval))
+    shown = title or f"{groups[0].runs[0].evaluation.data.display_name}, {groups[0].runs[0].evaluation.split}"
+    plot_groups(drawn, path, shown, x)
+
+
+# Pages
+
+
+class _Page:
+    """What a page's template can call; folders are relative to the page."""
+
+    def __init__(self, folder: str, config: CompareConfig) -> None:
+        self.folder, self.config = folder, config
+
+    def groups(self, *paths: str, split: str = "test") -> list[Group]:
+        """The groups of the runs in these folders."""
+        return group_runs(find_runs([os.path.join(self.folder, path) for path in paths], split))
+
+    def table(self, *paths: str, split: str = "test", names: Sequence[str] = ()) -> str:
+        """The table of these runs."""
+        return format_table(self.groups(*paths, split=split), self.config, names)
+
+    def differences(self, *paths: str, split: str = "test", names: Sequence[str] = ()) -> str:
+        """The paired differences of these runs."""
+        return format_differences(self.groups(*paths, split=split), self.config, names)
+
+    def plot(
+        self,
+        file: str,
+        *paths: str,
+        split: str = "test",
+        x: str | None = None,
+        title: str = "",
+        names: Sequence[str] = (),
+    ) -> str:
+        """Draw these runs into a file beside the page; the Markdown that shows it."""
+        groups = self.groups(*paths, split=split)
+        draw_plot(groups, os.path.join(self.folder, file), x, self.config, names, title)
+        return f"![{title or 'macro-F1 of the runs'}]({file})"
+
+    def reliability(self, file: str, path: str, split: str = "test", title: str = "") -> str:
+        """Draw base and fine-tuned model of one run, accuracy over probability; the Markdown that shows it."""
+        (run,) = find_runs([os.path.join(self.folder, path)], split)
+        plot_reliability(run.evaluation.likelihoods, os.path.join(self.folder, file), title)
+        return f"![{title}]({file})"
+
+    def evaluation(self, path: str, split: str = "test") -> Any:
+        """The evaluation record of one run."""
+        (run,) = find_runs([os.path.join(self.folder, path)], split)
+        return run.evaluation
+
+
+def render_page(path: str, config: CompareConfig) -> str:
+    """A page from its template; what it plots is written beside it.
+
+    Raises:
+        InputError: the template is wrong, or a run that it names is not there.
+    """
+    folder = os.path.dirname(path) or "."
+    page = _Page(folder, config)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,  # it is Markdown
+        loader=jinja2.FileSystemLoader(folder),
+    )
+    calls: dict[str, Callable[..., Any]] = {
+        name: getattr(page, name) for name in ("table", "differences", "plot", "reliability", "evaluation")
+    }
+    shown = {"interval": interval_text, "share": share_text, "value": value_text}
+    try:
+        return environment.get_template(os.path.basename(path)).render(**calls, **shown)
+    except (jinja2.TemplateError, OSError) as error:
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+if __name__ == "__main__":
+    run_script(main, "tweetdora.compare")

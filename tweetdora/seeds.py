@@ -1,0 +1,290 @@
+"""Runs over seeds: their mean, how far seeds and rows leave it uncertain, and paired differences.
+
+A group is the same settings with several seeds. Of its mean score three things are told apart:
+
+- the spread over seeds: the standard deviation of the runs' scores on the same rows;
+- the interval over rows: what other rows of the kind would give these very runs, by a bootstrap that draws the rows,
+  the same ones for every run;
+- the interval over both: rows and seeds drawn, independently of one another (Owen, The pigeonhole bootstrap, Annals of
+  Applied Statistics 1, 2007). Of k seeds k - 1 are drawn, so that the mean over them varies as that of k does (Rao and
+  Wu, Resampling inference with complex survey data, JASA 83, 1988). Of 2 or 3 seeds it is only a hint.
+"""
+
+import glob
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tweetdora.config import RESULT_ARGUMENTS, ROUNDING_ARGUMENTS
+from tweetdora.errors import InputError
+from tweetdora.metrics import confusion_matrix, interval_of, mcnemar_p_value, scores
+from tweetdora.records import (
+    KEPT_PREDICTIONS,
+    PREDICTIONS,
+    RUN_FILE,
+    CompactPredictions,
+    EvaluationRecord,
+    Interval,
+    ModelMetrics,
+    RunRecord,
+    compact_predictions,
+    read_predictions,
+    read_record,
+)
+
+_IN_EVERY_RUN = ("seed", "data_seed", *ROUNDING_ARGUMENTS)  # what runs of a group may differ in
+# Where base and data came from, and what answers the same rows otherwise: no setting of the training.
+_NO_SETTING = (
+    "dataset_revision",
+    "model_revision",
+    "validation_split",
+    "validation_share",
+    "test_split",
+    "test_share",
+)
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A run with an evaluation of it; `labels`, `base` and `finetuned` are arrays (N,) of label ids, -1 for none."""
+
+    folder: str
+    run: RunRecord
+    evaluation: EvaluationRecord
+    finetuned_metrics: ModelMetrics
+    labels: np.ndarray
+    base: np.ndarray
+    finetuned: np.ndarray
+
+    @property
+    def seed(self) -> int:
+        """The seed of adapter and order."""
+        return int(self.run.training.seed)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of the run's settings makes its result, but for the seed."""
+        training = {name: getattr(self.run.training, name) for name in RESULT_ARGUMENTS if name not in _IN_EVERY_RUN}
+        found = {**vars(self.run.task), **vars(self.run.model), **training}
+        return {name: value for name, value in found.items() if name not in _NO_SETTING}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed; `settings` are those in which the group differs from others."""
+
+    settings: dict[str, Any]
+    runs: list[MeasuredRun]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in order."""
+        return [found.seed for found in self.runs]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The mean of a score over runs; `deviation` is the standard deviation over seeds, None of one run."""
+
+    mean: float
+    values: list[float]
+    deviation: float | None
+    rows_interval: Interval
+    interval: Interval  # over rows and seeds; of one run over rows alone
+
+
+@dataclass(frozen=True)
+class SeedDifference:
+    """One group's mean minus another's; `p_values` are McNemar's, seed by seed, where the seeds are the same."""
+
+    difference: float
+    rows_interval: Interval
+    interval: Interval
+    seeds_above: int | None  # in how many seeds the first is above the second
+    fixed: list[int]
+    broken: list[int]
+    p_values: list[float]
+
+
+# Reading
+
+
+def find_runs(paths: Sequence[str], split: str) -> list[MeasuredRun]:
+    """The runs in these folders, or in folders of them (patterns such as results/rates/* too), measured on a split.
+
+    Raises:
+        InputError: there is none, or they were measured on other rows than one another.
+    """
+    found: list[MeasuredRun] = []
+    for path in paths:
+        for match in sorted(glob.glob(path)):
+            inner = sorted(entry.path for entry in os.scandir(match) if entry.is_dir()) if os.path.isdir(match) else []
+            read = [_read_run(folder, split) for folder in (match, *inner)]
+            found += [one for one in read if one is not None]
+    if not found:
+        raise InputError(
+            f"no run in {' '.join(paths)} was measured on the {split} split. Expected run folders, or folders of a "
+            f"sweep's records, with {RUN_FILE} and {split}.json; --split names another split."
+        )
+    _check_same_rows(found)
+    return found
+
+
+def _read_run(folder: str, split: str) -> MeasuredRun | None:
+    """The run in a folder with its evaluation; None where there is none."""
+    run_path = os.path.join(folder, RUN_FILE)
+    live = os.path.join(folder, "evaluation")
+    results = live if os.path.isdir(live) else folder
+    path = os.path.join(results, f"{split}.json")
+    if not (os.path.isfile(run_path) and os.path.isfile(path)):
+        return None
+    run, evaluation = read_record(RunRecord, run_path), read_record(EvaluationRecord, path)
+    kept = os.path.join(results, f"{split}.{KEPT_PREDICTIONS}")
+    if os.path.isfile(kept):
+        answers = read_record(CompactPredictions, kept)
+    else:
+        answers = compact_predictions(read_predictions(os.path.join(results, split, PREDICTIONS)), evaluation)
+    labels, base, finetuned = (_numbers(line) for line in (answers.labels, answers.base, answers.finetuned))
+    matrix = confusion_matrix(labels.tolist(), finetuned.tolist(), len(evaluation.label_words)).tolist()
+    metrics = evaluation.finetuned
+    if metrics is None or answers.adapter_sha256 != run.adapter.sha256 or matrix != metrics.confusion_matrix:
+        raise InputError(f"{folder}: its records are not of one run, or not of the same answers. Measure it again.")
+    return MeasuredRun(folder, run, evaluation, metrics, labels, base, finetuned)
+
+
+def _numbers(line: str) -> np.ndarray:
+    return np.array([int(word) for word in line.split()], dtype=np.int64)
+
+
+def _check_same_rows(runs: Sequence[MeasuredRun]) -> None:
+    """Refuse runs that were measured on other rows: a difference would be theirs.
+
+    Raises:
+        InputError: names the first two that differ.
+    """
+    first = runs[0]
+    for other in runs[1:]:
+        for what, before, now in (
+            ("label words", first.evaluation.label_words, other.evaluation.label_words),
+            ("examples", first.evaluation.data.sha256, other.evaluation.data.sha256),
+        ):
+            if before != now:
+                counts = [found.evaluation.data.num_examples for found in (first, other)]
+                raise InputError(
+                    f"{first.folder} and {other.folder} were measured on other {what} ({counts[0]:,} and "
+                    f"{counts[1]:,} of them), so their scores cannot be compared. Leave one of them out, or measure "
+                    "both on the same split and --max_eval_samples."
+                )
+
+
+def group_runs(runs: Sequence[MeasuredRun]) -> list[Group]:
+    """The runs by their settings, each group by its seeds.
+
+    Raises:
+        InputError: two runs have the same settings and seed.
+    """
+    groups: list[tuple[dict[str, Any], list[MeasuredRun]]] = []
+    for run in runs:
+        known = next((members for settings, members in groups if settings == run.settings), None)
+        if known is None:
+            groups.append((run.settings, [run]))
+            continue
+        if twin := next((other for other in known if other.seed == run.seed), None):
+            raise InputError(f"{twin.folder} and {run.folder} are runs of the same settings and seed; name one.")
+        known.append(run)
+    names = list(groups[0][0])
+    differing = [name for name in names if any(settings.get(name) != groups[0][0][name] for settings, _ in groups)]
+    return [
+        Group({name: settings[name] for name in differing}, sorted(members, key=lambda found: found.seed))
+        for settings, members in groups
+    ]
+
+
+# Statistics
+
+
+def resample(runs: Sequence[MeasuredRun], samples: int, seed: int, metric: str = "macro_f1") -> np.ndarray:
+    """A score of each run (columns) on each resample of the rows (samples, runs); the same rows for all runs."""
+    num_labels = len(runs[0].evaluation.label_words)
+    cells = [found.labels * (num_labels + 1) + found.finetuned % (num_labels + 1) for found in runs]
+    generator, count = np.random.default_rng(seed), len(runs[0].labels)
+    shape = (num_labels, num_labels + 1)
+    values = np.empty((samples, len(runs)))
+    for number in range(samples):
+        drawn = np.bincount(generator.integers(0, count, count), minlength=count)
+        matrices = [np.bincount(found, drawn, shape[0] * shape[1]).reshape(shape) for found in cells]
+        values[number] = scores(np.stack(matrices))[metric]
+    return values
+
+
+def summarise(group: Group, samples: int = 2_000, seed: int = 0) -> Summary:
+    """Mean macro-F1 of a group, with its spread and its intervals."""
+    values = [found.finetuned_metrics.macro_f1 for found in group.runs]
+    drawn = resample(group.runs, samples, seed)
+    return Summary(
+        mean=float(np.mean(values)),
+        values=values,
+        deviation=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        rows_interval=interval_of(drawn.mean(1)),
+        interval=interval_of(_over_seeds(drawn, _draw_seeds(len(values), samples, seed))),
+    )
+
+
+def difference(first: Group, second: Group, samples: int = 2_000, seed: int = 0) -> SeedDifference:
+    """The first group's mean macro-F1 minus the second's, on the same rows; seeds in pairs where they are the same."""
+    drawn = resample([*first.runs, *second.runs], samples, seed)
+    one, other = drawn[:, : len(first.runs)], drawn[:, len(first.runs) :]
+    paired = first.seeds == second.seeds
+    picks = _draw_seeds(len(first.runs), samples, seed)
+    picks_other = picks if paired else _draw_seeds(len(second.runs), samples, seed + 1)
+    values = [[found.finetuned_metrics.macro_f1 for found in group.runs] for group in (first, second)]
+    changes = [_changes(ours, theirs) for ours, theirs in zip(first.runs, second.runs, strict=True)] if paired else []
+    return SeedDifference(
+        difference=float(np.mean(values[0]) - np.mean(values[1])),
+        rows_interval=interval_of(one.mean(1) - other.mean(1)),
+        interval=interval_of(_over_seeds(one, picks) - _over_seeds(other, picks_other)),
+        seeds_above=sum(a > b for a, b in zip(*values, strict=True)) if paired else None,
+        fixed=[fixed for fixed, _ in changes],
+        broken=[broken for _, broken in changes],
+        p_values=[mcnemar_p_value(*counts) for counts in changes],
+    )
+
+
+def _draw_seeds(count: int, samples: int, seed: int) -> np.ndarray:
+    """Places of runs (samples, k - 1), drawn with replacement; of one run always that one."""
+    if count == 1:
+        return np.zeros((samples, 1), dtype=np.int64)
+    return np.random.default_rng([seed, count]).integers(0, count, (samples, count - 1))
+
+
+def _over_seeds(drawn: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(drawn, picks, axis=1).mean(1)
+
+
+def _changes(ours: MeasuredRun, theirs: MeasuredRun) -> tuple[int, int]:
+    """Rows that the first answers rightly and the second wrongly, and the other way round."""
+    right, right_theirs = ours.finetuned == ours.labels, theirs.finetuned == theirs.labels
+    return int((right & ~right_theirs).sum()), int((~right & right_theirs).sum())
+
+
+def all_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Every two groups, the better one first."""
+    ranked = sorted(groups, key=lambda group: -float(np.mean([run.finetuned_metrics.macro_f1 for run in group.runs])))
+    return list(itertools.combinations(ranked, 2))
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """The settings of a group for people: learning_rate 0.0005, method dora."""
+    shown = (f"{name} {value_text(value)}" for name, value in settings.items())
+    return ", ".join(shown) or "all runs"
+
+
+def value_text(value: Any) -> str:
+    """The value of a setting for people."""
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return {None: "all", True: "yes", False: "no"}.get(value, f"{value:g}" if isinstance(value, float) else str(value))

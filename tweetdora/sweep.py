@@ -1,0 +1,422 @@
+"""Run a sweep: a training and its evaluations for each combination of settings and seed, one after the other.
+
+    python -m tweetdora.sweep results/rates/sweep.yaml --dry_run true    # what it would run
+    python -m tweetdora.sweep results/rates/sweep.yaml                   # the same command goes on after a stop
+
+A sweep file, of which all keys but `output_dir`, `records_dir` and `seeds` may be left out:
+
+    output_dir: runs/rates                  # run folders
+    records_dir: results/rates              # what is kept of each run: records, without texts
+    config: recipes/quickstart.yaml         # a recipe that all runs begin with
+    settings: {max_train_samples: 10000}    # flags of train.py for all runs
+    variants:                               # flags of train.py by the name of the variant
+      dora: {method: dora}
+      lora: {method: lora}
+    grid: {learning_rate: [3e-5, 1e-4]}     # every combination, with every variant
+    seeds: [42, 43, 44]
+    splits: [validation]                    # what evaluate.py measures
+    evaluate: {batch_size: 256}             # flags of evaluate.py
+    launcher: [accelerate, launch, --config_file, accelerate_config.yaml]    # default: this Python
+
+A run whose records are there is not run again. The base model is answered once for all runs that ask it the same.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_args
+
+import yaml
+from filelock import FileLock, Timeout
+
+from tweetdora.cli import parse_train, parse_with_paths, read_yaml, run_script
+from tweetdora.config import AT_LEAST_1, RECIPE_ARGUMENTS, EvaluateConfig, Flag, check_ranges
+from tweetdora.errors import InputError
+from tweetdora.records import (
+    KEPT_PREDICTIONS,
+    PREDICTIONS,
+    RUN_FILE,
+    EvaluationRecord,
+    RunRecord,
+    compact_predictions,
+    decode,
+    read_predictions,
+    read_record,
+    run_status,
+    training_settings,
+    write_record,
+)
+
+log = logging.getLogger("tweetdora.sweep")
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_LOCK = os.path.join(tempfile.gettempdir(), "tweetdora-sweep.lock")
+# Of a task, what evaluate.py does not ask about: the base is measured alike whatever these are.
+_TRAINING_ONLY = ("train_split", "max_train_samples", "balance_labels", "validation_split")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Flags of the sweep beside its file."""
+
+    dry_run: bool = field(default=False, metadata={"help": "Check all settings and list the runs; run nothing."})
+    jobs: Annotated[int, Flag(range=AT_LEAST_1)] = field(
+        default=1, metadata={"help": "Runs at the same time; more than 1 only where a run leaves the device idle."}
+    )
+    minutes: float | None = field(
+        default=None, metadata={"help": "Begin no run after so many minutes; none: until all are done."}
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file."""
+
+    output_dir: str
+    records_dir: str
+    seeds: list[int]
+    config: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    splits: list[str] = field(default_factory=lambda: ["validation"])
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    launcher: list[str] = field(default_factory=lambda: [sys.executable])
+    keep_checkpoints: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a sweep: its recipe as a whole, and the folders of the run and of what is kept of it."""
+
+    name: str
+    recipe: dict[str, Any]
+    run_dir: str
+    records_dir: str
+
+
+class RunFailedError(Exception):
+    """A script of a run ended with an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; the exit status: 1 where a run failed."""
+    # parse
+    config, paths = parse_with_paths(argv, SweepConfig, __doc__.partition("\n")[0], "SWEEP", "Sweep file, YAML.")
+
+    # load
+    plans = [(path, read_sweep(path)) for path in paths]
+    left: list[tuple[Sweep, Run]] = []
+    for path, sweep in plans:
+        runs = plan_runs(sweep)
+        to_do = [run for run in runs if not is_done(run, sweep.splits)]
+        left += [(sweep, run) for run in to_do]
+        log.info("%s: %d runs, %d of them done", path, len(runs), len(runs) - len(to_do))
+        if config.dry_run:
+            log.info("\n".join(f"  {'to do' if run in to_do else 'done':<6} {run.name}" for run in runs))
+    if config.dry_run or not left:
+        return 0
+
+    # work
+    with one_sweep_at_a_time():
+        failed = Runner(config).run(left)
+    for name, why in failed.items():
+        log.warning("failed: %s: %s", name, why)
+    return 1 if failed else 0
+
+
+# The plan
+
+
+def read_sweep(path: str) -> Sweep:
+    """Read a sweep file.
+
+    Raises:
+        InputError: it is missing, or a key is not what it should be.
+    """
+    found = read_yaml(path, path)
+    known = {item.name: item for item in dataclasses.fields(Sweep)}
+    if unknown := sorted(set(found) - set(known)):
+        raise InputError(f"{path}: unknown key {', '.join(unknown)}; expected some of {', '.join(known)}.")
+    if missing := [name for name in ("output_dir", "records_dir", "seeds") if name not in found]:
+        raise InputError(f"{path} has no {', '.join(missing)}.")
+    values = {"variants": {}, **found}
+    values["variants"] = {name: settings or {} for name, settings in values["variants"].items()}
+    whole = dataclasses.asdict(Sweep("", "", [])) | values
+    sweep = decode(Sweep, whole, path)
+    for name, items in (("seeds", sweep.seeds), *sweep.grid.items()):
+        if len({json.dumps(item) for item in items}) < len(items) or not items:
+            raise InputError(f"{path}: {name} is {items}; expected one value or more, each once.")
+    splits = get_args(next(item.type for item in dataclasses.fields(EvaluateConfig) if item.name == "split"))
+    if not sweep.splits or not set(sweep.splits) <= set(splits):
+        raise InputError(f"{path}: splits is {sweep.splits}; expected some of {', '.join(splits)}.")
+    return sweep
+
+
+def plan_runs(sweep: Sweep) -> list[Run]:
+    """All runs of a sweep, seed by seed, so that a sweep that is stopped leaves whole comparisons behind.
+
+    Raises:
+        InputError: a setting is none of train.py's, or contradicts another.
+    """
+    common = (read_yaml(sweep.config, f"config {sweep.config}") if sweep.config else {}) | sweep.settings
+    runs = []
+    for seed in sweep.seeds:
+        for variant, settings in (sweep.variants or {"": {}}).items():
+            for values in itertools.product(*sweep.grid.values()):
+                chosen = dict(zip(sweep.grid, values, strict=True))
+                parts = [variant, *(f"{name}={_word(value)}" for name, value in chosen.items()), f"seed={seed}"]
+                name = "-".join(filter(None, parts))
+                run_dir = os.path.join(sweep.output_dir, name)
+                recipe = {**common, **settings, **chosen, "seed": seed, "output_dir": run_dir, "report_to": "none"}
+                runs.append(Run(name, recipe, run_dir, os.path.join(sweep.records_dir, name)))
+    for run in runs:
+        _parse(run)  # whatever is wrong with a setting shows now, not after hours
+    return runs
+
+
+def _word(value: Any) -> str:
+    """A value as a part of a folder's name."""
+    words = value if isinstance(value, list) else [value]
+    return "+".join("".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in str(word)) for word in words)
+
+
+def _parse(run: Run) -> tuple[Any, Any, Any]:
+    """A run's settings as train.py reads them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, f"{run.name}.yaml")
+        _write_recipe(run, path)
+        try:
+            return parse_train(["--config", path], "")
+        except InputError as error:
+            raise InputError(str(error).replace(path, f"run {run.name}")) from error
+
+
+def _write_recipe(run: Run, path: str) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as stream:
+        yaml.safe_dump(run.recipe, stream, sort_keys=False, allow_unicode=True)
+
+
+def is_done(run: Run, splits: Sequence[str]) -> bool:
+    """Whether the records of a run are there.
+
+    Raises:
+        InputError: they are those of a run with other settings.
+    """
+    path = os.path.join(run.records_dir, RUN_FILE)
+    if not os.path.isfile(path):
+        return False
+    record = read_record(RunRecord, path)
+    task, model, training = _parse(run)
+    planned, kept = (
+        {**vars(task), **vars(model), **{name: getattr(found, name) for name in RECIPE_ARGUMENTS}}
+        for task, model, found in (
+            (task, model, training_settings(training)),
+            (record.task, record.model, record.training),
+        )
+    )
+    if differ := [
+        f"{name}: was {kept[name]!r}, now {planned[name]!r}" for name in kept if kept[name] != planned[name]
+    ]:
+        raise InputError(
+            f"{run.records_dir} holds a run with other settings: {'; '.join(differ)}. Name another records_dir or "
+            "variant, or remove the folder."
+        )
+    return all(os.path.isfile(os.path.join(run.records_dir, f"{split}.json")) for split in splits)
+
+
+# The work
+
+
+@contextlib.contextmanager
+def one_sweep_at_a_time() -> Iterator[None]:
+    """Hold a lock of this machine's; two sweeps at once would each take the other's time.
+
+    Raises:
+        InputError: another sweep holds it.
+    """
+    lock = FileLock(_LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"another sweep is running on this machine (it holds {_LOCK}). Wait for it, or stop it; one that is "
+            "stopped goes on by its own command."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Runner:
+    """Runs what is left of sweeps, `jobs` at a time, and passes a stop on to the scripts that are running."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        self.config = config
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped_by: int | None = None
+        self._base_locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._began = time.monotonic()
+        self._done = 0
+
+    def run(self, runs: list[tuple[Sweep, Run]]) -> dict[str, str]:
+        """Run them; why some failed, by name. A stop by a signal ends the process, once the scripts have stopped."""
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ThreadPoolExecutor(self.config.jobs) as pool:
+                found = list(pool.map(lambda item: self._one(item[0], item[1], len(runs)), runs))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._stopped_by is not None:
+            log.info("Stopped after %d runs; the same command goes on.", self._done)
+            sys.exit(128 + self._stopped_by)
+        return {run.name: why for (_, run), why in zip(runs, found, strict=True) if why}
+
+    def _stop(self, number: int, _: Any) -> None:
+        """Pass a signal on once; a second one would cut a script off while it writes its checkpoint."""
+        if self._stopped_by is None:
+            self._stopped_by = number
+            for process in list(self._running):
+                process.send_signal(number)
+
+    def _one(self, sweep: Sweep, run: Run, count: int) -> str | None:
+        """One run from training to records; why it failed, None where it did not."""
+        if self._stopped_by is not None:
+            return None
+        if self.config.minutes is not None and time.monotonic() - self._began > 60 * self.config.minutes:
+            return f"not begun within {self.config.minutes:g} minutes; the same command goes on"
+        try:
+            self._train(sweep, run)
+            for split in sweep.splits:
+                self._evaluate(sweep, run, split)
+        except RunFailedError as error:
+            return str(error)
+        if self._stopped_by is None:
+            self._tell(run, sweep.splits[-1], count)
+        return None
+
+    def _tell(self, run: Run, split: str, count: int) -> None:
+        """Say what a run scored, and how long the others will take."""
+        record = read_record(EvaluationRecord, os.path.join(run.records_dir, f"{split}.json"))
+        found = record.finetuned or record.base
+        low, high = found.intervals.macro_f1
+        with self._lock:
+            self._done += 1
+            passed = time.monotonic() - self._began
+            left = f", about {_duration(passed / self._done * (count - self._done))} left"
+            log.info(
+                "%s: %s macro-F1 %.3f [%.3f, %.3f]; %d of %d in %s%s",
+                *(run.name, split, found.macro_f1, low, high, self._done, count, _duration(passed)),
+                left if self._done < count else "",
+            )
+
+    def _train(self, sweep: Sweep, run: Run) -> None:
+        """Train, or go on with the training; the record is kept last of all, by _evaluate."""
+        recipe, status = f"{run.run_dir}.yaml", run_status(run.run_dir)
+        _write_recipe(run, recipe)
+        if status == "finished":
+            return
+        if status == "diverged":
+            raise RunFailedError(f"the training diverged; {run.run_dir} says when")
+        flags = ["--resume_from_checkpoint", "true"] if status else []
+        self._call(run, [*sweep.launcher, os.path.join(_ROOT, "train.py"), "--config", recipe, *flags])
+        if not sweep.keep_checkpoints and self._stopped_by is None:
+            for name in os.listdir(run.run_dir):
+                if name.startswith("checkpoint-"):
+                    shutil.rmtree(os.path.join(run.run_dir, name))
+
+    def _evaluate(self, sweep: Sweep, run: Run, split: str) -> None:
+        if self._stopped_by is not None or os.path.isfile(os.path.join(run.records_dir, f"{split}.json")):
+            return
+        base = self._measure_base(sweep, run, split)
+        self._call(run, [*_evaluate_words(sweep, split), run.run_dir, "--base_results", base])
+        keep_records(run, split)
+
+    def _measure_base(self, sweep: Sweep, run: Run, split: str) -> str:
+        """The folder with the base's answers to what this run is asked; they are generated where they are missing."""
+        task, model, training = _parse(run)
+        asked = {name: value for name, value in vars(task).items() if name not in _TRAINING_ONLY}
+        asked |= {"model": model.model_name_or_path, "revision": model.model_revision, **sweep.evaluate}
+        asked |= {"precision": training.precision, "max_new_tokens": training.max_new_tokens}
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        folder = os.path.join(sweep.output_dir, f"base-{key}")
+        with self._lock:
+            lock = self._base_locks.setdefault(f"{key} {split}", threading.Lock())
+        with lock:
+            if self._stopped_by is None and not os.path.isfile(os.path.join(folder, f"{split}.json")):
+                flags = {"config": f"{run.run_dir}.yaml", "output_dir": folder}
+                flags |= {"precision": training.precision, "max_new_tokens": training.max_new_tokens}
+                words = [f"--{name}={value}" for name, value in flags.items()]
+                self._call(run, [*_evaluate_words(sweep, split), model.model_name_or_path, *words])
+        return folder
+
+    def _call(self, run: Run, words: list[str]) -> None:
+        """Run a script to its end, its output in <run folder>.log.
+
+        Raises:
+            RunFailedError: it ended with an error.
+        """
+        if self._stopped_by is not None:
+            return
+        path = f"{run.run_dir}.log"
+        with open(path, "ab") as stream:
+            stream.write(f"$ {shlex.join(words)}\n".encode())
+            stream.flush()
+            # A group of its own: the terminal's Ctrl-C would reach it beside the signal that is passed on.
+            process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+            self._running.add(process)
+            status = process.wait()
+            self._running.discard(process)
+        if status and self._stopped_by is None:
+            raise RunFailedError(f"a script ended with {status}; see the end of {path}")
+
+
+def _evaluate_words(sweep: Sweep, split: str) -> list[str]:
+    flags = [f"--{name}={value}" for name, value in sweep.evaluate.items()]
+    script = os.path.join(_ROOT, "evaluate.py")
+    return [*sweep.launcher, script, f"--split={split}", "--report_to=none", *flags]
+
+
+def keep_records(run: Run, split: str) -> None:
+    """Copy what a run and an evaluation of it left into the sweep's records: all but texts and weights."""
+    results = os.path.join(run.run_dir, "evaluation")
+    record = read_record(EvaluationRecord, os.path.join(results, f"{split}.json"))
+    lines = read_predictions(os.path.join(results, split, PREDICTIONS))
+    training = read_record(RunRecord, os.path.join(run.run_dir, RUN_FILE))
+    training = dataclasses.replace(training, train_data=dataclasses.replace(training.train_data, first_texts={}))
+    write_record(os.path.join(run.records_dir, RUN_FILE), training)
+    write_record(os.path.join(run.records_dir, f"{split}.{KEPT_PREDICTIONS}"), compact_predictions(lines, record))
+    write_record(os.path.join(run.records_dir, f"{split}.json"), record)  # last: it says that the others are there
+
+
+def _duration(seconds: float) -> str:
+    """A duration as one says it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+if __name__ == "__main__":
+    run_script(main, "tweetdora.sweep")
