@@ -211,7 +211,8 @@ def test_the_same_folder_again_makes_no_commit(hub, folder):
 def test_what_an_earlier_publish_left_goes_and_what_others_put_there_stays(hub, folder):
     """An adapter_config.json at the root would be loaded in place of the merged model."""
     old = ["adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "figures/old.png"]
-    others = ["LICENSE", "notes/thesis.md", "pytorch_model.bin"]
+    old += ["model-Q8_0.gguf", "Modelfile", "onnx/model.onnx", "onnx/model_quantized.onnx_data"]  # of older weights
+    others = ["LICENSE", "notes/thesis.md", "pytorch_model.bin", "somebody-Q8_0.gguf", "onnx/decoder.onnx"]
     hub.store.upload("models", REPO, dict.fromkeys([*old, *others], b"x"))
     published = publish(folder, inspect_repo(REPO, config()), "better", False)
     assert (published.removed, published.left_alone) == (sorted(old), sorted(others))

@@ -128,7 +128,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, t
     folder, path = tiny
     process = start(path)
     log = folder / "runs/slow-seed=1.log"
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 300
     while time.monotonic() < limit and "'loss'" not in (log.read_text() if log.is_file() else ""):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -169,6 +169,27 @@ def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, t
     said = capsys.readouterr().out
     assert said.count("learning_rate 0.02") == 2 and re.search(r"above in [01] of 1 seeds", said)
     assert (tmp_path / "plot.png").stat().st_size > 5_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
+def test_no_training_goes_on_alone_when_the_sweep_is_killed(tiny, tmp_path):
+    """Its successor would train in the same folder beside it. It stops as by SIGTERM, with a checkpoint."""
+    folder, path = tiny
+    keys = yaml.safe_load(Path(path).read_text()) | {"output_dir": str(tmp_path / "runs")}
+    keys["settings"]["max_steps"] = 100_000
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    process = start(str(tmp_path / "sweep.yaml"))
+    run_dir = next(iter(plan_runs(read_sweep(str(tmp_path / "sweep.yaml"))))).run_dir
+    log, record = Path(f"{run_dir}.log"), Path(run_dir, "run.json")
+    limit = time.monotonic() + 300
+    while time.monotonic() < limit and "'loss'" not in (log.read_text() if log.is_file() else ""):
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    while time.monotonic() < limit and json.loads(record.read_text())["status"] != "interrupted":
+        time.sleep(0.1)
+    assert json.loads(record.read_text())["status"] == "interrupted"
+    assert list(Path(run_dir).glob("checkpoint-*"))
 
 
 def test_records_of_other_settings_are_refused(tiny):

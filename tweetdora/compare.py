@@ -114,7 +114,7 @@ def _cells(group: Group, found: Summary) -> tuple[str, ...]:
     likelihoods = [metric.likelihood for metric in metrics if metric.likelihood is not None]
     results = [run.run.result for run in group.runs if run.run.result is not None]
     minutes = _mean([result.seconds / 60 for result in results])
-    memory = _mean([max(result.peak_memory_bytes.values(), default=0) / 1e9 for result in results])
+    memory = _mean([_peak_memory(result.peak_memory_bytes) for result in results])
     return (
         str(len(group.runs)),
         f"**{found.mean:.3f}**",
@@ -129,6 +129,12 @@ def _cells(group: Group, found: Summary) -> tuple[str, ...]:
         f"{minutes:.1f}",
         f"{memory:.1f} GB",
     )
+
+
+def _peak_memory(by_place: dict[str, int]) -> float:
+    """The largest memory of a GPU, or of a process where there was none, in GB."""
+    on_gpus = {place: size for place, size in by_place.items() if place.startswith("gpu")}
+    return max((on_gpus or by_place).values(), default=0) / 1e9
 
 
 def _mean(values: Sequence[float]) -> float:

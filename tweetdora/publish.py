@@ -91,7 +91,7 @@ def inspect_repo(repo_id: str, config: PushConfig, repo_type: Literal["model", "
     if config.private and not info.private:
         raise InputError(
             f"--private true, but {repo_id} is public already, and a push would not change that. Make it private in "
-            "its settings on the Hub first, or give another {flag}."
+            f"its settings on the Hub first, or give another {flag}."
         )
     if not config.create_pr:
         try:

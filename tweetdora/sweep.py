@@ -22,6 +22,7 @@ A run whose records are there is not run again. The base model is answered once 
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import itertools
@@ -65,6 +66,7 @@ from tweetdora.records import (
 log = logging.getLogger("tweetdora.sweep")
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _LOCK = os.path.join(tempfile.gettempdir(), "tweetdora-sweep.lock")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Of a task, what evaluate.py does not ask about: the base is measured alike whatever these are.
 _TRAINING_ONLY = ("train_split", "max_train_samples", "balance_labels", "validation_split")
 
@@ -384,12 +386,23 @@ class Runner:
             stream.write(f"$ {shlex.join(words)}\n".encode())
             stream.flush()
             # A group of its own: the terminal's Ctrl-C would reach it beside the signal that is passed on.
-            process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                words, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent
+            )
             self._running.add(process)
             status = process.wait()
             self._running.discard(process)
         if status and self._stopped_by is None:
             raise RunFailedError(f"a script ended with {status}; see the end of {path}")
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process, which is about to become a script, when the sweep is killed: prctl(2).
+
+    A training that went on alone would be met by its own successor in the same run folder.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _evaluate_words(sweep: Sweep, split: str) -> list[str]:
