@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tweetdora.cli import parse_predict, parse_train, parse_with_target, read_ta
 from tweetdora.config import EvaluateConfig, PushConfig
 from tweetdora.errors import InputError
 from tweetdora.records import EvaluationRecord, RunRecord, read_record
+from tweetdora.seeds import find_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -160,6 +162,34 @@ def likelihood_line(name: str, found: Any) -> str:
     shown = {"base": "base", "finetuned": "fine-tuned"}[name]
     scores = f"{found.macro_f1:.3f} | [{low:.3f}, {high:.3f}] | {found.macro_recall:.3f} | {found.accuracy:.3f}"
     return f"| {shown}, the likeliest label word | {scores} | | |"
+
+
+def test_the_table_of_the_experiment_is_the_records():
+    """Validation macro-F1: the mean over seeds where there are several."""
+
+    def mean(runs: str) -> str:
+        """As the table shows it."""
+        found = find_runs([str(ROOT / "results" / runs)], "validation")
+        return f"{sum(run.finetuned_metrics.macro_f1 for run in found) / len(found):.3f}"
+
+    seeds = find_runs([str(ROOT / "results/rates/dora-learning_rate=3e-05-*")], "validation")
+    deviation = statistics.stdev(run.finetuned_metrics.macro_f1 for run in seeds)
+    rate = "rates/{}-learning_rate={}-*"
+    assert cells_of("3e-5, the published rate")[1:] == [
+        f"{mean(rate.format('dora', '3e-05'))} ({len(seeds)} seeds, SD {deviation:.3f})",
+        mean(rate.format("lora", "3e-05")),
+    ]
+    assert cells_of("2e-3, the best of the grid")[1:] == [
+        mean(rate.format(name, "0.002")) for name in ("dora", "lora")
+    ]
+    expected = [mean(f"best/{name}-r16-1e-3-2epochs-*") for name in ("dora", "lora")]
+    assert cells_of("all 45,615 rows, every linear layer")[1:] == expected
+    (record,) = find_runs([str(ROOT / "results/rates/dora-learning_rate=3e-05-seed=42")], "test")
+    shown = (
+        f"{found.macro_f1:.3f} [{found.intervals.macro_f1[0]:.3f}, {found.intervals.macro_f1[1]:.3f}]"
+        for found in record.evaluation.models.values()
+    )
+    assert "went from {} to {} (seed 42)".format(*shown) in README.replace("\n", " ")
 
 
 def cells_of(what: str) -> list[str]:

@@ -1,0 +1,117 @@
+"""Comparisons as a person sees them: the table, the differences, the plots, and the page under results/."""
+
+import re
+from pathlib import Path
+
+import pytest
+from test_seeds import flipped, write_kept
+
+from tweetdora import seeds
+from tweetdora.compare import CompareConfig, difference_text, main, render_page, share_text
+from tweetdora.errors import InputError
+from tweetdora.seeds import SeedDifference
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A folder of records: DoRA with seeds 42 and 43 at two rates, LoRA with seed 42 at one."""
+    for seed in (42, 43):
+        for rate, wrong in ((1e-3, 4), (1e-4, 12)):
+            write_kept(tmp_path / f"dora-{rate}-{seed}", seed, flipped(wrong + seed - 42), learning_rate=rate)
+    write_kept(tmp_path / "lora", 42, flipped(8), model={"method": "lora"}, learning_rate=1e-3)
+    return tmp_path
+
+
+def test_the_table_has_a_row_for_each_setting_best_first(kept, capsys):
+    assert main([str(kept)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("| learning_rate") or "| method" in line]
+    assert [re.sub(r", (?=method)|(?<=\w), ", "; ", name) for name in names] == [
+        "method dora; learning_rate 0.001",
+        "method lora; learning_rate 0.001",
+        "method dora; learning_rate 0.0001",
+    ]
+    best = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert best[1:4] == ["2", "**0.887**", "0.018"]  # 4 and 5 of 40 wrong: 0.9 and 0.8749, worked out by hand
+    assert lines[3].split("|")[4].strip() == "", "one seed has no deviation"
+
+
+def test_differences_are_told_in_words(kept, capsys):
+    main([str(kept / "dora-0.001-*"), str(kept / "lora")])
+    said = capsys.readouterr().out.splitlines()[-2]
+    assert said.startswith("- **method dora** − method lora: +0.0") and said.endswith("nothing is paired but the rows")
+    found = SeedDifference(0.0123, (0, 0), (-0.01, 0.03), 2, [5, 6], [1, 2], [0.03, 1e-310])
+    assert difference_text(found) == (
+        "+0.012, 95 % over rows and seeds [-0.010, +0.030]; above in 2 of 2 seeds; seed by seed 5 rows better and 1 "
+        "worse (McNemar p = 0.03), 6 rows better and 2 worse (McNemar p < 1e-300)"
+    )
+
+
+def test_a_share_of_all_is_not_the_same_as_one_of_nearly_all():
+    assert [share_text(share) for share in (1, 0.99999, 0.5)] == ["100 %", "99.99 %", "50.00 %"]
+
+
+def test_plots_are_drawn_over_a_setting_and_by_name(kept, tmp_path):
+    for name, flags in (("rates.png", ["--x", "learning_rate"]), ("groups.png", [])):
+        main([str(kept), "--plot", str(tmp_path / name), *flags])
+        assert (tmp_path / name).stat().st_size > 10_000
+    with pytest.raises(
+        InputError, match="--x is r, but these runs differ in method, learning_rate. Name one of these"
+    ):
+        main([str(kept), "--plot", str(tmp_path / "no.png"), "--x", "r"])
+
+
+def test_a_page_is_its_template_with_tables(kept, tmp_path):
+    page = kept / "page.md"
+    page.write_text(
+        "# Mine\n\n{{ table('dora-*', 'lora') }}\n{{ differences('dora-0.001-*', 'lora') }}\n"
+        "{{ plot('a.png', 'dora-*', x='learning_rate', title='Rates') }}\n"
+        "{% set found = evaluation('lora') %}{{ found.split }} {{ interval(found.base.intervals.macro_f1) }}"
+    )
+    assert main([str(page), "--output", str(tmp_path / "README.md")]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# Mine\n\n| runs | seeds |") and text.count("\n| ") == 5
+    assert "![Rates](a.png)" in text and (kept / "a.png").is_file()
+    assert re.search(r"\ntest \[0\.\d{3}, 0\.\d{3}\]$", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ tabel('x') }}", "page.md: UndefinedError: 'tabel' is undefined"),
+        ("{% if %}", "page.md: TemplateSyntaxError"),
+        ("{{ table('nowhere') }}", "no run in .*nowhere was measured on the test split"),
+    ],
+)
+def test_what_is_wrong_with_a_page_is_said(tmp_path, text, message):
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(InputError, match=message):
+        render_page(str(tmp_path / "page.md"), CompareConfig())
+
+
+def test_the_page_of_the_repository_is_made_from_its_records(tmp_path, monkeypatch):
+    """results/README.md is what the command makes; its plots are drawn elsewhere here, as their bytes need not be."""
+    from tweetdora import compare
+
+    for name in ("plot_groups", "plot_reliability"):
+        monkeypatch.setattr(compare, name, lambda *given: None)
+    made = render_page(str(ROOT / "results/template.md"), CompareConfig())
+    assert (ROOT / "results/README.md").read_text(encoding="utf-8") == made
+    for name in re.findall(r"!\[.*\]\((.*)\)", made):
+        assert (ROOT / "results" / name).is_file()
+
+
+def test_every_kept_run_is_one_of_a_sweep(monkeypatch):
+    """Records and sweep files do not drift apart: a sweep that is run again would skip them."""
+    from tweetdora.sweep import is_done, plan_runs, read_sweep
+
+    monkeypatch.chdir(ROOT)
+    known = {}
+    for path in sorted(Path("results").glob("*/*.yaml")):
+        sweep = read_sweep(str(path))
+        known |= {run.records_dir: is_done(run, []) for run in plan_runs(sweep)}
+    kept_dirs = {str(path.parent) for path in Path("results").glob("*/*/run.json")}
+    assert kept_dirs == {folder for folder, done in known.items() if done}
+    assert seeds.find_runs(["results/rates"], "validation")
