@@ -38,6 +38,11 @@ def test_the_table_has_a_row_for_each_setting_best_first(kept, capsys):
     assert lines[3].split("|")[4].strip() == "", "one seed has no deviation"
 
 
+def test_the_machines_are_said_beside_the_table(kept, capsys):
+    main([str(kept)])
+    assert "Trained on Fast CPU (torch 2.13.0); measured on Fast CPU (torch 2.13.0)." in capsys.readouterr().out
+
+
 def test_differences_are_told_in_words(kept, capsys):
     main([str(kept / "dora-0.001-*"), str(kept / "lora")])
     said = capsys.readouterr().out.splitlines()[-2]

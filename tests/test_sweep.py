@@ -79,6 +79,18 @@ def test_what_is_wrong_with_a_sweep_is_said_before_any_work(write, keys, message
         plan_runs(read_sweep(write(**keys)))
 
 
+def test_a_run_of_two_sweeps_is_run_once_for_the_splits_of_both(write, tmp_path):
+    first = read_sweep(write(splits=["validation"]))
+    second = read_sweep(write(splits=["validation", "test"]))
+    (run,) = plan_runs(first)
+    assert sweeps._join(None, first, run) == (first, run)
+    joined, same = sweeps._join((first, run), second, plan_runs(second)[0])
+    assert (joined.splits, same) == (["validation", "test"], run)
+    (other,) = plan_runs(read_sweep(write(settings={"r": 4})))
+    with pytest.raises(InputError, match="two sweeps have different runs in .*seed=1. Give one of them another"):
+        sweeps._join((first, run), second, other)
+
+
 def test_two_sweeps_at_once_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "_LOCK", str(tmp_path / "lock"))
     with one_sweep_at_a_time():
@@ -124,7 +136,7 @@ def start(path, *flags):
     )
 
 
-def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, tmp_path, capsys):
+def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, tmp_path, capsys, monkeypatch):
     folder, path = tiny
     process = start(path)
     log = folder / "runs/slow-seed=1.log"
@@ -163,6 +175,13 @@ def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, t
         record = json.loads((folder / f"kept/{name}-seed=1/test.json").read_text())
         assert record["base_measured"] == measured["created"] and record["base"] == measured["base"]
 
+    answers = folder / "runs/fast-seed=1/evaluation/test/predictions.jsonl"
+    before = answers.stat().st_mtime_ns
+    (kept / "test.json").unlink()  # killed just before it was kept
+    monkeypatch.setattr(sweeps, "_LOCK", str(tmp_path / "lock"))
+    assert main([path]) == 0
+    assert (kept / "test.json").is_file() and answers.stat().st_mtime_ns == before, "kept, not answered again"
+
     assert main([path, "--dry_run", "true"]) == 0
     assert "done   slow-seed=1\n  done   fast-seed=1\n" in capsys.readouterr().out
     assert compare([str(folder / "kept"), "--split", "test", "--plot", str(tmp_path / "plot.png")]) == 0
@@ -175,7 +194,8 @@ def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, t
 def test_no_training_goes_on_alone_when_the_sweep_is_killed(tiny, tmp_path):
     """Its successor would train in the same folder beside it. It stops as by SIGTERM, with a checkpoint."""
     folder, path = tiny
-    keys = yaml.safe_load(Path(path).read_text()) | {"output_dir": str(tmp_path / "runs")}
+    keys = yaml.safe_load(Path(path).read_text())
+    keys |= {"output_dir": str(tmp_path / "runs"), "records_dir": str(tmp_path / "kept")}
     keys["settings"]["max_steps"] = 100_000
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     process = start(str(tmp_path / "sweep.yaml"))
@@ -185,7 +205,7 @@ def test_no_training_goes_on_alone_when_the_sweep_is_killed(tiny, tmp_path):
     while time.monotonic() < limit and "'loss'" not in (log.read_text() if log.is_file() else ""):
         time.sleep(0.1)
     process.kill()
-    process.wait()
+    process.communicate()
     while time.monotonic() < limit and json.loads(record.read_text())["status"] != "interrupted":
         time.sleep(0.1)
     assert json.loads(record.read_text())["status"] == "interrupted"

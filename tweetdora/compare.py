@@ -5,8 +5,8 @@
     python -m tweetdora.compare results/rates --plot rates.png --x learning_rate
     python -m tweetdora.compare results/template.md --output results/README.md    # a page with tables and plots
 
-Runs that differ in the seed alone are one row. A page is a Jinja template that calls table(), differences(), plot(),
-reliability() and evaluation(); folders in it are relative to the page.
+Runs that differ in the seed alone are one row. A page is a Jinja template that calls table(), machines(),
+differences(), plot(), reliability() and evaluation(); folders in it are relative to the page.
 """
 
 import logging
@@ -22,7 +22,7 @@ from tweetdora.config import AT_LEAST_1, Flag, check_ranges
 from tweetdora.errors import InputError
 from tweetdora.evaluation import format_p
 from tweetdora.plots import plot_groups, plot_reliability
-from tweetdora.records import Interval
+from tweetdora.records import Environment, Interval
 from tweetdora.seeds import (
     Group,
     SeedDifference,
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = render_page(paths[0], config)
     else:
         groups = group_runs(find_runs(paths, config.split))
-        text = "\n\n".join(filter(None, [format_table(groups, config), format_differences(groups, config)])) + "\n"
+        parts = [format_table(groups, config), format_machines(groups), format_differences(groups, config)]
+        text = "\n\n".join(filter(None, parts)) + "\n"
         if config.plot:
             draw_plot(groups, config.plot, config.x, config)
 
@@ -135,6 +136,19 @@ def _peak_memory(by_place: dict[str, int]) -> float:
     """The largest memory of a GPU, or of a process where there was none, in GB."""
     on_gpus = {place: size for place, size in by_place.items() if place.startswith("gpu")}
     return max((on_gpus or by_place).values(), default=0) / 1e9
+
+
+def format_machines(groups: Sequence[Group]) -> str:
+    """On what the runs were trained and measured, in a sentence: it is no setting, but may change the last digits."""
+    runs = [run for group in groups for run in group.runs]
+    trained = sorted({_machine(run.run.environment) for run in runs})
+    measured = sorted({_machine(run.evaluation.environment) for run in runs})
+    return f"Trained on {', '.join(trained)}; measured on {', '.join(measured)}."
+
+
+def _machine(environment: Environment) -> str:
+    hardware, torch_version = environment.hardware, environment.packages["torch"]
+    return f"{' and '.join(hardware.gpus) or hardware.cpu} (torch {torch_version})"
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -221,6 +235,10 @@ class _Page:
         """The table of these runs."""
         return format_table(self.groups(*paths, split=split), self.config, names)
 
+    def machines(self, *paths: str, split: str = "test") -> str:
+        """On what these runs were trained and measured."""
+        return format_machines(self.groups(*paths, split=split))
+
     def differences(self, *paths: str, split: str = "test", names: Sequence[str] = ()) -> str:
         """The paired differences of these runs."""
         return format_differences(self.groups(*paths, split=split), self.config, names)
@@ -266,7 +284,7 @@ def render_page(path: str, config: CompareConfig) -> str:
         loader=jinja2.FileSystemLoader(folder),
     )
     calls: dict[str, Callable[..., Any]] = {
-        name: getattr(page, name) for name in ("table", "differences", "plot", "reliability", "evaluation")
+        name: getattr(page, name) for name in ("table", "machines", "differences", "plot", "reliability", "evaluation")
     }
     shown = {"interval": interval_text, "share": share_text, "value": value_text}
     try:

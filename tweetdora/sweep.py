@@ -124,12 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, paths = parse_with_paths(argv, SweepConfig, __doc__.partition("\n")[0], "SWEEP", "Sweep file, YAML.")
 
     # load
-    plans = [(path, read_sweep(path)) for path in paths]
-    left: list[tuple[Sweep, Run]] = []
-    for path, sweep in plans:
+    left: dict[str, tuple[Sweep, Run]] = {}  # by run folder: two sweeps may have a run in common
+    for path in paths:
+        sweep = read_sweep(path)
         runs = plan_runs(sweep)
         to_do = [run for run in runs if not is_done(run, sweep.splits)]
-        left += [(sweep, run) for run in to_do]
+        for run in to_do:
+            left[run.run_dir] = _join(left.get(run.run_dir), sweep, run)
         log.info("%s: %d runs, %d of them done", path, len(runs), len(runs) - len(to_do))
         if config.dry_run:
             log.info("\n".join(f"  {'to do' if run in to_do else 'done':<6} {run.name}" for run in runs))
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # work
     with one_sweep_at_a_time():
-        failed = Runner(config).run(left)
+        failed = Runner(config).run([*left.values()])
     for name, why in failed.items():
         log.warning("failed: %s: %s", name, why)
     return 1 if failed else 0
@@ -192,6 +193,22 @@ def plan_runs(sweep: Sweep) -> list[Run]:
     for run in runs:
         _parse(run)  # whatever is wrong with a setting shows now, not after hours
     return runs
+
+
+def _join(planned: tuple[Sweep, Run] | None, sweep: Sweep, run: Run) -> tuple[Sweep, Run]:
+    """A run with what another sweep asks of it too.
+
+    Raises:
+        InputError: the other sweep has other settings for the same folder.
+    """
+    if planned is None:
+        return sweep, run
+    other, twin = planned
+    if twin != run:
+        raise InputError(
+            f"two sweeps have different runs in {run.run_dir}. Give one of them another output_dir and records_dir."
+        )
+    return dataclasses.replace(other, splits=[*dict.fromkeys([*other.splits, *sweep.splits])]), run
 
 
 def _word(value: Any) -> str:
@@ -351,9 +368,11 @@ class Runner:
     def _evaluate(self, sweep: Sweep, run: Run, split: str) -> None:
         if self._stopped_by is not None or os.path.isfile(os.path.join(run.records_dir, f"{split}.json")):
             return
-        base = self._measure_base(sweep, run, split)
-        self._call(run, [*_evaluate_words(sweep, split), run.run_dir, "--base_results", base])
-        keep_records(run, split)
+        if not os.path.isfile(os.path.join(run.run_dir, "evaluation", f"{split}.json")):  # else killed just before
+            base = self._measure_base(sweep, run, split)
+            self._call(run, [*_evaluate_words(sweep, split), run.run_dir, "--base_results", base])
+        if self._stopped_by is None:
+            keep_records(run, split)
 
     def _measure_base(self, sweep: Sweep, run: Run, split: str) -> str:
         """The folder with the base's answers to what this run is asked; they are generated where they are missing."""
