@@ -13,8 +13,10 @@ from bench.record import read_bench
 from tweetdora.config import TrainConfig, flags_of
 from tweetdora.errors import InputError
 from tweetdora.records import (
+    KEPT_PREDICTIONS,
     RECORD_VERSION,
     Bootstrap,
+    CompactPredictions,
     EvaluationRecord,
     LengthBand,
     PredictionRecord,
@@ -253,6 +255,10 @@ def test_every_record_of_the_repository_loads(path):
         assert read_bench(str(path)).parts
     elif path.suffix == ".jsonl":
         assert read_predictions(str(path))
+    elif path.name.endswith(KEPT_PREDICTIONS):
+        found = read_record(CompactPredictions, str(path))
+        record = read_record(EvaluationRecord, str(path.with_name(f"{found.split}.json")))
+        assert found.data_sha256 == record.data.sha256 and len(found.labels.split()) == record.data.num_examples
     else:
         record = read_record(RunRecord if path.name == "run.json" else EvaluationRecord, str(path))
         assert record.environment.git.commit and not record.environment.git.dirty
