@@ -43,7 +43,16 @@ from tweetdora.publish import (
     publish,
     read_back,
 )
-from tweetdora.records import Comparison, Conversion, Published, PublishRecord, ReadBack, read_run, write_record
+from tweetdora.records import (
+    Comparison,
+    Conversion,
+    Published,
+    PublishRecord,
+    ReadBack,
+    folder_name,
+    read_run,
+    write_record,
+)
 from tweetdora.space import SPACE_FILES, build_space, check_page, check_space, check_space_dir
 
 log = logging.getLogger("tweetdora.push_to_hub")
@@ -76,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         check_metadata(front_matter(records, publication))
         if config.space:
             space = inspect_repo(config.space, config, "space")
-            check_space(space)
+            check_space(space, repo)
     # The merged model and its conversions, and the copy that is read back, or the base in the cache.
     check_free_space(folder, (2 + 2 * config.onnx + (config.gguf != "none")) * 4 * run.base_model.parameters)
     device = compute_state().device
@@ -90,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     log.info("%s", format_build(records, folder, config, check, conversions))
     if config.space:
         with staged_folder(space_folder) as beside:
-            texts = build_space(beside, publication.hub_model_id or folder, records, publication)
-            check_contents(beside, config.space, SPACE_FILES)
+            texts = build_space(beside, publication.hub_model_id or folder_name(folder), records, publication)
+            check_contents(beside, f"{config.space}/{publication.hub_model_id}", SPACE_FILES)
             check_page(beside, os.path.abspath(folder), texts)
         log.info("Page:  %s, which gives the model's labels for its examples", space_folder)
 

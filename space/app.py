@@ -8,6 +8,7 @@ push_to_hub.py --space owner/name publishes it, with the package tweetdora besid
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ from tweetdora import Classifier  # noqa: E402
 from tweetdora.config import PredictConfig  # noqa: E402
 from tweetdora.errors import UserError  # noqa: E402
 from tweetdora.prediction import find_text_column, predict_file, scan  # noqa: E402
-from tweetdora.tables import read_rows  # noqa: E402
+from tweetdora.tables import read_any_rows  # noqa: E402
 
 SHOWN_ROWS = 20
 _LIMIT = "It answers with one of {count} labels, whatever the text, whether any of them fits or not."
@@ -120,16 +121,17 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
 def label_file(classifier: Classifier, path: str, column: str) -> tuple[Any, str, str]:
     """Classify a file as predict.py does: its first rows, what was done, and the file that was written."""
     name, ending = os.path.splitext(os.path.basename(path))
-    output = os.path.join(tempfile.mkdtemp(), f"{name}-labelled{'.csv' if ending == '.txt' else ending}")
+    ending = ".csv" if ending.lower() == ".txt" else ending.lower()
+    output = os.path.join(tempfile.mkdtemp(), f"{name}-labelled{ending}")
     config = PredictConfig(output=output, text_column=column.strip() or None, skip_bad_rows=True)
     before = classifier.truncated
     table = scan(path, config)
     found = find_text_column(table.columns, config, classifier.target.task.text_column, path)
     summary = predict_file(classifier, table, config, found)
     summary.truncated = classifier.truncated - before
-    rows = [row.values for row, _ in zip(read_rows(output), range(SHOWN_ROWS), strict=False)]
-    columns = list(rows[0]) if rows else []
-    shown = {"headers": columns, "data": [[row[name] for name in columns] for row in rows]}
+    rows = [row.values for row in itertools.islice(read_any_rows(output), SHOWN_ROWS)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # JSON lines may leave some out
+    shown = {"headers": columns, "data": [[row.get(name) for name in columns] for row in rows]}
     return shown, ". ".join(summary.lines(classifier.target.task.max_length)) + ".", output
 
 

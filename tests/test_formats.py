@@ -109,6 +109,19 @@ def test_a_converter_that_does_not_run_is_no_converter(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"create_pr": True}, "--space goes with neither --create_pr nor --revision"),
+        ({"revision": "next"}, "--space goes with neither --create_pr nor --revision"),
+        ({"private": True}, "--space goes with no --private true: the page has no token"),
+    ],
+)
+def test_a_page_is_for_what_everybody_can_load(flags, message):
+    with pytest.raises(InputError, match=message):
+        PushConfig(space="me/page", **flags)
+
+
 @pytest.mark.parametrize("flags", [{"gguf": "f16"}, {"onnx": True}])
 def test_an_adapter_alone_has_no_other_format(flags):
     with pytest.raises(InputError, match="leave --gguf and --onnx out"):
@@ -209,6 +222,38 @@ def test_float32_onnx_has_the_published_models_logits(monkeypatch, tmp_path, ref
     else:
         with pytest.raises(VerificationError, match="onnx/model.onnx is not the published model"):
             convert(str(tmp_path), "m", PushConfig(onnx=True), reference)
+
+
+def test_logits_of_a_model_in_half_a_precision_may_be_rounded(monkeypatch, tmp_path, reference):
+    from tweetdora import conversions
+
+    words = ["positive", "negative", "neutral"]
+    ids = [reference.prompt_tokenizer.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    monkeypatch.setattr(conversions, "write_onnx", lambda folder: None)
+    for shift, fine in ((0.1, True), (float("nan"), False)):
+        logits = [torch.full((4,), shift).numpy()] * 3
+        given = ("onnxruntime", ids, logits)
+        monkeypatch.setattr(conversions, "answer_by_onnxruntime", lambda *_, given=given: given)
+        if fine:
+            assert len(convert(str(tmp_path), "m", PushConfig(onnx=True, dtype="bfloat16"), reference)) == 2
+        else:
+            with pytest.raises(VerificationError, match="is not the published model"):
+                convert(str(tmp_path), "m", PushConfig(onnx=True, dtype="bfloat16"), reference)
+
+
+def test_a_truncated_text_is_not_compared_in_llama_cpp(monkeypatch, tmp_path, reference):
+    from tweetdora import conversions
+
+    examples = dataclasses.replace(reference.examples, texts=["a good day", "bad " * 4_000, "news"])
+    monkeypatch.setattr(conversions, "write_gguf", lambda *given: "m-F16.gguf")
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        conversions,
+        "answer_by_llama_cpp",
+        lambda path, texts, *_: asked.append(texts) or ("x", ["positive", "neutral"]),
+    )
+    found = convert(str(tmp_path), "m", PushConfig(gguf="f16"), dataclasses.replace(reference, examples=examples))
+    assert found[0].num_examples == 2 and [one[-1]["content"] for one in asked[0]] == ["a good day", "news"]
 
 
 def test_a_failing_builder_is_said(monkeypatch, tmp_path):

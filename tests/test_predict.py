@@ -395,3 +395,25 @@ def test_a_process_may_have_no_row_at_all(model, tmp_path):
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(read_table(tmp_path / "out.csv")) == 1
+
+
+# The page's file tab
+
+
+@pytest.mark.parametrize("ending", [".csv", ".TSV", ".jsonl", ".parquet", ".txt"])
+def test_the_page_labels_every_kind_of_file_that_it_offers(classifier, tmp_path, ending):
+    """And shows its first rows; keys that a JSON line lacks are empty there."""
+    label_file = runpy.run_path(str(ROOT / "space/app.py"))["label_file"]
+    texts = ["a good day", "bad news"]
+    path = tmp_path / f"tweets{ending}"
+    if ending == ".parquet":
+        pandas.DataFrame({"text": texts}).to_parquet(path)
+    elif ending == ".jsonl":
+        path.write_text(json.dumps({"text": texts[0], "id": 1}) + "\n" + json.dumps({"text": texts[1]}) + "\n")
+    else:
+        path.write_text("\n".join([*([] if ending == ".txt" else ["text"]), *texts]) + "\n")
+    shown, said, output = label_file(classifier, str(path), "")
+    place = shown["headers"].index("label")
+    assert len(shown["data"]) == 2 and {row[place] for row in shown["data"]} <= {"negative", "neutral", "positive"}
+    assert [row[shown["headers"].index("text")] for row in shown["data"]] == texts
+    assert Path(output).is_file() and said.startswith("2 rows")

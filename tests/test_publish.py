@@ -22,6 +22,8 @@ from tweetdora.model_card import inline_code
 from tweetdora.space import check_page, check_space_dir
 
 ROOT = Path(__file__).resolve().parent.parent
+# The client hands bytes to httpx2 in a way that httpx2 wants no more.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 PUSH = ROOT / "push_to_hub.py"
 ANYHOW = ("--allow_chance_level", "true")  # the tiny model has learned nothing
 BASE, DATA, REPO = "OuteAI/Lite-Oute-1-300M-Instruct", "cardiffnlp/tweet_eval", "liuhailin0123/llm-course-hw3-dora"

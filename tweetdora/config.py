@@ -790,6 +790,14 @@ class PushConfig:
             raise InputError(f"--adapter_only true: an adapter is float32; leave --dtype {self.dtype} out.")
         if self.space is not None and self.space.count("/") != 1:
             raise InputError(f"--space is {self.space!r}; expected owner/name.")
+        if self.space and (self.create_pr or self.revision):
+            raise InputError(
+                "--space goes with neither --create_pr nor --revision: the page loads the model's default branch."
+            )
+        if self.space and self.private:
+            raise InputError(
+                "--space goes with no --private true: the page has no token, and could not load the model."
+            )
         if self.adapter_only and self.space:
             raise InputError("--adapter_only true: the page is for a whole model; leave --space out.")
         if self.adapter_only and (self.onnx or self.gguf != "none"):

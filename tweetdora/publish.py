@@ -57,6 +57,7 @@ class HubRepo:
     revision: str | None = None  # branch; None: the default one
     create_pr: bool = False
     repo_type: Literal["model", "space"] = "model"
+    private: bool = False
 
     @property
     def address(self) -> str:
@@ -104,7 +105,14 @@ def inspect_repo(repo_id: str, config: PushConfig, repo_type: Literal["model", "
             ) from error
     if config.tag in [tag.name for tag in refs.tags]:
         raise InputError(f"--tag {config.tag} is there already in {repo_id}; give another, or delete it on the Hub.")
-    repo = HubRepo(repo_id, True, revision=config.revision, create_pr=config.create_pr, repo_type=repo_type)
+    repo = HubRepo(
+        repo_id,
+        exists=True,
+        revision=config.revision,
+        create_pr=config.create_pr,
+        repo_type=repo_type,
+        private=bool(info.private),
+    )
     if config.revision is not None and config.revision not in [branch.name for branch in refs.branches]:
         return repo  # _make_repository makes the branch
     return _with_head(api, repo)
@@ -401,7 +409,10 @@ def check_files(published: Published, repo: HubRepo, folder: str) -> None:
     Raises:
         VerificationError: something differs.
     """
-    differing = differing_files(HfApi(), folder, repo, published.revision)
+    try:
+        differing = differing_files(HfApi(), folder, repo, published.revision)
+    except HUB_ERRORS as error:
+        raise HubError(f"{published.url} is published, but could not be read back: {_said(error)}.") from error
     if differing:
         raise VerificationError(
             f"{published.url} does not hold what {folder} does: {', '.join(differing)}. Do not use it; push again."

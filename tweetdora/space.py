@@ -42,12 +42,17 @@ def check_space_dir(folder: str) -> None:
         raise InputError(f"{folder} would be replaced, but is no Space that was built here. Move it away.")
 
 
-def check_space(repo: HubRepo) -> None:
-    """Refuse to put the page over somebody's other app.
+def check_space(repo: HubRepo, model: HubRepo) -> None:
+    """Refuse to put the page over somebody's other app, and a page for a model that it could not load.
 
     Raises:
-        InputError: the Space holds one.
+        InputError: the Space holds one, or the model is private.
     """
+    if model.private:
+        raise InputError(
+            f"--space: {model.repo_id} is private, and the page has no token to load it. Make the model public, or "
+            "leave --space out."
+        )
     if ABOUT not in repo.files and (others := set(repo.files) - set(_KEPT)):
         raise InputError(
             f"--space {repo.repo_id} holds another app ({', '.join(sorted(others)[:5])}). Give another name."
@@ -136,6 +141,6 @@ def check_page(folder: str, model: str, texts: list[str]) -> None:
     words = [sys.executable, "app.py", model, "--check"]
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines or json.loads(lines[-1]) != expected:
-        said = " ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-        raise VerificationError(f"{folder}: {_PAGE_DID_NOT_RUN}: {said}; expected {expected}. Do not use the Space.")
+    if done.returncode or not lines or lines[-1] != json.dumps(expected):
+        found = lines[-1] if lines and not done.returncode else " ".join(done.stderr.strip().splitlines()[-3:])
+        raise VerificationError(f"{folder}: {_PAGE_DID_NOT_RUN}: {found}; expected {expected}. Do not use the Space.")
