@@ -47,6 +47,7 @@ def test_differences_are_told_in_words(kept, capsys):
     main([str(kept / "dora-0.001-*"), str(kept / "lora")])
     said = capsys.readouterr().out.splitlines()[-2]
     assert said.startswith("- **method dora** − method lora: +0.0") and said.endswith("nothing is paired but the rows")
+    assert "95 % over rows, with one seed of a group [" in said, "one seed has no spread"
     found = SeedDifference(0.0123, (0, 0), (-0.01, 0.03), 2, [5, 6], [1, 2], [0.03, 1e-310])
     assert difference_text(found) == (
         "+0.012, 95 % over rows and seeds [-0.010, +0.030]; above in 2 of 2 seeds; seed by seed 5 rows better and 1 "

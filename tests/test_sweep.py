@@ -212,6 +212,17 @@ def test_no_training_goes_on_alone_when_the_sweep_is_killed(tiny, tmp_path):
     assert list(Path(run_dir).glob("checkpoint-*"))
 
 
+def test_a_kept_run_is_not_trained_again_for_another_split(tiny, tmp_path):
+    """Its record would be replaced by another adapter's, beside the old one's scores."""
+    folder, path = tiny
+    keys = yaml.safe_load(Path(path).read_text()) | {"output_dir": str(tmp_path / "gone")}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    slow, _ = plan_runs(read_sweep(str(tmp_path / "sweep.yaml")))
+    assert is_done(slow, ["validation", "test"])
+    with pytest.raises(InputError, match="lacks a split, and .*gone.* does not hold the run"):
+        is_done(slow, ["train"])
+
+
 def test_records_of_other_settings_are_refused(tiny):
     """After the sweep above: the same folder, another rate."""
     folder, path = tiny

@@ -177,8 +177,9 @@ def format_differences(groups: Sequence[Group], config: CompareConfig, names: Se
 
 def difference_text(found: SeedDifference) -> str:
     """A difference in words."""
-    low, high = found.interval
-    text = f"{found.difference:+.3f}, 95 % over rows and seeds [{low:+.3f}, {high:+.3f}]"
+    low, high = found.interval or found.rows_interval
+    what = "rows and seeds" if found.interval else "rows, with one seed of a group"
+    text = f"{found.difference:+.3f}, 95 % over {what} [{low:+.3f}, {high:+.3f}]"
     if found.seeds_above is None:
         return f"{text}; other seeds, so nothing is paired but the rows"
     count = len(found.p_values)

@@ -103,7 +103,7 @@ class SeedDifference:
 
     difference: float
     rows_interval: Interval
-    interval: Interval
+    interval: Interval | None  # over rows and seeds; None where a group has one seed, whose spread is not known
     seeds_above: int | None  # in how many seeds the first is above the second
     fixed: list[int]
     broken: list[int]
@@ -246,7 +246,11 @@ def difference(first: Group, second: Group, samples: int = 2_000, seed: int = 0)
     return SeedDifference(
         difference=float(np.mean(values[0]) - np.mean(values[1])),
         rows_interval=interval_of(one.mean(1) - other.mean(1)),
-        interval=interval_of(_over_seeds(one, picks) - _over_seeds(other, picks_other)),
+        interval=(
+            interval_of(_over_seeds(one, picks) - _over_seeds(other, picks_other))
+            if min(len(first.runs), len(second.runs)) > 1
+            else None
+        ),
         seeds_above=sum(a > b for a, b in zip(*values, strict=True)) if paired else None,
         fixed=[fixed for fixed, _ in changes],
         broken=[broken for _, broken in changes],

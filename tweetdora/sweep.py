@@ -259,7 +259,25 @@ def is_done(run: Run, splits: Sequence[str]) -> bool:
             f"{run.records_dir} holds a run with other settings: {'; '.join(differ)}. Name another records_dir or "
             "variant, or remove the folder."
         )
-    return all(os.path.isfile(os.path.join(run.records_dir, f"{split}.json")) for split in splits)
+    done = all(os.path.isfile(os.path.join(run.records_dir, f"{split}.json")) for split in splits)
+    if not done:
+        _check_still_there(run, record)
+    return done
+
+
+def _check_still_there(run: Run, kept: RunRecord) -> None:
+    """Refuse to train a run again whose records are kept: another adapter's would be mixed with them.
+
+    Raises:
+        InputError: the run folder does not hold the run that the records are of.
+    """
+    path = os.path.join(run.run_dir, RUN_FILE)
+    found = read_record(RunRecord, path).adapter.sha256 if os.path.isfile(path) else None
+    if found != kept.adapter.sha256:
+        raise InputError(
+            f"{run.records_dir} lacks a split, and {run.run_dir} does not hold the run that its records are of. Put "
+            "that run folder back, or remove the records, and the run is trained and measured anew."
+        )
 
 
 # The work
