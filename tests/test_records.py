@@ -375,7 +375,8 @@ def in_version_3(record: Any) -> dict[str, Any]:
 
 def without_what_came_in_5(old: dict[str, Any]) -> dict[str, Any]:
     """A record as version 4 wrote it."""
-    old.pop("base_measured", None)
+    for name in ("base_measured", "space"):
+        old.pop(name, None)
     old.get("task", {}).pop("balance_labels", None)
     old.get("model", {}).pop("use_rslora", None)
     return {**old, "record_version": 4}

@@ -71,6 +71,9 @@ def test_a_recipe_is_what_all_runs_begin_with(write, tmp_path):
         ({"seeds": 3}, "sweep.yaml.seeds is 3; expected list[int]"),
         ({"settings": {"learning_rat": 1}}, "run seed=1: unknown key 'learning_rat'. Did you mean learning_rate?"),
         ({"settings": {"r": 0}}, "--r is 0 and --lora_alpha 16; both must be 1 or more"),
+        ({"grid": {"seed": [1, 2]}}, "seed is set for each run by the sweep"),
+        ({"evaluate": {"precision": "fp32"}}, "evaluate sets precision, which each run decides"),
+        ({"evaluate": {"batch_sise": 4}}, "unknown argument '--batch_sise=4'; did you mean --batch_size?"),
         ({"config": "nowhere.yaml"}, "config nowhere.yaml: there is no such file"),
     ],
 )
@@ -212,6 +215,41 @@ def test_no_training_goes_on_alone_when_the_sweep_is_killed(tiny, tmp_path):
     assert list(Path(run_dir).glob("checkpoint-*"))
 
 
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tiny, tmp_path, monkeypatch, capsys):
+    """The records were removed, as a message had advised, and the run folder was not."""
+    _, path = tiny
+    monkeypatch.setattr(sweeps, "_LOCK", str(tmp_path / "lock"))
+    keys = yaml.safe_load(Path(path).read_text()) | {"records_dir": str(tmp_path / "kept")}
+    keys["variants"] = {"fast": {"learning_rate": 3e-2}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    assert main([str(tmp_path / "sweep.yaml")]) == 1
+    said = capsys.readouterr()
+    assert "failed: fast-seed=1: " in said.err and "learning_rate: was 0.02, now 0.03" in said.err
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_stop_reaches_what_a_launcher_started(tiny, tmp_path):
+    """As accelerate launch does, the launcher starts the script as its child and passes no signal on."""
+    _, path = tiny
+    (tmp_path / "launcher.py").write_text(
+        "import subprocess, sys\nsys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))\n"
+    )
+    keys = yaml.safe_load(Path(path).read_text())
+    keys |= {"output_dir": str(tmp_path / "runs"), "records_dir": str(tmp_path / "kept")}
+    keys |= {"launcher": [sys.executable, str(tmp_path / "launcher.py")]}
+    keys["settings"]["max_steps"] = 100_000
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    process = start(str(tmp_path / "sweep.yaml"))
+    log, record = tmp_path / "runs/slow-seed=1.log", tmp_path / "runs/slow-seed=1/run.json"
+    limit = time.monotonic() + 300
+    while time.monotonic() < limit and "'loss'" not in (log.read_text() if log.is_file() else ""):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert json.loads(record.read_text())["status"] == "interrupted", "the sweep waited until it had stopped"
+
+
 def test_a_kept_run_is_not_trained_again_for_another_split(tiny, tmp_path):
     """Its record would be replaced by another adapter's, beside the old one's scores."""
     folder, path = tiny
@@ -251,9 +289,10 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path):
     assert read_record(RunRecord, str(tmp_path / "kept/right-seed=1/run.json")).result.steps == 2
 
 
-def test_no_run_begins_after_its_time(write, tmp_path, monkeypatch):
+def test_no_run_begins_after_its_time(write, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "_LOCK", str(tmp_path / "lock"))
-    assert main([write(), "--minutes", "0"]) == 1
+    assert main([write(), "--minutes", "0"]) == 0
+    assert "1 runs were not begun within the time; the same command goes on." in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
     with pytest.raises(InputError, match="--jobs is 0; expected 1 or more"):
         SweepConfig(jobs=0)

@@ -33,11 +33,9 @@ from tweetdora.seeds import (
     group_runs,
     settings_text,
     summarise,
-    value_text,
 )
 
 log = logging.getLogger("tweetdora.compare")
-_PAGE_ENDINGS = (".md", ".j2", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, paths = parse_with_paths(argv, CompareConfig, __doc__.partition("\n")[0], "RUN", "Run folder, or page.")
 
     # load, work
-    if paths[0].endswith(_PAGE_ENDINGS):
+    if paths[0].endswith(".md"):
         text = render_page(paths[0], config)
     else:
         groups = group_runs(find_runs(paths, config.split))
@@ -88,25 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 # Tables
 
 
-def format_table(groups: Sequence[Group], config: CompareConfig, names: Sequence[str] = ()) -> str:
-    """The groups as a Markdown table, best first; `names` replace what the settings say, in the groups' order."""
-    header = ("runs", "seeds", "macro-F1", "SD over seeds", "95 % over rows", "95 % over rows and seeds") + (
-        "accuracy",
-        "parse",
-        "exact",
-        "EOS",
-        "likeliest",
-        "log loss",
-        "minutes",
-        "memory",
-    )
-    rows = []
-    for number, group in enumerate(groups):
-        found = summarise(group, config.bootstrap_samples)
-        name = names[number] if names else settings_text(group.settings)
-        rows.append((found.mean, (name, *_cells(group, found))))
-    lines = [header, tuple("---" for _ in header), *(cells for _, cells in sorted(rows, key=lambda row: -row[0]))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+_HEADER = (
+    *("runs", "seeds", "macro-F1", "SD over seeds", "95 % over rows", "95 % over rows and seeds"),
+    *("accuracy", "parse", "exact", "EOS", "likeliest", "log loss", "minutes", "memory"),
+)
+
+
+def format_table(groups: Sequence[Group], config: CompareConfig) -> str:
+    """The groups as a Markdown table, best first."""
+    found = [(summarise(group, config.bootstrap_samples), group) for group in groups]
+    ranked = sorted(found, key=lambda pair: -pair[0].mean)
+    rows = [(settings_text(group.settings), *_cells(group, summary)) for summary, group in ranked]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (_HEADER, ("---",) * len(_HEADER), *rows))
 
 
 def _cells(group: Group, found: Summary) -> tuple[str, ...]:
@@ -165,13 +156,12 @@ def share_text(share: float) -> str:
     return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %"
 
 
-def format_differences(groups: Sequence[Group], config: CompareConfig, names: Sequence[str] = ()) -> str:
+def format_differences(groups: Sequence[Group], config: CompareConfig) -> str:
     """A line for each pair of groups: the difference, and what it is uncertain by; empty for one group."""
-    known = dict(zip(map(id, groups), names or [settings_text(group.settings) for group in groups], strict=True))
     lines = []
     for first, second in all_pairs(groups):
-        found = difference(first, second, config.bootstrap_samples)
-        lines.append(f"- **{known[id(first)]}** − {known[id(second)]}: {difference_text(found)}")
+        found = difference_text(difference(first, second, config.bootstrap_samples))
+        lines.append(f"- **{settings_text(first.settings)}** − {settings_text(second.settings)}: {found}")
     return "\n".join(lines)
 
 
@@ -193,28 +183,24 @@ def difference_text(found: SeedDifference) -> str:
 # Plots
 
 
-def draw_plot(
-    groups: Sequence[Group],
-    path: str,
-    x: str | None,
-    config: CompareConfig,
-    names: Sequence[str] = (),
-    title: str = "",
-) -> None:
+def draw_plot(groups: Sequence[Group], path: str, x: str | None, config: CompareConfig, title: str = "") -> None:
     """Every run's macro-F1 as a point, each group's mean with its interval; over the setting `x`, if one is given.
 
     Raises:
-        InputError: the groups do not differ in `x`.
+        InputError: the groups do not differ in `x`, or it is no number.
     """
     if x is not None and any(x not in group.settings for group in groups):
         known = ", ".join(groups[0].settings) or "no setting"
         raise InputError(f"--x is {x}, but these runs differ in {known}. Name one of these, or leave --x out.")
+    if x is not None and not all(type(group.settings[x]) in (int, float) for group in groups):
+        raise InputError(f"--x is {x}, which is no number in each of these runs. Name another, or leave --x out.")
     drawn = []
-    for number, group in enumerate(groups):
+    for group in groups:
         others = {name: value for name, value in group.settings.items() if name != x}
         found = summarise(group, config.bootstrap_samples)
-        name = names[number] if names else settings_text(others)
-        drawn.append((name, group.settings[x] if x else None, found.values, found.mean, found.interval))
+        drawn.append(
+            (settings_text(others), group.settings[x] if x else None, found.values, found.mean, found.interval)
+        )
     shown = title or f"{groups[0].runs[0].evaluation.data.display_name}, {groups[0].runs[0].evaluation.split}"
     plot_groups(drawn, path, shown, x)
 
@@ -232,17 +218,17 @@ class _Page:
         """The groups of the runs in these folders."""
         return group_runs(find_runs([os.path.join(self.folder, path) for path in paths], split))
 
-    def table(self, *paths: str, split: str = "test", names: Sequence[str] = ()) -> str:
+    def table(self, *paths: str, split: str = "test") -> str:
         """The table of these runs."""
-        return format_table(self.groups(*paths, split=split), self.config, names)
+        return format_table(self.groups(*paths, split=split), self.config)
 
     def machines(self, *paths: str, split: str = "test") -> str:
         """On what these runs were trained and measured."""
         return format_machines(self.groups(*paths, split=split))
 
-    def differences(self, *paths: str, split: str = "test", names: Sequence[str] = ()) -> str:
+    def differences(self, *paths: str, split: str = "test") -> str:
         """The paired differences of these runs."""
-        return format_differences(self.groups(*paths, split=split), self.config, names)
+        return format_differences(self.groups(*paths, split=split), self.config)
 
     def plot(
         self,
@@ -251,11 +237,10 @@ class _Page:
         split: str = "test",
         x: str | None = None,
         title: str = "",
-        names: Sequence[str] = (),
     ) -> str:
         """Draw these runs into a file beside the page; the Markdown that shows it."""
         groups = self.groups(*paths, split=split)
-        draw_plot(groups, os.path.join(self.folder, file), x, self.config, names, title)
+        draw_plot(groups, os.path.join(self.folder, file), x, self.config, title)
         return f"![{title or 'macro-F1 of the runs'}]({file})"
 
     def reliability(self, file: str, path: str, split: str = "test", title: str = "") -> str:
@@ -287,7 +272,7 @@ def render_page(path: str, config: CompareConfig) -> str:
     calls: dict[str, Callable[..., Any]] = {
         name: getattr(page, name) for name in ("table", "machines", "differences", "plot", "reliability", "evaluation")
     }
-    shown = {"interval": interval_text, "share": share_text, "value": value_text}
+    shown = {"interval": interval_text, "share": share_text}
     try:
         return environment.get_template(os.path.basename(path)).render(**calls, **shown)
     except (jinja2.TemplateError, OSError) as error:

@@ -73,6 +73,10 @@ class BaseResults:
     record: EvaluationRecord
     generations: list[GenerationRecord]
 
+    def predicted(self, label_words: list[str]) -> list[int]:
+        """The label ids that were found in the answers."""
+        return [UNPARSED if one.predicted is None else label_words.index(one.predicted) for one in self.generations]
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -293,10 +297,7 @@ def evaluation_record(
         for name, answers in measured.answers.items()
     }
     if earlier is not None:
-        metrics["base"] = earlier.record.base
-        predicted["base"] = [
-            UNPARSED if found.predicted is None else words.index(found.predicted) for found in earlier.generations
-        ]
+        metrics["base"], predicted["base"] = earlier.record.base, earlier.predicted(words)
     difference = None
     if "finetuned" in predicted:
         difference = paired_difference(

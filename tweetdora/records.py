@@ -834,6 +834,8 @@ def _from_version_4(kind: type, value: dict[str, Any]) -> dict[str, Any]:
     """A record of version 4 with what has come since."""
     if kind is EvaluationRecord:
         return {"base_measured": None, **value}
+    if kind is PublishRecord:
+        return {"space": None, **value}
     return value | {name: {**new, **value[name]} for name, new in _NEW_IN_5.items() if name in value}
 
 

@@ -50,14 +50,13 @@ _NO_SETTING = (
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run with an evaluation of it; `labels`, `base` and `finetuned` are arrays (N,) of label ids, -1 for none."""
+    """A run with an evaluation of it; `labels` and `finetuned` are arrays (N,) of label ids, -1 for none."""
 
     folder: str
     run: RunRecord
     evaluation: EvaluationRecord
     finetuned_metrics: ModelMetrics
     labels: np.ndarray
-    base: np.ndarray
     finetuned: np.ndarray
 
     @property
@@ -117,19 +116,20 @@ def find_runs(paths: Sequence[str], split: str) -> list[MeasuredRun]:
     """The runs in these folders, or in folders of them (patterns such as results/rates/* too), measured on a split.
 
     Raises:
-        InputError: there is none, or they were measured on other rows than one another.
+        InputError: a path has none, or they were measured on other rows than one another.
     """
     found: list[MeasuredRun] = []
     for path in paths:
-        for match in sorted(glob.glob(path)):
-            inner = sorted(entry.path for entry in os.scandir(match) if entry.is_dir()) if os.path.isdir(match) else []
+        before = len(found)
+        for match in filter(os.path.isdir, sorted(glob.glob(path))):
+            inner = sorted(entry.path for entry in os.scandir(match) if entry.is_dir())
             read = [_read_run(folder, split) for folder in (match, *inner)]
             found += [one for one in read if one is not None]
-    if not found:
-        raise InputError(
-            f"no run in {' '.join(paths)} was measured on the {split} split. Expected run folders, or folders of a "
-            f"sweep's records, with {RUN_FILE} and {split}.json; --split names another split."
-        )
+        if len(found) == before:
+            raise InputError(
+                f"no run in {path} was measured on the {split} split. Expected run folders, or folders of a sweep's "
+                f"records, with {RUN_FILE} and {split}.json; --split names another split."
+            )
     _check_same_rows(found)
     return found
 
@@ -148,12 +148,12 @@ def _read_run(folder: str, split: str) -> MeasuredRun | None:
         answers = read_record(CompactPredictions, kept)
     else:
         answers = compact_predictions(read_predictions(os.path.join(results, split, PREDICTIONS)), evaluation)
-    labels, base, finetuned = (_numbers(line) for line in (answers.labels, answers.base, answers.finetuned))
+    labels, finetuned = (_numbers(line) for line in (answers.labels, answers.finetuned))
     matrix = confusion_matrix(labels.tolist(), finetuned.tolist(), len(evaluation.label_words)).tolist()
     metrics = evaluation.finetuned
     if metrics is None or answers.adapter_sha256 != run.adapter.sha256 or matrix != metrics.confusion_matrix:
         raise InputError(f"{folder}: its records are not of one run, or not of the same answers. Measure it again.")
-    return MeasuredRun(folder, run, evaluation, metrics, labels, base, finetuned)
+    return MeasuredRun(folder, run, evaluation, metrics, labels, finetuned)
 
 
 def _numbers(line: str) -> np.ndarray:

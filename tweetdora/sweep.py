@@ -40,13 +40,23 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Annotated, Any, get_args
 
 import yaml
 from filelock import FileLock, Timeout
 
-from tweetdora.cli import parse_train, parse_with_paths, read_yaml, run_script
-from tweetdora.config import AT_LEAST_1, RECIPE_ARGUMENTS, EvaluateConfig, Flag, check_ranges
+from tweetdora.cli import parse_train, parse_with_paths, parse_with_target, read_yaml, run_script
+from tweetdora.config import (
+    AT_LEAST_1,
+    RECIPE_ARGUMENTS,
+    EvaluateConfig,
+    Flag,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+    check_ranges,
+)
 from tweetdora.errors import InputError
 from tweetdora.records import (
     KEPT_PREDICTIONS,
@@ -67,8 +77,12 @@ log = logging.getLogger("tweetdora.sweep")
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _LOCK = os.path.join(tempfile.gettempdir(), "tweetdora-sweep.lock")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# Of a task, what evaluate.py does not ask about: the base is measured alike whatever these are.
-_TRAINING_ONLY = ("train_split", "max_train_samples", "balance_labels", "validation_split")
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+# Of a task, what only the train split hangs on: on the others the base is measured alike whatever these are.
+_TRAINING_ONLY = ("max_train_samples", "balance_labels")
+_SET_HERE = ("seed", "output_dir", "report_to")  # of a run, by the sweep itself
+# Of a measurement: the sweep's own, and what the base must have in common with the run.
+_MEASURED_SO = ("split", "output_dir", "report_to", "base_results", "config", "precision", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -101,17 +115,19 @@ class Sweep:
     splits: list[str] = field(default_factory=lambda: ["validation"])
     evaluate: dict[str, Any] = field(default_factory=dict)
     launcher: list[str] = field(default_factory=lambda: [sys.executable])
-    keep_checkpoints: bool = False
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a sweep: its recipe as a whole, and the folders of the run and of what is kept of it."""
+    """A run of a sweep: its recipe as a whole, the folders of the run and of what is kept of it, and its settings."""
 
     name: str
     recipe: dict[str, Any]
     run_dir: str
     records_dir: str
+    task: TaskConfig = field(compare=False)
+    model: ModelConfig = field(compare=False)
+    training: TrainConfig = field(compare=False)
 
 
 class RunFailedError(Exception):
@@ -139,9 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # work
     with one_sweep_at_a_time():
-        failed = Runner(config).run([*left.values()])
+        runner = Runner(config)
+        failed = runner.run([*left.values()])
     for name, why in failed.items():
         log.warning("failed: %s: %s", name, why)
+    if runner.not_begun:
+        log.info("%d runs were not begun within the time; the same command goes on.", runner.not_begun)
     return 1 if failed else 0
 
 
@@ -170,7 +189,17 @@ def read_sweep(path: str) -> Sweep:
     splits = get_args(next(item.type for item in dataclasses.fields(EvaluateConfig) if item.name == "split"))
     if not sweep.splits or not set(sweep.splits) <= set(splits):
         raise InputError(f"{path}: splits is {sweep.splits}; expected some of {', '.join(splits)}.")
+    for where in (sweep.settings, *sweep.variants.values(), sweep.grid):
+        if taken := sorted(set(where) & set(_SET_HERE)):
+            raise InputError(f"{path}: {', '.join(taken)} is set for each run by the sweep; seeds are under `seeds`.")
+    if taken := sorted(set(sweep.evaluate) & set(_MEASURED_SO)):
+        raise InputError(f"{path}: evaluate sets {', '.join(taken)}, which each run decides. Leave it out.")
+    parse_with_target(_flags(sweep.evaluate), EvaluateConfig, "", "")
     return sweep
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 def plan_runs(sweep: Sweep) -> list[Run]:
@@ -189,9 +218,8 @@ def plan_runs(sweep: Sweep) -> list[Run]:
                 name = "-".join(filter(None, parts))
                 run_dir = os.path.join(sweep.output_dir, name)
                 recipe = {**common, **settings, **chosen, "seed": seed, "output_dir": run_dir, "report_to": "none"}
-                runs.append(Run(name, recipe, run_dir, os.path.join(sweep.records_dir, name)))
-    for run in runs:
-        _parse(run)  # whatever is wrong with a setting shows now, not after hours
+                records_dir = os.path.join(sweep.records_dir, name)
+                runs.append(Run(name, recipe, run_dir, records_dir, *_parse(name, recipe)))
     return runs
 
 
@@ -217,21 +245,21 @@ def _word(value: Any) -> str:
     return "+".join("".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in str(word)) for word in words)
 
 
-def _parse(run: Run) -> tuple[Any, Any, Any]:
-    """A run's settings as train.py reads them."""
+def _parse(name: str, recipe: dict[str, Any]) -> tuple[TaskConfig, ModelConfig, TrainConfig]:
+    """A run's settings as train.py reads them: whatever is wrong with one shows now, not after hours."""
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, f"{run.name}.yaml")
-        _write_recipe(run, path)
+        path = os.path.join(folder, f"{name}.yaml")
+        _write_recipe(recipe, path)
         try:
             return parse_train(["--config", path], "")
         except InputError as error:
-            raise InputError(str(error).replace(path, f"run {run.name}")) from error
+            raise InputError(str(error).replace(path, f"run {name}")) from error
 
 
-def _write_recipe(run: Run, path: str) -> None:
+def _write_recipe(recipe: dict[str, Any], path: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding="utf-8") as stream:
-        yaml.safe_dump(run.recipe, stream, sort_keys=False, allow_unicode=True)
+        yaml.safe_dump(recipe, stream, sort_keys=False, allow_unicode=True)
 
 
 def is_done(run: Run, splits: Sequence[str]) -> bool:
@@ -244,25 +272,33 @@ def is_done(run: Run, splits: Sequence[str]) -> bool:
     if not os.path.isfile(path):
         return False
     record = read_record(RunRecord, path)
-    task, model, training = _parse(run)
-    planned, kept = (
-        {**vars(task), **vars(model), **{name: getattr(found, name) for name in RECIPE_ARGUMENTS}}
-        for task, model, found in (
-            (task, model, training_settings(training)),
-            (record.task, record.model, record.training),
-        )
-    )
-    if differ := [
-        f"{name}: was {kept[name]!r}, now {planned[name]!r}" for name in kept if kept[name] != planned[name]
-    ]:
-        raise InputError(
-            f"{run.records_dir} holds a run with other settings: {'; '.join(differ)}. Name another records_dir or "
-            "variant, or remove the folder."
-        )
+    _check_settings(run, record, run.records_dir)
     done = all(os.path.isfile(os.path.join(run.records_dir, f"{split}.json")) for split in splits)
     if not done:
         _check_still_there(run, record)
     return done
+
+
+def _check_settings(run: Run, record: RunRecord, folder: str) -> None:
+    """Refuse to take what is in a folder for a run that has other settings.
+
+    Raises:
+        InputError: names them.
+    """
+    planned, found = (
+        {**vars(task), **vars(model), **{name: getattr(training, name) for name in RECIPE_ARGUMENTS}}
+        for task, model, training in (
+            (run.task, run.model, training_settings(run.training)),
+            (record.task, record.model, record.training),
+        )
+    )
+    if differ := [
+        f"{name}: was {found[name]!r}, now {planned[name]!r}" for name in found if found[name] != planned[name]
+    ]:
+        raise InputError(
+            f"{folder} holds a run with other settings: {'; '.join(differ)}. Name another variant, or another "
+            "output_dir and records_dir."
+        )
 
 
 def _check_still_there(run: Run, kept: RunRecord) -> None:
@@ -315,6 +351,7 @@ class Runner:
         self._lock = threading.Lock()
         self._began = time.monotonic()
         self._done = 0
+        self.not_begun = 0
 
     def run(self, runs: list[tuple[Sweep, Run]]) -> dict[str, str]:
         """Run them; why some failed, by name. A stop by a signal ends the process, once the scripts have stopped."""
@@ -335,19 +372,21 @@ class Runner:
         if self._stopped_by is None:
             self._stopped_by = number
             for process in list(self._running):
-                process.send_signal(number)
+                _signal_group(process, number)
 
     def _one(self, sweep: Sweep, run: Run, count: int) -> str | None:
         """One run from training to records; why it failed, None where it did not."""
         if self._stopped_by is not None:
             return None
         if self.config.minutes is not None and time.monotonic() - self._began > 60 * self.config.minutes:
-            return f"not begun within {self.config.minutes:g} minutes; the same command goes on"
+            with self._lock:
+                self.not_begun += 1
+            return None
         try:
             self._train(sweep, run)
             for split in sweep.splits:
                 self._evaluate(sweep, run, split)
-        except RunFailedError as error:
+        except (RunFailedError, InputError, OSError) as error:  # the others go on
             return str(error)
         if self._stopped_by is None:
             self._tell(run, sweep.splits[-1], count)
@@ -371,14 +410,15 @@ class Runner:
     def _train(self, sweep: Sweep, run: Run) -> None:
         """Train, or go on with the training; the record is kept last of all, by _evaluate."""
         recipe, status = f"{run.run_dir}.yaml", run_status(run.run_dir)
-        _write_recipe(run, recipe)
+        _write_recipe(run.recipe, recipe)
         if status == "finished":
+            _check_settings(run, read_record(RunRecord, os.path.join(run.run_dir, RUN_FILE)), run.run_dir)
             return
         if status == "diverged":
             raise RunFailedError(f"the training diverged; {run.run_dir} says when")
         flags = ["--resume_from_checkpoint", "true"] if status else []
         self._call(run, [*sweep.launcher, os.path.join(_ROOT, "train.py"), "--config", recipe, *flags])
-        if not sweep.keep_checkpoints and self._stopped_by is None:
+        if self._stopped_by is None:
             for name in os.listdir(run.run_dir):
                 if name.startswith("checkpoint-"):
                     shutil.rmtree(os.path.join(run.run_dir, name))
@@ -386,28 +426,29 @@ class Runner:
     def _evaluate(self, sweep: Sweep, run: Run, split: str) -> None:
         if self._stopped_by is not None or os.path.isfile(os.path.join(run.records_dir, f"{split}.json")):
             return
-        if not os.path.isfile(os.path.join(run.run_dir, "evaluation", f"{split}.json")):  # else killed just before
-            base = self._measure_base(sweep, run, split)
+        base = self._measure_base(sweep, run, split)
+        if self._stopped_by is None and not _is_measured(
+            run, base, split
+        ):  # it is, where the sweep was killed just then
             self._call(run, [*_evaluate_words(sweep, split), run.run_dir, "--base_results", base])
         if self._stopped_by is None:
             keep_records(run, split)
 
     def _measure_base(self, sweep: Sweep, run: Run, split: str) -> str:
         """The folder with the base's answers to what this run is asked; they are generated where they are missing."""
-        task, model, training = _parse(run)
-        asked = {name: value for name, value in vars(task).items() if name not in _TRAINING_ONLY}
-        asked |= {"model": model.model_name_or_path, "revision": model.model_revision, **sweep.evaluate}
-        asked |= {"precision": training.precision, "max_new_tokens": training.max_new_tokens}
+        how = {"precision": run.training.precision, "max_new_tokens": run.training.max_new_tokens}
+        name, revision = run.model.model_name_or_path, run.model.model_revision
+        asked: dict[str, Any] = {**vars(run.task), **sweep.evaluate, **how, "model": name, "revision": revision}
+        asked |= {package: version(package) for package in ("torch", "transformers")}
+        asked = {name: value for name, value in asked.items() if split == "train" or name not in _TRAINING_ONLY}
         key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:8]
         folder = os.path.join(sweep.output_dir, f"base-{key}")
         with self._lock:
             lock = self._base_locks.setdefault(f"{key} {split}", threading.Lock())
         with lock:
             if self._stopped_by is None and not os.path.isfile(os.path.join(folder, f"{split}.json")):
-                flags = {"config": f"{run.run_dir}.yaml", "output_dir": folder}
-                flags |= {"precision": training.precision, "max_new_tokens": training.max_new_tokens}
-                words = [f"--{name}={value}" for name, value in flags.items()]
-                self._call(run, [*_evaluate_words(sweep, split), model.model_name_or_path, *words])
+                flags = _flags({"config": f"{run.run_dir}.yaml", "output_dir": folder, **how})
+                self._call(run, [*_evaluate_words(sweep, split), name, *flags])
         return folder
 
     def _call(self, run: Run, words: list[str]) -> None:
@@ -427,7 +468,11 @@ class Runner:
                 words, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent
             )
             self._running.add(process)
+            if self._stopped_by is not None:  # between the look above and now
+                _signal_group(process, self._stopped_by)
             status = process.wait()
+            while _signal_group(process, 0):  # a launcher may end before what it launched
+                time.sleep(0.1)
             self._running.discard(process)
         if status and self._stopped_by is None:
             raise RunFailedError(f"a script ended with {status}; see the end of {path}")
@@ -438,14 +483,33 @@ def _end_with_parent() -> None:
 
     A training that went on alone would be met by its own successor in the same run folder.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Send a signal (0: none) to a script and all that it started; whether there is any of them."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _is_measured(run: Run, base: str, split: str) -> bool:
+    """Whether the run folder holds this measurement: of its adapter, beside the base's answers in `base`."""
+    path = os.path.join(run.run_dir, "evaluation", f"{split}.json")
+    if not os.path.isfile(path):
+        return False
+    found = read_record(EvaluationRecord, path)
+    adapter = read_record(RunRecord, os.path.join(run.run_dir, RUN_FILE)).adapter.sha256
+    measured = read_record(EvaluationRecord, os.path.join(base, f"{split}.json")).created
+    return (found.adapter_sha256, found.base_measured) == (adapter, measured)
 
 
 def _evaluate_words(sweep: Sweep, split: str) -> list[str]:
-    flags = [f"--{name}={value}" for name, value in sweep.evaluate.items()]
     script = os.path.join(_ROOT, "evaluate.py")
-    return [*sweep.launcher, script, f"--split={split}", "--report_to=none", *flags]
+    return [*sweep.launcher, script, f"--split={split}", "--report_to=none", *_flags(sweep.evaluate)]
 
 
 def keep_records(run: Run, split: str) -> None:
