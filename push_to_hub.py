@@ -18,21 +18,23 @@ import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
 import logging
 import os
 
-import torch
-
 from tweetdora.build import Reference, build_model, check_output_dir, draw_plots, format_check, staged_folder
 from tweetdora.card_facts import Publication, Records, read_records, title
 from tweetdora.cli import parse_with_target, run_script
 from tweetdora.config import PushConfig
-from tweetdora.conversions import check_conversions, convert, format_conversions
+from tweetdora.conversions import check_conversions, check_gguf, convert, format_conversions
 from tweetdora.device import compute_state, use_cpu_threads
+from tweetdora.errors import UserError
 from tweetdora.evaluation import format_results
 from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.leaks import check_contents
 from tweetdora.model_card import check_records, check_skill, front_matter, plan_publication, render_card
+from tweetdora.modeling import load_tokenizer
 from tweetdora.portable import check_portable, make_portable, model_type
+from tweetdora.prompts import PromptTokenizer
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.publish import (
+    HubRepo,
     add_tag,
     check_files,
     check_free_space,
@@ -44,16 +46,16 @@ from tweetdora.publish import (
     read_back,
 )
 from tweetdora.records import (
+    ADAPTER_DIR,
     Comparison,
     Conversion,
     Published,
     PublishRecord,
     ReadBack,
-    folder_name,
     read_run,
     write_record,
 )
-from tweetdora.space import SPACE_FILES, build_space, check_page, check_space, check_space_dir
+from tweetdora.space import build_page, check_page, check_space, check_space_dir
 
 log = logging.getLogger("tweetdora.push_to_hub")
 
@@ -77,6 +79,11 @@ def main(argv: list[str] | None = None) -> int:
         log.info("note: %s", warning)
     publication = plan_publication(records, config, folder)
     check_conversions(config, run.base_model.architecture)
+    examples = records.examples().head(config.check_samples)
+    if config.gguf != "none":
+        tokenizer = load_tokenizer(os.path.join(run_dir, ADAPTER_DIR))
+        prompts = PromptTokenizer(tokenizer, run.prompt_format, run.task.max_length)
+        check_gguf(prompts, run.task.system_prompt, examples.texts)
     use_cache_if_unreachable(run.base_model.name_or_path)
     repo = space = None
     if publication.hub_model_id is not None and not config.dry_run:
@@ -95,13 +102,19 @@ def main(argv: list[str] | None = None) -> int:
     if publication.license is None:
         log.info("note: the base model's card names no licence, so the card has none; --license sets one")
     with staged_folder(folder) as beside:
-        check, reference, conversions = build(beside, run_dir, records, publication, config, device)
+        check, reference = build_model(run_dir, run, examples, config, device, beside)
+        conversions, failure = convert(beside, title(run, publication.hub_model_id), config, reference)
+        complete(beside, records, publication, config, check, reference, conversions)
     log.info("%s", format_build(records, folder, config, check, conversions))
+    if failure is not None:
+        log.info(
+            "One format failed, and nothing was published. The folder is complete without it, and the same command "
+            "without that format publishes it."
+        )
+        raise failure
     if config.space:
         with staged_folder(space_folder) as beside:
-            texts = build_space(beside, publication.hub_model_id or folder_name(folder), records, publication)
-            check_contents(beside, f"{config.space}/{publication.hub_model_id}", SPACE_FILES)
-            check_page(beside, os.path.abspath(folder), texts)
+            labels = build_page(beside, folder, config.space, records, publication)
         log.info("Page:  %s, which gives the model's labels for its examples", space_folder)
 
     # save
@@ -112,27 +125,39 @@ def main(argv: list[str] | None = None) -> int:
     published = publish(folder, repo, message, config.private)
     record_path = os.path.join(run_dir, f"{kind}.json")
     save_record(record_path, published, None)  # what is on the Hub is known, whatever reading it back says
-    if config.tag:
+    if config.tag and repo.tag is None:
         add_tag(published, config.tag)
     seen = read_back(published, folder, reference, device)
     save_record(record_path, published, seen)
     log.info("%s", format_published(published, seen))
     if space is not None:
-        page = publish(space_folder, space, f"Page for {published.repo_id}", config.private)
-        save_record(record_path, published, seen, page)
-        check_files(page, space, space_folder)
-        check_page(space_folder, published.repo_id, texts)
-        log.info("%s", format_page(page))
+        try:
+            page = publish(space_folder, space, f"Page for {published.repo_id}", config.private)
+            save_record(record_path, published, seen, page)
+            read_page_back(page, space, space_folder, published, labels)
+        except UserError as error:
+            said = f"the model is published and checked ({published.url}); its page is not: {error}"
+            raise type(error)(f"{said} The same command again commits no model twice.") from error
     return 0
 
 
-def build(
-    folder: str, run_dir: str, records: Records, publication: Publication, config: PushConfig, device: torch.device
-) -> tuple[Comparison, Reference, list[Conversion]]:
-    """Fill the folder; what comparing showed, what the published model is to answer, and its other formats."""
-    examples = records.examples().head(config.check_samples)
-    check, reference = build_model(run_dir, records.run, examples, config, device, folder)
-    conversions = convert(folder, title(records.run, publication.hub_model_id), config, reference)
+def read_page_back(page: Published, space: HubRepo, folder: str, model: Published, labels: list[str | None]) -> None:
+    """Compare the Space with its folder, and run it on the Hub's model: it must give the labels of the one built."""
+    check_files(page, space, folder)
+    check_page(folder, model.repo_id, labels)
+    log.info("%s", format_page(page))
+
+
+def complete(
+    folder: str,
+    records: Records,
+    publication: Publication,
+    config: PushConfig,
+    check: Comparison,
+    reference: Reference,
+    conversions: list[Conversion],
+) -> None:
+    """Put card and plots into the folder of the built model, and look whether it can be published."""
     draw_plots(folder, records.run.name, records.result, records.evaluation)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as stream:
         answers = reference.outputs.generations
@@ -141,7 +166,6 @@ def build(
     make_portable(folder)  # the card and the plots too
     check_portable(folder)
     check_contents(folder, publication.hub_model_id)
-    return check, reference, conversions
 
 
 def save_record(path: str, published: Published, seen: ReadBack | None, space: Published | None = None) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from tweetdora.prediction import find_text_column, predict_file, scan  # noqa: E
 from tweetdora.tables import read_any_rows  # noqa: E402
 
 SHOWN_ROWS = 20
+# The fields that stand on the page for the flags of predict.py.
+FIELDS = {"--text_column": "Column of the texts", "--csv_delimiter": "Delimiter", "--encoding": "Encoding"}
+DELIMITERS = [("a comma; in .tsv a tab", ""), ("a semicolon ;", ";"), ("a tab", "\t"), ("a bar |", "|")]
+_KEPT_SECONDS = 3600  # after which uploads and results are deleted
 _LIMIT = "It answers with one of {count} labels, whatever the text, whether any of them fits or not."
 
 
@@ -81,19 +86,22 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
             raise gradio.Error("Type a text first.", print_exception=False)
         return classifier(text)[0].probabilities
 
-    def classify_file(path: str | None, column: str) -> tuple[Any, str, str]:
+    def classify_file(
+        path: str | None, column: str | None, delimiter: str, encoding: str | None
+    ) -> Iterator[tuple[Any, str, str]]:
         """The first rows with what was added, what was done in a sentence, and the file to download."""
         if path is None:
             raise gradio.Error("Choose a file first.", print_exception=False)
         try:
-            return label_file(classifier, path, column)
+            with tempfile.TemporaryDirectory() as folder:
+                # Gradio copies the file to its own cache before it asks for the next value.
+                yield label_file(classifier, path, folder, column, delimiter, encoding)
         except UserError as error:
-            said = str(error).replace("Name one with --text_column.", "Write one of them into “Column of the texts”.")
-            raise gradio.Error(said, print_exception=False) from error
+            raise gradio.Error(for_the_page(str(error), path), print_exception=False) from error
 
     words = classifier.label_words
     notes = [*about["notes"], _LIMIT.format(count=len(words))]
-    with gradio.Blocks(title=about["title"]) as page:
+    with gradio.Blocks(title=about["title"], delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS)) as page:
         gradio.Markdown(f"# {about['title']}\n\nClassifies a text as {', '.join(words[:-1])} or {words[-1]}.")
         with gradio.Tab("One text"):
             text = gradio.Textbox(label="Text", lines=3, placeholder="Type a text", autofocus=True)
@@ -108,28 +116,50 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
                 "A .csv, .tsv, .jsonl, .parquet or .txt file. Label, probabilities and margin are added to its rows."
             )
             file = gradio.File(label="File", file_types=[".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
-            column = gradio.Textbox(label="Column of the texts", placeholder="text, or the only column")
+            column = gradio.Textbox(label=FIELDS["--text_column"], placeholder="text, or the only column")
+            with gradio.Accordion("If the file cannot be read", open=False):
+                delimiter = gradio.Dropdown(DELIMITERS, value="", label=FIELDS["--csv_delimiter"])
+                encoding = gradio.Textbox(label=FIELDS["--encoding"], placeholder="utf-8")
             start = gradio.Button("Classify the file", variant="primary")
             done = gradio.Markdown()
             table = gradio.Dataframe(label=f"The first {SHOWN_ROWS} rows", wrap=True)
             labelled = gradio.File(label="All rows")
-            start.click(classify_file, [file, column], [table, done, labelled], api_name="classify_file")
+            given, shown = [file, column, delimiter, encoding], [table, done, labelled]
+            start.click(classify_file, given, shown, api_name="classify_file")
         gradio.Markdown("\n".join(f"- {note}" for note in notes))
     return page
 
 
-def label_file(classifier: Classifier, path: str, column: str) -> tuple[Any, str, str]:
-    """Classify a file as predict.py does: its first rows, what was done, and the file that was written."""
+def for_the_page(message: str, path: str) -> str:
+    """A message of predict.py with the page's fields in place of flags, and without the folder of the upload."""
+    for flag, label in FIELDS.items():
+        message = message.replace(flag, f"“{label}”")
+    return message.replace(os.path.join(os.path.dirname(path), ""), "")
+
+
+def label_file(
+    classifier: Classifier,
+    path: str,
+    folder: str,
+    column: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+) -> tuple[Any, str, str]:
+    """Classify a file as predict.py does: its first rows, what was done, and the file that was written to `folder`."""
     name, ending = os.path.splitext(os.path.basename(path))
     ending = ".csv" if ending.lower() == ".txt" else ending.lower()
-    output = os.path.join(tempfile.mkdtemp(), f"{name}-labelled{ending}")
-    config = PredictConfig(output=output, text_column=column.strip() or None, skip_bad_rows=True)
-    before = classifier.truncated
+    output = os.path.join(folder, f"{name}-labelled{ending}")
+    config = PredictConfig(
+        output=output,
+        text_column=(column or "").strip() or None,
+        csv_delimiter=delimiter or None,
+        encoding=(encoding or "").strip() or None,
+        skip_bad_rows=True,
+    )
     table = scan(path, config)
     found = find_text_column(table.columns, config, classifier.target.task.text_column, path)
     summary = predict_file(classifier, table, config, found)
-    summary.truncated = classifier.truncated - before
-    rows = [row.values for row in itertools.islice(read_any_rows(output), SHOWN_ROWS)]
+    rows = [row.values for row in itertools.islice(read_any_rows(output, config.csv_delimiter), SHOWN_ROWS)]
     columns = list(dict.fromkeys(name for row in rows for name in row))  # JSON lines may leave some out
     shown = {"headers": columns, "data": [[row.get(name) for name in columns] for row in rows]}
     return shown, ". ".join(summary.lines(classifier.target.task.max_length)) + ".", output

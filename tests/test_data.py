@@ -395,7 +395,7 @@ def test_a_flag_of_text_files_is_refused_elsewhere(task, flag, value):
 
 @pytest.mark.parametrize("delimiter", ["", ",,"])
 def test_a_delimiter_is_one_character(make_task, delimiter):
-    with pytest.raises(InputError, match=f"--csv_delimiter is '{delimiter}'; expected one character."):
+    with pytest.raises(InputError, match=f"--csv_delimiter is '{delimiter}'; expected one character, no quote"):
         make_task("rows.csv", ROWS, csv_delimiter=delimiter)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tweetdora import extras, to_gguf, to_onnx
+from tweetdora import conversions, extras, to_gguf, to_onnx
 from tweetdora.build import Outputs
 from tweetdora.config import PushConfig
-from tweetdora.conversions import check_conversions, convert, format_conversions
+from tweetdora.conversions import check_conversions, check_gguf, convert, format_conversions
 from tweetdora.errors import InputError, VerificationError
 from tweetdora.leaks import check_contents
 from tweetdora.records import Conversion, PromptFormat
@@ -34,13 +34,12 @@ needs_converter = pytest.mark.skipif(
 # The Modelfile
 
 
-def modelfile(tmp_path: Path, prompt_format: PromptFormat, system_prompt: str = "Be brief.") -> str:
-    to_gguf.write_modelfile(str(tmp_path), "m-Q8_0.gguf", prompt_format, system_prompt, 4)
-    return (tmp_path / "Modelfile").read_text()
+def modelfile(prompt_format: PromptFormat, system_prompt: str = "Be brief.", added_bos: str = "") -> str:
+    return to_gguf.modelfile("m-Q8_0.gguf", prompt_format, system_prompt, 4, added_bos)
 
 
-def test_the_modelfile_spells_the_prompt_that_the_model_was_trained_with(tmp_path):
-    assert modelfile(tmp_path, CHATML) == (
+def test_the_modelfile_spells_the_prompt_that_the_model_was_trained_with():
+    assert modelfile(CHATML) == (
         "FROM ./m-Q8_0.gguf\n"
         'SYSTEM """Be brief."""\n'
         'TEMPLATE """<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n{{ .Prompt }}<|im_end|>\n'
@@ -51,19 +50,32 @@ def test_the_modelfile_spells_the_prompt_that_the_model_was_trained_with(tmp_pat
     )
 
 
-def test_a_template_that_rewrites_the_system_prompt_is_spelled_out_whole(tmp_path):
+def test_a_template_that_rewrites_the_system_prompt_is_spelled_out_whole():
     upper = dataclasses.replace(CHATML, head="<s>BE BRIEF.\n\n")
-    assert 'TEMPLATE """<s>BE BRIEF.\n\n{{ .Prompt }}<|im_end|>' in modelfile(tmp_path, upper)
+    assert 'TEMPLATE """<s>BE BRIEF.\n\n{{ .Prompt }}<|im_end|>' in modelfile(upper)
 
 
-def test_braces_in_a_prompt_are_text_to_gos_templates(tmp_path):
+def test_what_the_engine_puts_before_every_prompt_is_not_spelled_twice():
+    begun = dataclasses.replace(CHATML, head="<s><|im_start|>user\n")
+    assert 'TEMPLATE """<|im_start|>user\n{{ .Prompt }}' in modelfile(begun, added_bos="<s>")
+    assert 'TEMPLATE """<s><|im_start|>user\n{{ .Prompt }}' in modelfile(begun)
+
+
+def test_braces_in_a_prompt_are_text_to_gos_templates():
     braces = dataclasses.replace(CHATML, head="Answer as {{label}}.\n")
-    assert '"""Answer as {{ "{{" }}label}}.\n{{ .Prompt }}' in modelfile(tmp_path, braces, "Answer as {{label}}!")
+    assert '"""Answer as {{ "{{" }}label}}.\n{{ .Prompt }}' in modelfile(braces, "Answer as {{label}}!")
 
 
-def test_a_prompt_that_a_modelfile_cannot_hold_is_refused(tmp_path):
+def test_a_prompt_that_a_modelfile_cannot_hold_is_refused_before_any_work(prompt_tokenizer):
+    check_gguf(prompt_tokenizer, "Be brief.", ["a good day"])
     with pytest.raises(InputError, match='the prompt holds """'):
-        modelfile(tmp_path, CHATML, 'Say """yes""".')
+        check_gguf(prompt_tokenizer, 'Say """yes""".', ["a good day"])
+
+
+def test_examples_of_which_none_can_be_compared_are_refused_before_any_work(prompt_tokenizer):
+    check_gguf(prompt_tokenizer, "Be brief.", ["<|im_end|>", "bad " * 4_000, "a good day"])
+    with pytest.raises(InputError, match="--gguf: all examples spell special tokens or are truncated"):
+        check_gguf(prompt_tokenizer, "Be brief.", ["<|im_end|>", "bad " * 4_000])
 
 
 # What is missing is said before any work
@@ -188,82 +200,107 @@ def reference(prompt_tokenizer, task) -> Any:
     return Reference(examples, task, prompt_tokenizer, 4, False, outputs)
 
 
+def converted(folder: Path, config: PushConfig, reference: Any) -> list[Conversion]:
+    """What convert found; raises what it says that went wrong."""
+    found, failure = convert(str(folder), "m", config, reference)
+    if failure is not None:
+        raise failure
+    return found
+
+
+def write_a_file(folder: str, *_: Any) -> str:
+    Path(folder, "m-F16.gguf").touch()
+    return "m-F16.gguf"
+
+
 @pytest.mark.parametrize(("answers", "fine"), [(["positive", "negative", "neutral "], True), (["x"] * 3, False)])
 def test_a_gguf_file_that_answers_otherwise_is_not_published(monkeypatch, tmp_path, reference, answers, fine):
-    from tweetdora import conversions
-
-    monkeypatch.setattr(conversions, "write_gguf", lambda *given: "m-F16.gguf")
-    monkeypatch.setattr(conversions, "answer_by_llama_cpp", lambda *given: ("llama.cpp", answers))
+    monkeypatch.setattr(conversions, "write_gguf", write_a_file)
+    answered = to_gguf.Answered(answers, "llama.cpp", adds_bos=False)
+    monkeypatch.setattr(conversions, "answer_by_llama_cpp", lambda *given: answered)
     config = PushConfig(gguf="f16")
     if fine:
-        assert convert(str(tmp_path), "m", config, reference) == [
-            Conversion("GGUF f16", "m-F16.gguf", "llama.cpp", 3, 3)
-        ]
+        assert converted(tmp_path, config, reference) == [Conversion("GGUF f16", "m-F16.gguf", "llama.cpp", 3, 3)]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "m-F16.gguf"]
     else:
         with pytest.raises(VerificationError, match=r"m-F16\.gguf does not answer .*: 0 of 3 answers"):
-            convert(str(tmp_path), "m", config, reference)
+            converted(tmp_path, config, reference)
+        assert list(tmp_path.iterdir()) == [], "nothing of a format that failed"
+
+
+def test_a_format_that_fails_takes_neither_the_merged_model_nor_the_other_format(monkeypatch, tmp_path, reference):
+    def fail(folder: str) -> None:
+        Path(folder, "onnx").mkdir()
+        Path(folder, "onnx/model.onnx").touch()
+        raise RuntimeError("an engine's own error")
+
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(conversions, "write_gguf", write_a_file)
+    answered = to_gguf.Answered(["positive", "negative", "neutral"], "llama.cpp", adds_bos=False)
+    monkeypatch.setattr(conversions, "answer_by_llama_cpp", lambda *given: answered)
+    monkeypatch.setattr(conversions, "write_onnx", fail)
+    found, failure = convert(str(tmp_path), "m", PushConfig(gguf="f16", onnx=True), reference)
+    assert [one.format for one in found] == ["GGUF f16"] and str(failure) == "an engine's own error"
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert files == ["Modelfile", "m-F16.gguf", "model.safetensors"]
 
 
 @pytest.mark.parametrize(("shift", "fine"), [(1e-3, True), (0.1, False), (float("nan"), False)])
 def test_float32_onnx_has_the_published_models_logits(monkeypatch, tmp_path, reference, shift, fine):
-    from tweetdora import conversions
-
     words = ["positive", "negative", "neutral"]
     ids = [reference.prompt_tokenizer.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     logits = [torch.full((4,), shift).numpy()] * 3
     monkeypatch.setattr(conversions, "write_onnx", lambda folder: None)
+    monkeypatch.setattr(conversions, "declare_onnx", lambda folder: None)
     monkeypatch.setattr(conversions, "answer_by_onnxruntime", lambda *given: ("onnxruntime", ids, logits))
     if fine:
-        found = convert(str(tmp_path), "m", PushConfig(onnx=True), reference)
+        found = converted(tmp_path, PushConfig(onnx=True), reference)
         assert format_conversions(found) == (
             "ONNX float32: onnx/model.onnx, 3 of 3 answers equal in onnxruntime\n"
             "ONNX int8: onnx/model_quantized.onnx, 3 of 3 answers equal in onnxruntime\n"
         )
     else:
         with pytest.raises(VerificationError, match="onnx/model.onnx is not the published model"):
-            convert(str(tmp_path), "m", PushConfig(onnx=True), reference)
+            converted(tmp_path, PushConfig(onnx=True), reference)
 
 
 def test_logits_of_a_model_in_half_a_precision_may_be_rounded(monkeypatch, tmp_path, reference):
-    from tweetdora import conversions
-
     words = ["positive", "negative", "neutral"]
     ids = [reference.prompt_tokenizer.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     monkeypatch.setattr(conversions, "write_onnx", lambda folder: None)
+    monkeypatch.setattr(conversions, "declare_onnx", lambda folder: None)
     for shift, fine in ((0.1, True), (float("nan"), False)):
         logits = [torch.full((4,), shift).numpy()] * 3
         given = ("onnxruntime", ids, logits)
         monkeypatch.setattr(conversions, "answer_by_onnxruntime", lambda *_, given=given: given)
         if fine:
-            assert len(convert(str(tmp_path), "m", PushConfig(onnx=True, dtype="bfloat16"), reference)) == 2
+            assert len(converted(tmp_path, PushConfig(onnx=True, dtype="bfloat16"), reference)) == 2
         else:
             with pytest.raises(VerificationError, match="is not the published model"):
-                convert(str(tmp_path), "m", PushConfig(onnx=True, dtype="bfloat16"), reference)
+                converted(tmp_path, PushConfig(onnx=True, dtype="bfloat16"), reference)
 
 
 def test_a_truncated_text_is_not_compared_in_llama_cpp(monkeypatch, tmp_path, reference):
-    from tweetdora import conversions
-
     examples = dataclasses.replace(reference.examples, texts=["a good day", "bad " * 4_000, "news"])
-    monkeypatch.setattr(conversions, "write_gguf", lambda *given: "m-F16.gguf")
+    monkeypatch.setattr(conversions, "write_gguf", write_a_file)
     asked: list[Any] = []
     monkeypatch.setattr(
         conversions,
         "answer_by_llama_cpp",
-        lambda path, texts, *_: asked.append(texts) or ("x", ["positive", "neutral"]),
+        lambda path, texts, *_: asked.append(texts) or to_gguf.Answered(["positive", "neutral"], "x", False),
     )
-    found = convert(str(tmp_path), "m", PushConfig(gguf="f16"), dataclasses.replace(reference, examples=examples))
+    found = converted(tmp_path, PushConfig(gguf="f16"), dataclasses.replace(reference, examples=examples))
     assert found[0].num_examples == 2 and [one[-1]["content"] for one in asked[0]] == ["a good day", "news"]
 
 
 def test_a_failing_builder_is_said(monkeypatch, tmp_path):
     shutil.copy(ROOT / "assets/SmolLM2-135M-Instruct/config.json", tmp_path)  # no weights
-    with pytest.raises(VerificationError, match="onnxruntime-genai's builder failed: .*Nothing was published"):
+    with pytest.raises(VerificationError, match="onnxruntime-genai's builder failed: "):
         to_onnx.write_onnx(str(tmp_path))
 
 
 @needs_converter
 def test_a_failing_converter_is_said(tmp_path):
     shutil.copy(ROOT / "assets/SmolLM2-135M-Instruct/config.json", tmp_path)
-    with pytest.raises(VerificationError, match="llama.cpp's converter failed: .*Nothing was published"):
+    with pytest.raises(VerificationError, match="llama.cpp's converter failed: "):
         to_gguf.write_gguf(str(tmp_path), "m", "q8_0", str(CONVERTER))

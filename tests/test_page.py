@@ -1,6 +1,7 @@
 """The two pages in a real browser, headless Chromium: space/app.py (Gradio) and page/index.html (transformers.js)."""
 
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -23,6 +24,8 @@ import pytest
 from conftest import tweets
 
 from tweetdora import Classifier
+from tweetdora.errors import InputError
+from tweetdora.space import about_run
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -67,10 +70,16 @@ def model(small_run: tuple[Path, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def address(model: str, tmp_path_factory) -> Iterator[str]:
+def tmp_dir(tmp_path_factory) -> Path:
+    """Where the page's server keeps what it keeps."""
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.fixture(scope="module")
+def address(model: str, tmp_dir: Path) -> Iterator[str]:
     """The page as `make app` opens it, without the browser."""
-    port, log = free_port(), tmp_path_factory.mktemp("page") / "log"
-    environment = {**os.environ, "GRADIO_TEMP_DIR": str(log.parent)}
+    port, log = free_port(), tmp_dir / "log"
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_dir / "gradio"), "TMPDIR": str(tmp_dir)}
     with open(log, "w") as stream:
         words = [sys.executable, "space/app.py", model, "--port", str(port)]
         server = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
@@ -146,7 +155,7 @@ def test_no_text_is_said_on_the_page(page):
     page.get_by_text("Type a text first.").wait_for(timeout=30_000)
 
 
-def test_a_file_is_uploaded_and_comes_back_labelled(page, model, tmp_path):
+def test_a_file_is_uploaded_and_comes_back_labelled(page, model, tmp_dir, tmp_path):
     texts = [row["text"] for row in tweets("test")]
     file = tmp_path / "tweets.csv"
     file.write_text("id,text\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(texts)))
@@ -161,6 +170,58 @@ def test_a_file_is_uploaded_and_comes_back_labelled(page, model, tmp_path):
     rows = list(csv.DictReader(io.StringIO(Path(found.value.path()).read_text(encoding="utf-8"))))
     assert [row["text"] for row in rows] == texts
     assert [row["label"] for row in rows] == [prediction.label for prediction in Classifier(model)(texts)]
+    kept = list(tmp_dir.rglob("tweets-labelled.csv"))
+    assert [path.relative_to(tmp_dir).parts[0] for path in kept] == ["gradio"], "where delete_cache finds it"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"first,second\n1,2\n", "its columns are first, second. Name one with “Column of the texts”."),
+        ("a.csv", b"id;text\n1;good\n", 'Its fields look separated by a semicolon: give “Delimiter” ";".'),
+        ("a.csv", "text\nschön\n".encode("latin-1"), "Give its own by “Encoding”, such as latin-1 or cp1252."),
+        ("a.parquet", b"PAR1", "a.parquet is not readable Parquet"),
+        ("a.csv", b"", "a.csv is empty; expected a header line"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_the_words_of_the_page(model, tmp_path, name, content, said):
+    app = load_app()
+    (tmp_path / name).write_bytes(content)
+    classifier = Classifier(model)
+    with pytest.raises(InputError) as caught:
+        app.label_file(classifier, str(tmp_path / name), str(tmp_path))
+    shown = app.for_the_page(str(caught.value), str(tmp_path / name))
+    assert said in shown and shown.startswith("a.") and "--" not in shown
+
+
+def test_delimiter_and_encoding_are_what_the_page_says(model, tmp_path):
+    (tmp_path / "a.csv").write_bytes("id;text\n1;schön\n".encode("latin-1"))
+    found = load_app().label_file(Classifier(model), str(tmp_path / "a.csv"), str(tmp_path), "text", ";", " latin-1 ")
+    assert found[0]["headers"][:2] == ["id", "text"] and found[0]["data"][0][:2] == ["1", "schön"]
+
+
+def load_app() -> Any:
+    spec = importlib.util.spec_from_file_location("space_app", ROOT / "space/app.py")
+    assert spec is not None and spec.loader is not None
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    return app
+
+
+def test_uploads_are_deleted_after_an_hour(model):
+    app = load_app()
+    assert app.make_page(Classifier(model), app.read_about(model)).delete_cache == (3600, 3600)
+
+
+def test_a_run_that_was_not_measured_has_a_page_and_a_damaged_record_none(model, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(model, run, ignore=shutil.ignore_patterns("publish"))
+    record = run / "evaluation/test.json"
+    record.write_text("{")
+    with pytest.raises(InputError, match=r"test\.json"):
+        about_run(str(run))
+    record.unlink()
+    assert about_run(str(run))["notes"] == ["It was not measured yet."]
 
 
 def test_a_file_without_texts_is_answered_with_its_columns(page, tmp_path):
@@ -224,9 +285,37 @@ def test_the_browser_alone_answers_as_the_model_does(browser, hub, model, scheme
         page.get_by_text(re.compile(r"^[\d.]+ s$")).wait_for(timeout=60_000)
         found.append(page.locator("output").inner_text())
         page.locator("#state").evaluate("state => { state.textContent = ''; }")
+    page.get_by_label("Text").fill("  ")
+    page.get_by_role("button").click()
+    page.get_by_text("Type a text first.").wait_for(timeout=10_000)
     picture(page, f"page-{scheme}")
     page.close()
-    assert found == [row["finetuned"]["text"].strip() for row in rows]
+    answers = [row["finetuned"]["text"].strip() for row in rows]
+    assert found == [answer if answer in WORDS else "no label" for answer in answers]
+
+
+@pytest.mark.skipif(not (NPM / ".done").is_file(), reason="`make .npm/.done` fetches transformers.js")
+def test_an_answer_that_is_no_label_is_shown_as_such(browser, hub):
+    page = browser.new_page()
+    page.route(f"{CDN}**", from_npm)
+    other = {"task": {"label_words": ["yes", "no"], "system_prompt": "Say one word."}, "prompt_format": {}}
+    body = json.dumps({**other, "max_new_tokens": 3})
+    page.route("**/task.json", lambda route: route.fulfill(body=body, content_type="application/json"))
+    page.goto(f"{hub}?model=owner/small&host={hub}")
+    page.get_by_text("Ready. It answers with yes, no").wait_for(timeout=180_000)
+    page.get_by_label("Text").fill("a good day")
+    page.get_by_role("button").click()
+    page.get_by_text(re.compile("It answered “.*”, which is none of its labels")).wait_for(timeout=60_000)
+    assert page.locator("output").inner_text() == "no label"
+    page.close()
+
+
+def test_a_library_that_cannot_be_loaded_is_said(browser, hub):
+    page = browser.new_page()
+    page.route(f"{CDN}**", lambda route: route.abort())
+    page.goto(f"{hub}?model=owner/small&host={hub}")
+    page.get_by_text("It failed: transformers.js cannot be loaded from cdn.jsdelivr.net").wait_for(timeout=30_000)
+    page.close()
 
 
 def from_npm(route: Any) -> None:

@@ -233,7 +233,7 @@ def long_file(tmp_path) -> Path:
 def counted(monkeypatch, fail_after: int | None = None) -> list[int]:
     """How many texts each call of the classifier was given; it fails when so many have been answered."""
     asked: list[int] = []
-    original = Classifier.__call__
+    original = Classifier.predict
 
     def call(self, texts, *rest):
         if fail_after is not None and sum(asked) >= fail_after:
@@ -241,7 +241,7 @@ def counted(monkeypatch, fail_after: int | None = None) -> list[int]:
         asked.append(len(texts))
         return original(self, texts, *rest)
 
-    monkeypatch.setattr(Classifier, "__call__", call)
+    monkeypatch.setattr(Classifier, "predict", call)
     return asked
 
 
@@ -303,9 +303,9 @@ def test_memory_does_not_grow_with_the_file(model, tmp_path, monkeypatch):
     """The model is left out: what is read, kept and written of 400 and of 40,000 rows."""
 
     def answer(self, texts, *rest):
-        return [Prediction("neutral", {"negative": 0.1, "neutral": 0.8, "positive": 0.1}, 0.7)] * len(texts)
+        return [Prediction("neutral", {"negative": 0.1, "neutral": 0.8, "positive": 0.1}, 0.7)] * len(texts), 0
 
-    monkeypatch.setattr(Classifier, "__call__", answer)
+    monkeypatch.setattr(Classifier, "predict", answer)
     peaks = {}
     for rows in (4_000, 40_000):
         path = tmp_path / f"{rows}.csv"

@@ -17,6 +17,7 @@ from hub_server import Fault, Hub, User
 from huggingface_hub import constants
 from transformers.utils import hub as transformers_hub
 
+from tweetdora import conversions
 from tweetdora.errors import InputError, UserError, VerificationError
 from tweetdora.model_card import inline_code
 from tweetdora.space import check_page, check_space_dir
@@ -366,7 +367,7 @@ def test_an_upload_that_broke_is_gone_on_with_by_the_same_command(push, trained:
     trained.hub.faults = [Fault("PUT /cdn/upload", 400, times=99)]
     weights = ("--dtype", "float16")  # the Hub has those in float32 already
     said = refused(push, f"{REPO}-again", *weights)
-    assert "uploading the large files failed" in said and "Nothing was published. The folder" in said
+    assert "uploading the large files failed" in said and "Nothing was pushed to it. The folder" in said
     assert (tmp_path / "publish/model.safetensors").is_file()
     assert trained.history(f"{REPO}-again") == ["initial commit"]
     trained.hub.faults = []
@@ -416,6 +417,17 @@ def test_too_little_room_is_said_before_the_merge(push, tmp_path: Path, monkeypa
     assert not (tmp_path / "publish").exists()
 
 
+def test_a_format_that_fails_leaves_the_merged_model_with_a_true_card(push, trained: Desk, tmp_path, monkeypatch):
+    failure = VerificationError("onnx/model.onnx does not answer as the published model does.")
+    monkeypatch.setattr(conversions, "check_conversions", lambda *given: None)
+    monkeypatch.setattr(conversions, "convert", lambda *given: ([], failure))
+    with pytest.raises(VerificationError, match=r"onnx/model\.onnx does not answer"):
+        push(f"{REPO}-no-onnx", "--onnx", "true")
+    assert ("models", f"{REPO}-no-onnx") not in trained.hub.store.repositories
+    assert (tmp_path / "publish/model.safetensors").is_file()
+    assert "onnxruntime" not in (tmp_path / "publish/README.md").read_text().partition("## Run it")[0]
+
+
 # A page to try the model on
 
 SPACE = f"{REPO.split('/')[0]}/try-it"
@@ -450,6 +462,17 @@ def test_the_page_is_published_beside_the_model_and_gives_its_labels(trained: De
     assert space.commit_of("main").oid == head.oid
 
 
+def test_a_page_that_fails_is_said_beside_the_model_that_is_published(push, trained: Desk):
+    trained.hub.faults = [Fault("POST /api/spaces/.*/commit/", 403, times=9)]
+    said = refused(push, f"{REPO}-half", "--space", f"{SPACE}-half")
+    head = trained.hub.store.repositories["models", f"{REPO}-half"].commit_of("main").oid
+    assert said.startswith(
+        f"the model is published and checked ({trained.hub.endpoint}/{REPO}-half/commit/{head}); its page is not: "
+        f"pushing to {SPACE}-half failed: "
+    )
+    assert said.endswith("The same command again commits no model twice.")
+
+
 def test_somebodys_other_app_is_left_alone(trained: Desk):
     trained.hub.store.upload("spaces", f"{SPACE}-2", {"app.py": b"print('mine')", "README.md": b"# Mine"})
     words = ("--hub_model_id", f"{REPO}-other", "--space", f"{SPACE}-2", *ANYHOW)
@@ -465,10 +488,10 @@ def test_a_dry_run_builds_the_page_and_checks_it(trained: Desk):
     assert not list(folder.rglob("*.pyc")), "what its check leaves would be pushed"
     (folder / "app.py").write_text("raise SystemExit('broken')")
     with pytest.raises(VerificationError, match="the page's own check failed: broken; expected "):
-        check_page(str(folder), str(trained.folder / "dry"), ["What a good day"])
+        check_page(str(folder), str(trained.folder / "dry"), ["positive"])
     (folder / "app.py").write_text("print('[\"another label\"]')")
     with pytest.raises(VerificationError, match="the page's own check failed"):
-        check_page(str(folder), str(trained.folder / "dry"), ["What a good day"])
+        check_page(str(folder), str(trained.folder / "dry"), ["positive"])
 
 
 def test_a_folder_of_another_kind_is_not_replaced_by_a_page(tmp_path):

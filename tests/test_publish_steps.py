@@ -143,6 +143,7 @@ def test_a_private_repository_of_someone_else_looks_like_none(hub, monkeypatch):
 def test_what_contradicts_the_repository_is_refused(hub, settings, message):
     hub.store.upload("models", REPO, {"config.json": b"{}"})
     module.HfApi().create_tag(REPO, tag="v1")
+    hub.store.upload("models", REPO, {"config.json": b"{ }"})
     assert refused(inspect_repo, REPO, config(**settings)).startswith(message)
 
 
@@ -245,6 +246,19 @@ def test_a_tag_names_the_commit(hub, folder):
     assert "is published, but --tag v1 could not be put on it" in refused(add_tag, published, "v1")
 
 
+def test_the_same_command_with_a_tag_goes_on_where_it_was_interrupted(hub, folder):
+    published = publish(folder, inspect_repo(REPO, config(tag="v1")), "better", False)
+    add_tag(published, "v1")
+    repo = inspect_repo(REPO, config(tag="v1"))
+    assert repo.tag == "v1"
+    again = publish(folder, repo, "better", False)
+    assert (again.changed, again.commit) == (False, published.commit)
+    Path(folder, "README.md").write_text("---\nlicense: mit\n---\nother\n")
+    said = refused(publish, folder, repo, "better", False)
+    assert said.startswith(f"--tag v1 is there already in {REPO}, on another commit; give another")
+    assert history(hub)[0] == "better" and files_of(hub) == sorted([".gitattributes", *FILES])
+
+
 # What goes wrong on the way
 
 
@@ -258,7 +272,7 @@ def test_a_refusal_that_passes_is_tried_again_and_makes_one_commit(hub, folder, 
 def test_a_refusal_that_stays_ends_with_nothing_published(hub, folder):
     hub.faults = [Fault("POST .*/commit/", 503, times=99)]
     said = refused(publish, folder, inspect_repo(REPO, config()), "better", False)
-    assert re.match(r"pushing to acme/model failed: .*503.*\. Nothing was published\. The folder .* is", said)
+    assert re.match(r"pushing to acme/model failed: .*503.*\. Nothing was pushed to it\. The folder .* is", said)
     assert history(hub) == ["initial commit"]
     assert sum("POST" in line and "/commit/" in line for line in hub.requests) == 4
 
@@ -304,7 +318,7 @@ def test_a_hub_that_falls_silent_leaves_the_question_open_in_words(hub, folder):
 def test_a_final_refusal_is_not_tried_again(hub, folder, status):
     hub.faults = [Fault("POST .*/commit/", status, times=99)]
     said = refused(publish, folder, inspect_repo(REPO, config()), "better", False)
-    assert "Nothing was published" in said
+    assert "Nothing was pushed to it" in said
     assert sum("POST" in line and "/commit/" in line for line in hub.requests) == 1
 
 
@@ -318,7 +332,7 @@ def test_a_card_that_the_hub_refuses_is_no_commit(hub, folder):
 def test_an_upload_that_breaks_is_no_commit(hub, folder):
     hub.faults = [Fault("PUT /cdn/upload", 400, times=99)]
     said = refused(publish, folder, inspect_repo(REPO, config()), "better", False)
-    assert "uploading the large files failed" in said and "Nothing was published" in said
+    assert "uploading the large files failed" in said and "Nothing was pushed to it" in said
     assert history(hub) == ["initial commit"]
 
 

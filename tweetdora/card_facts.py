@@ -89,6 +89,11 @@ def make_records(run: RunRecord, evaluation: EvaluationRecord, predictions: list
     return Records(run, run.result, evaluation, evaluation.finetuned, evaluation.difference, predictions)
 
 
+def evaluation_path(run_dir: str, split: str) -> str:
+    """Where evaluate.py leaves what it measured of a run."""
+    return os.path.join(run_dir, "evaluation", f"{split}.json")
+
+
 def read_records(run: RunRecord, run_dir: str, split: str) -> Records:
     """The run's record with what evaluate.py left of it.
 
@@ -96,10 +101,10 @@ def read_records(run: RunRecord, run_dir: str, split: str) -> Records:
         InputError: the run was not evaluated on that split, or its files are not whole.
     """
     again = f"Measure first: python evaluate.py {run_dir} --split {split}"
-    folder = os.path.join(run_dir, "evaluation")
+    path = evaluation_path(run_dir, split)
     try:
-        evaluation = read_record(EvaluationRecord, os.path.join(folder, f"{split}.json"))
-        return make_records(run, evaluation, read_predictions(os.path.join(folder, split, PREDICTIONS)))
+        evaluation = read_record(EvaluationRecord, path)
+        return make_records(run, evaluation, read_predictions(os.path.join(path.removesuffix(".json"), PREDICTIONS)))
     except InputError as error:
         raise InputError(f"{error} {again}") from error
 

@@ -8,6 +8,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from tweetdora.config import EvaluateConfig
@@ -57,7 +58,7 @@ class Classifier:
         check_ids_fit(self._model, tokenizer, self._prompt_tokenizer.prompt_ids(["a"])[0][0])
         self._batch_size = batch_size
         self.label_words = self.target.task.label_words
-        self.truncated = 0  # texts so far that did not fit
+        self._lock = Lock()  # a page's visitors come in threads, which a tokenizer does not bear
         adapter = self.target.adapter_dir
         # What tells these predictions from those of another model.
         self.identity: dict[str, Any] = {
@@ -71,11 +72,22 @@ class Classifier:
     def __call__(
         self, texts: str | Sequence[str], on_progress: Callable[[int], None] = lambda done: None
     ) -> list[Prediction]:
-        """The prediction for each text, in their order; `on_progress` is told of every batch."""
+        """The prediction for each text, in their order; `on_progress` is told of every batch.
+
+        Several threads may call it: they come one after the other.
+        """
+        return self.predict(texts, on_progress)[0]
+
+    def predict(
+        self, texts: str | Sequence[str], on_progress: Callable[[int], None] = lambda done: None
+    ) -> tuple[list[Prediction], int]:
+        """The predictions, and how many of the texts were truncated to fit."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         full = [place for place, text in enumerate(texts) if text.strip()]
         found = [Prediction(None, {}, None)] * len(texts)
-        if full:
+        if not full:
+            return found, 0
+        with self._lock:
             scores = score_all(
                 self._model,
                 self._prompt_tokenizer,
@@ -83,11 +95,10 @@ class Classifier:
                 batch_size=self._batch_size,
                 on_progress=on_progress,
             )
-            self.truncated += scores.truncated
-            rows = zip(full, scores.labels.tolist(), scores.probabilities.tolist(), strict=True)
-            for place, label, row in rows:
-                found[place] = make_prediction(label, row, self.label_words)
-        return found
+        rows = zip(full, scores.labels.tolist(), scores.probabilities.tolist(), strict=True)
+        for place, label, row in rows:
+            found[place] = make_prediction(label, row, self.label_words)
+        return found, scores.truncated
 
 
 def make_prediction(label: int, row: Sequence[float], label_words: Sequence[str]) -> Prediction:

@@ -70,6 +70,22 @@ def flags_of(config_class: type) -> dict[str, Flag]:
     return {name: mark for name, found in marks.items() for mark in found if isinstance(mark, Flag)}
 
 
+def check_text_form(csv_delimiter: str | None, encoding: str | None) -> None:
+    """Refuse a delimiter or an encoding that no file can have.
+
+    Raises:
+        InputError: names the flag.
+    """
+    if csv_delimiter is not None and (len(csv_delimiter) != 1 or csv_delimiter in '"\r\n'):
+        raise InputError(f"--csv_delimiter is {csv_delimiter!r}; expected one character, no quote and no line's end.")
+    try:
+        codecs.lookup(encoding or "utf-8")
+    except LookupError:
+        raise InputError(
+            f"--encoding is {encoding!r}; expected one that Python knows, such as utf-8, latin-1 or utf-16."
+        ) from None
+
+
 def check_ranges(config: Any) -> None:
     """Refuse numbers outside the range of their flag.
 
@@ -254,7 +270,7 @@ class TaskConfig:
         object.__setattr__(self, "chat_template_kwargs", _template_variables(self.chat_template_kwargs))
         check_ranges(self)
         self._check_shares()
-        self._check_file()
+        check_text_form(self.csv_delimiter, self.encoding)
         if self.max_train_samples is not None and self.max_train_samples < 0:
             raise InputError(f"--max_train_samples is {self.max_train_samples}; give a positive number, or 0 for all.")
         folded = [normalize_label(word) for word in self.label_words]
@@ -267,16 +283,6 @@ class TaskConfig:
                 f"--label_values has {len(self.label_values)} values and --label_words {len(self.label_words)} words; "
                 "give one value for each word, in the same order."
             )
-
-    def _check_file(self) -> None:
-        if self.csv_delimiter is not None and len(self.csv_delimiter) != 1:
-            raise InputError(f"--csv_delimiter is {self.csv_delimiter!r}; expected one character.")
-        try:
-            codecs.lookup(self.encoding or "utf-8")
-        except LookupError:
-            raise InputError(
-                f"--encoding is {self.encoding!r}; expected one that Python knows, such as utf-8, latin-1 or utf-16."
-            ) from None
 
     def _check_shares(self) -> None:
         if self.validation_share + self.test_share >= 1:
@@ -720,6 +726,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_text_form(self.csv_delimiter, self.encoding)
         ending = os.path.splitext(self.output or "")[1].lower()
         if self.output is not None and ending not in PREDICTION_ENDINGS:
             raise InputError(

@@ -2,15 +2,17 @@
 
 import logging
 import os
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from tweetdora.build import MAX_LOGIT_DIFFERENCE, MIN_EQUAL_GENERATIONS, Reference
 from tweetdora.config import PushConfig
 from tweetdora.errors import InputError, VerificationError
+from tweetdora.prompts import PromptTokenizer
 from tweetdora.records import Conversion
-from tweetdora.to_gguf import answer_by_llama_cpp, check_converter, write_gguf, write_modelfile
-from tweetdora.to_onnx import FILES, FOLDER, answer_by_onnxruntime, check_exporter, write_onnx
+from tweetdora.to_gguf import answer_by_llama_cpp, check_converter, modelfile, write_gguf
+from tweetdora.to_onnx import FILES, FOLDER, answer_by_onnxruntime, check_exporter, declare_onnx, write_onnx
 
 log = logging.getLogger(__name__)
 
@@ -27,45 +29,77 @@ def check_conversions(config: PushConfig, architecture: str) -> None:
         check_exporter(architecture)
 
 
-def convert(folder: str, name: str, config: PushConfig, reference: Reference) -> list[Conversion]:
-    """Write the formats that are asked for into the merged model's folder, and compare their answers with its own.
+def check_gguf(prompts: PromptTokenizer, system_prompt: str, texts: Sequence[str]) -> None:
+    """Look before any work whether the prompt can be in a Modelfile, and some of the texts can be compared.
 
     Raises:
-        VerificationError: a converter failed, or what it wrote answers otherwise.
+        InputError: says why not.
     """
-    found = []
-    if config.gguf != "none":
-        log.info("Converting to GGUF %s ...", config.gguf)
-        found.append(_convert_to_gguf(folder, name, config, reference))
-    if config.onnx:
-        log.info("Converting to ONNX ...")
-        write_onnx(folder)
-        found += [_compare_onnx(folder, kind, config.dtype, reference) for kind in FILES]
-    return found
-
-
-def _convert_to_gguf(folder: str, name: str, config: PushConfig, reference: Reference) -> Conversion:
-    prompts = reference.prompt_tokenizer
-    file = write_gguf(folder, name, config.gguf, config.llama_cpp)
-    write_modelfile(folder, file, prompts.format, reference.task.system_prompt, reference.max_new_tokens)
-    # llama.cpp reads special tokens in a text as such, and does not truncate one.
-    lengths = [len(prompt) for prompt in prompts.prompt_ids(reference.examples.texts)[0]]
-    examples = zip(reference.examples.texts, reference.outputs.generations, lengths, strict=True)
-    plain = [
-        (text, answer.strip())
-        for text, answer, length in examples
-        if prompts.is_plain(text) and length < prompts.max_prompt_length
-    ]
-    if not plain:
+    modelfile("model.gguf", prompts.format, system_prompt, 1)
+    if not any(_comparable(prompts, texts)):
         raise InputError(
             "--gguf: all examples spell special tokens or are truncated, so that none can be compared. Leave it out."
         )
-    conversations = [prompts.format.messages(reference.task.system_prompt, text) for text, _ in plain]
-    engine, answers = answer_by_llama_cpp(
+
+
+def _comparable(prompts: PromptTokenizer, texts: Sequence[str]) -> list[bool]:
+    """For each text whether llama.cpp sees what we see: it reads special tokens as such, and truncates nothing."""
+    lengths = map(len, prompts.prompt_ids(texts)[0])
+    return [
+        prompts.is_plain(text) and length < prompts.max_prompt_length
+        for text, length in zip(texts, lengths, strict=True)
+    ]
+
+
+def convert(
+    folder: str, name: str, config: PushConfig, reference: Reference
+) -> tuple[list[Conversion], Exception | None]:
+    """Write the formats that are asked for into the merged model's folder, and compare their answers with its own.
+
+    The second value says what went wrong: a converter failed, or what it wrote answers otherwise. The folder holds
+    nothing of a format that failed, and the merged model is as it was.
+    """
+    found: list[Conversion] = []
+    before = set(_files(folder))
+    try:
+        if config.gguf != "none":
+            log.info("Converting to GGUF %s ...", config.gguf)
+            found.append(_convert_to_gguf(folder, name, config, reference))
+            before = set(_files(folder))
+        if config.onnx:
+            log.info("Converting to ONNX ...")
+            write_onnx(folder)
+            found += [_compare_onnx(folder, kind, config.dtype, reference) for kind in FILES]
+            declare_onnx(folder)
+    except Exception as error:  # an engine's own too: the merged model must not be lost by it
+        for path in set(_files(folder)) - before:
+            os.remove(path)
+        return [one for one in found if os.path.isfile(os.path.join(folder, one.file))], error
+    return found, None
+
+
+def _files(folder: str) -> Iterator[str]:
+    return (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+
+
+def _convert_to_gguf(folder: str, name: str, config: PushConfig, reference: Reference) -> Conversion:
+    prompts, task, texts = reference.prompt_tokenizer, reference.task, reference.examples.texts
+    file = write_gguf(folder, name, config.gguf, config.llama_cpp)
+    usable = _comparable(prompts, texts)
+    plain = [
+        (text, answer.strip())
+        for text, answer, use in zip(texts, reference.outputs.generations, usable, strict=True)
+        if use
+    ]
+    conversations = [prompts.format.messages(task.system_prompt, text) for text, _ in plain]
+    done = answer_by_llama_cpp(
         os.path.join(folder, file), conversations, reference.max_new_tokens, prompts.max_prompt_length
     )
-    equal = sum(found.strip() == answer for found, (_, answer) in zip(answers, plain, strict=True))
-    return _checked(Conversion(f"GGUF {config.gguf}", file, engine, len(plain), equal))
+    bos = prompts.tokenizer.bos_token if done.adds_bos else ""
+    with open(os.path.join(folder, "Modelfile"), "w", encoding="utf-8") as stream:
+        stream.write(modelfile(file, prompts.format, task.system_prompt, reference.max_new_tokens, bos))
+    equal = sum(found.strip() == answer for found, (_, answer) in zip(done.answers, plain, strict=True))
+    return _checked(Conversion(f"GGUF {config.gguf}", file, done.engine, len(plain), equal))
 
 
 def _compare_onnx(folder: str, kind: str, dtype: str, reference: Reference) -> Conversion:
@@ -81,9 +115,7 @@ def _compare_onnx(folder: str, kind: str, dtype: str, reference: Reference) -> C
         # A model that is published in half a precision computes in it, and its logits are rounded.
         too_far = difference > MAX_LOGIT_DIFFERENCE and dtype == "float32"
         if too_far or difference != difference:
-            raise VerificationError(
-                f"{file} is not the published model: logits differ by up to {difference:.3g}. Nothing was published."
-            )
+            raise VerificationError(f"{file} is not the published model: logits differ by up to {difference:.3g}.")
     return _checked(Conversion(f"ONNX {kind}", file, engine, len(answers), equal))
 
 
@@ -91,7 +123,7 @@ def _checked(found: Conversion) -> Conversion:
     if found.equal_generations < MIN_EQUAL_GENERATIONS * found.num_examples:
         raise VerificationError(
             f"{found.file} does not answer as the published model does: {found.equal_generations} of "
-            f"{found.num_examples} answers are equal in {found.engine}. Nothing was published."
+            f"{found.num_examples} answers are equal in {found.engine}."
         )
     return found
 

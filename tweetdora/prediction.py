@@ -180,12 +180,11 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
     bar = tqdm(total=table.num_rows, initial=done, unit="row", disable=not state.is_main_process)
     with bar:
         for chunk in chunks(rest, size):
-            before = classifier.truncated
-            predictions = classifier([text_of(row, column) for row in chunk])
+            predictions, truncated = classifier.predict([text_of(row, column) for row in chunk])
             bar.update(len(chunk))
             lines = [_as_line(found, classifier.label_words) for found in predictions]
             if state.is_main_process:
-                _append(part, [*lines, json.dumps({"rows": len(chunk), "truncated": classifier.truncated - before})])
+                _append(part, [*lines, json.dumps({"rows": len(chunk), "truncated": truncated})])
     state.wait_for_everyone()
     return _write_output(part, table, config, classifier.label_words) if state.is_main_process else Summary()
 
@@ -300,14 +299,14 @@ def predict_stream(
             raise InputError(
                 f"line {first.line}: {first.problem}. --skip_bad_rows true leaves such rows out, and counts them."
             )
-        predictions = classifier([text_of(row, column) for row in good])
+        predictions, truncated = classifier.predict([text_of(row, column) for row in good])
+        summary.truncated += truncated
         for prediction in predictions:
             summary.add(prediction)
         if writer is not None:
             pairs = zip(good, predictions, strict=True)
             writer.write([with_prediction(row.values, found, names) for row, found in pairs])
             sys.stdout.flush()
-    summary.truncated = classifier.truncated
     return summary
 
 

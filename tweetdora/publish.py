@@ -58,6 +58,7 @@ class HubRepo:
     create_pr: bool = False
     repo_type: Literal["model", "space"] = "model"
     private: bool = False
+    tag: str | None = None  # the one that is asked for, where the head has it already
 
     @property
     def address(self) -> str:
@@ -103,8 +104,6 @@ def inspect_repo(repo_id: str, config: PushConfig, repo_type: Literal["model", "
                 f"{flag} {user['name']}/{repo_id.split('/')[1]}"
                 f"{', or propose the files with --create_pr true' if repo_type == 'model' else ''}."
             ) from error
-    if config.tag in [tag.name for tag in refs.tags]:
-        raise InputError(f"--tag {config.tag} is there already in {repo_id}; give another, or delete it on the Hub.")
     repo = HubRepo(
         repo_id,
         exists=True,
@@ -113,9 +112,18 @@ def inspect_repo(repo_id: str, config: PushConfig, repo_type: Literal["model", "
         repo_type=repo_type,
         private=bool(info.private),
     )
-    if config.revision is not None and config.revision not in [branch.name for branch in refs.branches]:
-        return repo  # _make_repository makes the branch
-    return _with_head(api, repo)
+    if config.revision is None or config.revision in [branch.name for branch in refs.branches]:
+        repo = _with_head(api, repo)  # else _make_repository makes the branch
+    for tag in refs.tags:
+        if tag.name == config.tag:
+            if tag.target_commit != repo.head:
+                raise InputError(_tag_is_there(config.tag, repo))
+            repo = replace(repo, tag=config.tag)
+    return repo
+
+
+def _tag_is_there(tag: str, repo: HubRepo) -> str:
+    return f"--tag {tag} is there already in {repo.repo_id}, on another commit; give another, or delete it on the Hub."
 
 
 def _who_may_write(api: HfApi) -> dict[str, Any]:
@@ -208,6 +216,7 @@ def publish(folder: str, repo: HubRepo, message: str, private: bool) -> Publishe
 
     Raises:
         HubError: nothing was published, or what is there is not known; it says which.
+        InputError: the tag that is asked for is on the head, which holds other files.
     """
     api = HfApi()
     names = sorted(
@@ -220,6 +229,8 @@ def publish(folder: str, repo: HubRepo, message: str, private: bool) -> Publishe
     if repo.repo_type == "space":
         ours = _OURS_IN_A_SPACE
     removed = sorted(name for name in there if ours.fullmatch(name) or own_gguf.fullmatch(name))
+    if repo.tag and repo.head and (removed or differing_files(api, folder, repo, repo.head)):
+        raise InputError(f"{_tag_is_there(repo.tag, repo)} The folder {folder} is complete.")
     additions = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names]
     try:
         api.preupload_lfs_files(
@@ -255,7 +266,7 @@ def _make_repository(api: HfApi, repo: HubRepo, private: bool) -> HubRepo:
         if repo.revision is not None and repo.head is None:
             api.create_branch(repo.repo_id, branch=repo.revision, exist_ok=True)
     except HUB_ERRORS as error:
-        raise HubError(f"{repo.repo_id} could not be made: {_said(error)}. Nothing was published.") from error
+        raise HubError(f"{repo.repo_id} could not be made: {_said(error)}. Nothing was pushed to it.") from error
     return repo if repo.head is not None else _with_head(api, repo)
 
 
@@ -264,7 +275,7 @@ def _with_head(api: HfApi, repo: HubRepo) -> HubRepo:
     try:
         info: Any = api.repo_info(repo.repo_id, repo_type=repo.repo_type, revision=repo.revision)
     except HUB_ERRORS as error:
-        raise HubError(f"the Hub says of {repo.repo_id}: {_said(error)}. Nothing was published.") from error
+        raise HubError(f"the Hub says of {repo.repo_id}: {_said(error)}. Nothing was pushed to it.") from error
     return replace(repo, exists=True, head=info.sha, files=tuple(file.rfilename for file in info.siblings or []))
 
 
@@ -346,7 +357,7 @@ def differing_files(api: HfApi, folder: str, repo: HubRepo, revision: str) -> li
 
 
 def _nothing_published(repo: HubRepo, folder: str, why: str) -> str:
-    return f"pushing to {repo.repo_id} failed: {why}. Nothing was published. The folder {folder} is complete."
+    return f"pushing to {repo.repo_id} failed: {why}. Nothing was pushed to it. The folder {folder} is complete."
 
 
 def _said(error: Exception) -> str:

@@ -12,13 +12,21 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-from tweetdora.card_facts import Publication, Records, choose_samples, read_records, title
+from tweetdora.card_facts import (
+    Publication,
+    Records,
+    choose_samples,
+    evaluation_path,
+    read_records,
+    title,
+)
 from tweetdora.classifier import Classifier
 from tweetdora.errors import InputError, VerificationError
 from tweetdora.files import write_json
+from tweetdora.leaks import check_contents
 from tweetdora.model_card import SOURCES, to_yaml
 from tweetdora.publish import HubRepo
-from tweetdora.records import read_run
+from tweetdora.records import folder_name, read_run
 
 GRADIO_VERSION = "6.31.0"  # as in requirements-app.txt; the Space's machine installs it
 ABOUT = "space.json"
@@ -59,10 +67,24 @@ def check_space(repo: HubRepo, model: HubRepo) -> None:
         )
 
 
+def build_page(folder: str, built: str, repo_id: str, records: Records, publication: Publication) -> list[str | None]:
+    """Fill the folder, look into it and run it on the model in the folder `built`; the labels of the page's examples.
+
+    Raises:
+        InputError: the folder holds what should not be published.
+        VerificationError: the page fails, or gives other labels than the model.
+    """
+    texts = build_space(folder, publication.hub_model_id or folder_name(built), records, publication)
+    check_contents(folder, f"{repo_id}/{publication.hub_model_id}", SPACE_FILES)
+    labels = [prediction.label for prediction in Classifier(built)(texts)]
+    check_page(folder, os.path.abspath(built), labels)
+    return labels
+
+
 def build_space(folder: str, model: str, records: Records, publication: Publication) -> list[str]:
     """Fill the folder; the example texts.
 
-    `model` is the published model's id, or its folder in a dry run.
+    `model` is the published model's id, or its folder's name in a dry run.
     """
     name = title(records.run, publication.hub_model_id)
     about = _about(model, name, records)
@@ -83,10 +105,9 @@ def build_space(folder: str, model: str, records: Records, publication: Publicat
 def about_run(run_dir: str, split: str = "test") -> dict[str, Any]:
     """What the page says of a run; of one that is not measured only its name."""
     run = read_run(run_dir)
-    try:
-        return _about(run_dir, run.name, read_records(run, run_dir, split))
-    except InputError:
+    if not os.path.isfile(evaluation_path(run_dir, split)):
         return {"model": run_dir, "title": run.name, "notes": ["It was not measured yet."], "examples": []}
+    return _about(run_dir, run.name, read_records(run, run_dir, split))
 
 
 def _about(model: str, name: str, records: Records) -> dict[str, Any]:
@@ -129,13 +150,12 @@ def _readme(name: str, publication: Publication) -> str:
     return f"Try {link}: type a text, or upload a file. Limits and results are on the model's card.\n"
 
 
-def check_page(folder: str, model: str, texts: list[str]) -> None:
-    """Run the page's own check in its folder, with its own copy of the package, and compare its labels with ours.
+def check_page(folder: str, model: str, expected: list[str | None]) -> None:
+    """Run the page's own check in its folder, with its own copy of the package; it must give the expected labels.
 
     Raises:
         VerificationError: it fails, or gives other labels.
     """
-    expected = [prediction.label for prediction in Classifier(model)(texts)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"  # the folder is what is pushed
     words = [sys.executable, "app.py", model, "--check"]

@@ -4,11 +4,14 @@ The converter comes with llama.cpp's source, in no package: `make .llama.cpp` un
 source archive, and any checkout of llama.cpp has one too.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -22,6 +25,7 @@ _CONTEXT = (
     256  # tokens beyond the longest prompt and answer, as llama.cpp counts a template's tokens a little otherwise
 )
 _LAST_LINES = 5
+_SECONDS = 60.0  # to wait for llama.cpp's own server, in this process
 
 
 def check_converter(llama_cpp: str, architecture: str) -> None:
@@ -54,7 +58,7 @@ def write_gguf(folder: str, name: str, kind: str, llama_cpp: str) -> str:
     words = [os.path.join(llama_cpp, CONVERTER), folder, "--outtype", kind, "--model-name", name]
     done = _run(*words, "--outfile", os.path.join(folder, file))
     if done.returncode:
-        raise VerificationError(f"llama.cpp's converter failed: {_last_lines(done.stdout)}. Nothing was published.")
+        raise VerificationError(f"llama.cpp's converter failed: {_last_lines(done.stdout)}.")
     return file
 
 
@@ -69,15 +73,18 @@ def _last_lines(text: str) -> str:
     return " ".join(text.strip().splitlines()[-_LAST_LINES:])
 
 
-def write_modelfile(
-    folder: str, file: str, prompt_format: PromptFormat, system_prompt: str, max_new_tokens: int
-) -> None:
-    """Write the Modelfile with which Ollama makes a model of the GGUF file: `ollama create NAME -f Modelfile`.
+def modelfile(
+    file: str, prompt_format: PromptFormat, system_prompt: str, max_new_tokens: int, added_bos: str = ""
+) -> str:
+    """The Modelfile with which Ollama makes a model of the GGUF file: `ollama create NAME -f Modelfile`.
 
     Ollama's templates are Go's, and it does not translate a chat template that it does not know. So the prompt is
-    spelled out, as the model was trained with it.
+    spelled out, as the model was trained with it; but for `added_bos`, which the engine puts before every prompt.
+
+    Raises:
+        InputError: the prompt holds what a Modelfile cannot hold.
     """
-    head, tail = prompt_format.head, prompt_format.tail
+    head, tail = prompt_format.head.removeprefix(added_bos), prompt_format.tail
     before, found, behind = head.partition(system_prompt)
     written = _go(before) + "{{ .System }}" + _go(behind) if found else _go(head)
     lines = [
@@ -88,8 +95,7 @@ def write_modelfile(
         f"PARAMETER num_predict {max_new_tokens}",
         f"PARAMETER stop {_quoted(prompt_format.stop_token)}",
     ]
-    with open(os.path.join(folder, "Modelfile"), "w", encoding="utf-8") as stream:
-        stream.write("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def _go(text: str) -> str:
@@ -98,20 +104,25 @@ def _go(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Text as a value in a Modelfile.
-
-    Raises:
-        InputError: it holds what a Modelfile cannot hold.
-    """
+    """Text as a value in a Modelfile."""
     if '"""' in text:
         raise InputError('the prompt holds """, which a Modelfile of Ollama cannot hold. Leave --gguf out.')
     return f'"""{text}"""'
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What llama.cpp made of some conversations: the answers, its version, and whether it begins prompts with BOS."""
+
+    answers: list[str]
+    engine: str
+    adds_bos: bool
+
+
 def answer_by_llama_cpp(
     path: str, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int, longest_prompt: int
-) -> tuple[str, list[str]]:
-    """The greedy answers of llama.cpp to some conversations, by the file's own chat template; and its version."""
+) -> Answered:
+    """The greedy answers of llama.cpp to some conversations, by the file's own chat template."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
@@ -125,6 +136,14 @@ def answer_by_llama_cpp(
         request = {"messages": messages, "temperature": 0, "max_tokens": max_new_tokens}
         answer: Any = server.handle_chat_completions(request)
         if "choices" not in answer:
-            raise VerificationError(f"llama.cpp does not answer with {path}: {answer}. Nothing was published.")
+            raise VerificationError(f"llama.cpp does not answer with {path}: {answer}.")
         answers.append(answer["choices"][0]["message"]["content"] or "")
-    return f"llama.cpp (xllamacpp {version('xllamacpp')})", answers
+    return Answered(answers, f"llama.cpp (xllamacpp {version('xllamacpp')})", _adds_bos(server.listening_address))
+
+
+def _adds_bos(address: str) -> bool:
+    """Whether llama.cpp begins a text with a special token: asked of itself, as its file need not say it."""
+    body = json.dumps({"content": "", "add_special": True}).encode()
+    request = urllib.request.Request(f"{address}/tokenize", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+        return bool(json.load(answer)["tokens"])

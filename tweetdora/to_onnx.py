@@ -46,8 +46,8 @@ def check_exporter(architecture: str) -> None:
             )
 
 
-def write_onnx(folder: str) -> list[str]:
-    """Export the model in a folder to its subfolder onnx; the files' names.
+def write_onnx(folder: str) -> None:
+    """Export the model in a folder to its subfolder onnx.
 
     Raises:
         VerificationError: the exporter failed.
@@ -66,12 +66,15 @@ def write_onnx(folder: str) -> list[str]:
             )
             if done.returncode:
                 said = " ".join(done.stdout.strip().splitlines()[-3:])
-                raise VerificationError(f"onnxruntime-genai's builder failed: {said}. Nothing was published.")
+                raise VerificationError(f"onnxruntime-genai's builder failed: {said}.")
             _take(place, folder, file)
+
+
+def declare_onnx(folder: str) -> None:
+    """Say in the model's config.json where transformers.js finds the weights."""
     path = os.path.join(folder, "config.json")
     where = {"use_external_data_format": {file: 1 for file in FILES.values()}}
     write_json(path, {**read_json(path), "transformers.js_config": where})
-    return [f"{FOLDER}/{file}" for file in FILES.values()]
 
 
 def _take(place: str, folder: str, file: str) -> None:
