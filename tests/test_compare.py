@@ -55,6 +55,21 @@ def test_differences_are_told_in_words(kept, capsys):
     )
 
 
+def test_two_columns_of_a_file_are_counted_together(tmp_path):
+    (tmp_path / "m.csv").write_text("a,b\nx,1\ny,2\nx,2\nx,2\n")
+    (tmp_path / "page.md").write_text("{{ cross_table('m.csv', 'a', 'b') }}\n")
+    assert render_page(str(tmp_path / "page.md"), CompareConfig()).splitlines() == [
+        "| a / b | 1 | 2 |",
+        "| --- | --- | --- |",
+        "| x | 1 | 2 |",
+        "| y | 0 | 1 |",
+        "| all | 1 | 3 |",
+    ]
+    (tmp_path / "page.md").write_text("{{ cross_table('m.csv', 'a', 'c') }}")
+    with pytest.raises(InputError, match=r"m\.csv has no column 'c'; its columns are a, b"):
+        render_page(str(tmp_path / "page.md"), CompareConfig())
+
+
 def test_a_share_of_all_is_not_the_same_as_one_of_nearly_all():
     assert [share_text(share) for share in (1, 0.99999, 0.5)] == ["100 %", "99.99 %", "50.00 %"]
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -288,6 +290,55 @@ def test_predictions_of_another_command_are_not_gone_on_with(model, long_file, t
     long_file.write_text(long_file.read_text() + "90,one more\n")
     assert "out.csv.part holds predictions of another command" in refused(*words)
     assert (tmp_path / "out.csv.part").read_bytes() == before
+
+
+# Prior correction
+
+
+@pytest.fixture(scope="module")
+def model_with_shares(model, tmp_path_factory) -> str:
+    """The tiny model, of whose training the shares of the labels are known."""
+    folder = tmp_path_factory.mktemp("shares") / "tiny"
+    shutil.copytree(model, folder)
+    task = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps({**task, "label_shares": [0.2, 0.3, 0.5]}))
+    return str(folder)
+
+
+def test_prior_correction_makes_the_probabilities_add_up_to_the_estimated_shares(
+    model_with_shares, long_file, tmp_path, capsys
+):
+    """EM ends where the mean of the corrected probabilities is the share: a fixed point (the paper's equation 2.9)."""
+    main(model_with_shares, long_file, "--output", tmp_path / "plain.csv")
+    main(model_with_shares, long_file, "--output", tmp_path / "out.csv", "--prior_correction", "em")
+    said = capsys.readouterr().err
+    found = re.search(r"shares of (.*)% negative \(in training 20.0%\), (.*)% neutral .*, (.*)% positive", said)
+    assert found is not None, said
+    rows = {name: read_table(tmp_path / f"{name}.csv") for name in ("plain", "out")}
+    columns = [f"probability_{word}" for word in WORDS]
+    plain, corrected = (np.array([[float(row[c]) for c in columns] for row in table]) for table in rows.values())
+    assert corrected.mean(0) * 100 == pytest.approx([float(share) for share in found.groups()], abs=0.06)
+    weighted = plain * [float(share) / train for share, train in zip(found.groups(), (20, 30, 50), strict=True)]
+    assert corrected == pytest.approx(weighted / weighted.sum(1, keepdims=True), abs=0.01)
+    assert corrected != pytest.approx(plain, abs=0.01)
+    assert [row["label"] for row in rows["out"]] == [WORDS[number] for number in corrected.argmax(-1)]
+    assert [row["id"] for row in rows["out"]] == [row["id"] for row in rows["plain"]]
+
+
+def test_prior_correction_of_a_model_whose_training_is_not_known_is_refused(model, long_file, tmp_path):
+    said = refused(model, long_file, "--output", tmp_path / "out.csv", "--prior_correction", "em")
+    assert said.startswith(f"--prior_correction em: how frequent the labels were in the training of {model} is not")
+    assert not (tmp_path / "out.csv.part").exists()
+
+
+def test_prior_correction_needs_all_rows_first(model, long_file):
+    assert refused(model, long_file, "--prior_correction", "em").startswith("--prior_correction needs all rows")
+
+
+def test_prior_correction_of_empty_texts_alone_has_nothing_to_estimate(model_with_shares, tmp_path, capsys):
+    (tmp_path / "in.csv").write_text("id,text\n1,\n")
+    main(model_with_shares, tmp_path / "in.csv", "--output", tmp_path / "out.csv", "--prior_correction", "em")
+    assert read_table(tmp_path / "out.csv")[0]["label"] in ("", None) and "corrected" not in capsys.readouterr().err
 
 
 def test_an_output_that_is_there_is_replaced_only_if_asked_for(model, long_file, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from accelerate import PartialState
 from sklearn.metrics import f1_score
@@ -400,6 +401,20 @@ def test_the_published_folder_is_asked_its_own_question_and_answers_as_the_run_d
     record, expected = read(out / "test.json"), read(folder / "evaluation/test.json")
     assert record["base"]["macro_f1"] == expected["finetuned"]["macro_f1"]
     assert record["corrections"] == [], "the same data set, found again"
+    # What the run's record says of its training stands in task.json too.
+    found, known = (one["prior_corrected"] for one in (record, expected))
+    assert found["train_shares"] == known["train_shares"]
+    assert found["estimated_shares"] == pytest.approx(known["estimated_shares"], abs=1e-3)
+    counts = read(folder / "run.json")["train_data"]["label_counts"]
+    assert known["train_shares"] == {word: count / sum(counts.values()) for word, count in counts.items()}
+    lines = (folder / "evaluation/test/predictions.jsonl").read_text().splitlines()
+    likelihoods = [json.loads(line)["finetuned"]["log_likelihoods"] for line in lines]
+    plain = np.exp(likelihoods) / np.exp(likelihoods).sum(1, keepdims=True)
+    weighted = plain * [known["estimated_shares"][word] / share for word, share in known["train_shares"].items()]
+    labels = [list(counts).index(json.loads(line)["label"]) for line in lines]
+    assert known["scores"]["accuracy"] == (weighted.argmax(1) == labels).mean()
+    mean = (weighted / weighted.sum(1, keepdims=True)).mean(0)
+    assert list(known["estimated_shares"].values()) == pytest.approx(mean, abs=1e-3)
     assert record["prompt_format"] == expected["prompt_format"]
 
 

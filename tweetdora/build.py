@@ -30,6 +30,7 @@ from tweetdora.modeling import (
 )
 from tweetdora.plots import confusion_title, plot_confusion, plot_reliability, plot_training
 from tweetdora.portable import make_portable
+from tweetdora.priors import label_shares
 from tweetdora.prompts import PromptTokenizer, freeze_template, stop_token_ids
 from tweetdora.provenance import without_folders
 from tweetdora.records import (
@@ -144,7 +145,8 @@ def write_task(folder: str, run: RunRecord) -> None:
     """Write task.json: what the model was trained to do. Local folders in it lose what only this machine has."""
     name = without_folders(run.task.dataset_name)
     task = replace(run.task, dataset_name=name, dataset_revision=run.train_data.revision)
-    write_record(os.path.join(folder, TASK_FILE), PublishedTask(task, run.prompt_format, run.max_new_tokens))
+    shares = label_shares(run.train_data, task.label_words, task.balance_labels)
+    write_record(os.path.join(folder, TASK_FILE), PublishedTask(task, run.prompt_format, run.max_new_tokens, shares))
 
 
 def load_vanilla(

@@ -6,11 +6,12 @@
     python -m tweetdora.compare results/template.md --output results/README.md    # a page with tables and plots
 
 Runs that differ in the seed alone are one row. A page is a Jinja template that calls table(), machines(),
-differences(), plot(), reliability() and evaluation(); folders in it are relative to the page.
+differences(), plot(), reliability(), evaluation() and cross_table(); folders in it are relative to the page.
 """
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ from tweetdora.seeds import (
     settings_text,
     summarise,
 )
+from tweetdora.tables import read_rows
 
 log = logging.getLogger("tweetdora.compare")
 
@@ -208,6 +210,9 @@ def draw_plot(groups: Sequence[Group], path: str, x: str | None, config: Compare
 # Pages
 
 
+_CALLS = ("table", "machines", "differences", "plot", "reliability", "evaluation", "cross_table")
+
+
 class _Page:
     """What a page's template can call; folders are relative to the page."""
 
@@ -249,10 +254,33 @@ class _Page:
         plot_reliability(run.evaluation.likelihoods, os.path.join(self.folder, file), title)
         return f"![{title}]({file})"
 
+    def cross_table(self, file: str, rows: str, columns: str) -> str:
+        """How often two columns of a .csv file have each pair of values."""
+        return cross_table(os.path.join(self.folder, file), rows, columns)
+
     def evaluation(self, path: str, split: str = "test") -> Any:
         """The evaluation record of one run."""
         (run,) = find_runs([os.path.join(self.folder, path)], split)
         return run.evaluation
+
+
+def cross_table(path: str, rows: str, columns: str) -> str:
+    """How many lines of a .csv file have each pair of values in two of its columns, as a Markdown table.
+
+    Raises:
+        InputError: the file has no such column.
+    """
+    found = list(read_rows(path))
+    for name in (rows, columns):
+        if not found or name not in found[0].values:
+            raise InputError(f"{path} has no column {name!r}; its columns are {', '.join(found[0].values)}.")
+    counts = Counter((str(row.values[rows]), str(row.values[columns])) for row in found)
+    names, across = ([*dict.fromkeys(pair[place] for pair in sorted(counts))] for place in (0, 1))
+    across.sort()
+    cells = [[name, *(str(counts[name, other]) for other in across)] for name in names]
+    sums = [str(sum(counts[name, other] for name in names)) for other in across]
+    lines = [[f"{rows} / {columns}", *across], ["---"] * (len(across) + 1), *cells, ["all", *sums]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def render_page(path: str, config: CompareConfig) -> str:
@@ -269,9 +297,7 @@ def render_page(path: str, config: CompareConfig) -> str:
         autoescape=False,  # it is Markdown
         loader=jinja2.FileSystemLoader(folder),
     )
-    calls: dict[str, Callable[..., Any]] = {
-        name: getattr(page, name) for name in ("table", "machines", "differences", "plot", "reliability", "evaluation")
-    }
+    calls: dict[str, Callable[..., Any]] = {name: getattr(page, name) for name in _CALLS}
     shown = {"interval": interval_text, "share": share_text}
     try:
         return environment.get_template(os.path.basename(path)).render(**calls, **shown)

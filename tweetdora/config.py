@@ -716,6 +716,13 @@ class PredictConfig:
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Leave out, and count, rows that cannot be read; false: refuse them."}
     )
+    prior_correction: Literal["none", "em"] = field(
+        default="none",
+        metadata={
+            "help": "em: correct the probabilities for the shares of the labels in this file, as estimated from its "
+            "texts; for a file whose labels are not as frequent as those in training. Needs --output."
+        },
+    )
     batch_size: Annotated[int, Flag(range=AT_LEAST_1)] = field(
         default=128, metadata={"help": "Texts classified at once."}
     )
@@ -732,6 +739,8 @@ class PredictConfig:
             raise InputError(
                 f"--output is {self.output}; expected a name that ends in {', '.join(PREDICTION_ENDINGS)}."
             )
+        if self.output is None and self.prior_correction != "none":
+            raise InputError("--prior_correction needs all rows before it writes one. Give an --output.")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from tweetdora.metrics import (
 from tweetdora.modeling import DTYPES, check_ids_fit, load_base
 from tweetdora.other_classifiers import other_classifiers
 from tweetdora.plots import SHOWN_NAMES, confusion_title, plot_confusion, plot_reliability
+from tweetdora.priors import correct, estimate_shares
 from tweetdora.prompts import PromptTokenizer
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.records import (
@@ -39,6 +40,7 @@ from tweetdora.records import (
     Interval,
     ModelMetrics,
     PredictionRecord,
+    PriorCorrected,
     PromptFormat,
     read_predictions,
     read_record,
@@ -325,8 +327,29 @@ def evaluation_record(
         notes=data.notes,
         corrections=target.corrections,
         base_measured=earlier.record.created if earlier else None,
+        prior_corrected=_prior_corrected(target, measured, examples, bootstrap),
     )
     return record, missing
+
+
+def _prior_corrected(
+    target: EvalTarget, measured: Measured, examples: Examples, bootstrap: Bootstrap
+) -> PriorCorrected | None:
+    """The likelihood scores of what was tuned, for the shares of the labels that its probabilities suggest."""
+    train, words = target.label_shares, target.task.label_words
+    if train is None:
+        return None
+    scores = measured.answers["finetuned" if target.adapter_dir else "base"].scores
+    probabilities = scores.probabilities.numpy()
+    shares = estimate_shares(probabilities, train)
+    corrected = correct(probabilities, train, shares)
+    likeliest, predicted = scores.labels.tolist(), corrected.argmax(-1).tolist()
+    return PriorCorrected(
+        train_shares=dict(zip(words, train, strict=True)),
+        estimated_shares=dict(zip(words, shares.tolist(), strict=True)),
+        scores=likelihood_metrics(examples.labels, predicted, corrected, bootstrap, scores.seconds),
+        difference=paired_difference(examples.labels, likeliest, predicted, len(words), bootstrap),
+    )
 
 
 def save_generations(examples: Examples, measured: Measured, target: EvalTarget, split: str) -> None:
@@ -404,6 +427,13 @@ def format_results(record: EvaluationRecord) -> str:
             label = f"{SHOWN_NAMES[name]}, likeliest"
             calibration = f"  log loss {found.log_loss:.3f}, calibration error {found.calibration_error:.3f}"
             lines.append(_scores_line(label, found, found.intervals.macro_f1) + calibration)
+    if (corrected := record.prior_corrected) is not None:
+        found, shares = corrected.scores, corrected.estimated_shares
+        calibration = f"  log loss {found.log_loss:.3f}, calibration error {found.calibration_error:.3f}"
+        lines.append(_scores_line("… prior corrected", found, found.intervals.macro_f1) + calibration)
+        lines.append(
+            f"  for shares of {', '.join(f'{share:.1%} {word}' for word, share in shares.items())}, estimated"
+        )
     majority = f"always {record.baselines.majority.label}"
     for label, guesses in (("uniform guess", record.baselines.uniform), (majority, record.baselines.majority)):
         lines.append(_scores_line(label, guesses, None))

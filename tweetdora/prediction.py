@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -29,6 +30,7 @@ from tweetdora.classifier import Classifier, Prediction, make_prediction
 from tweetdora.config import PredictConfig
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256
+from tweetdora.priors import correct, estimate_shares
 from tweetdora.tables import Row, RowWriter, hint_for_columns, is_table, read_any_rows, read_stream
 
 _CHUNK_BATCHES = 8  # batches of each process in a chunk: within one, texts of like length are batched together
@@ -53,6 +55,7 @@ class Summary:
     empty: int = 0
     truncated: int = 0
     skipped: int = 0
+    corrected: dict[str, tuple[float, float]] = field(default_factory=dict)  # estimated share, and that in training
 
     def add(self, prediction: Prediction) -> None:
         """Count a row."""
@@ -72,6 +75,11 @@ class Summary:
             notes.append(f"texts truncated to fit {max_length} tokens: {self.truncated:,}")
         if self.skipped:
             notes.append(f"rows left out that cannot be read: {self.skipped:,}")
+        if self.corrected:
+            shares = ", ".join(
+                f"{share:.1%} {word} (in training {before:.1%})" for word, (share, before) in self.corrected.items()
+            )
+            notes.append(f"probabilities corrected for estimated shares of {shares}")
         return notes
 
 
@@ -161,9 +169,15 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
     """Classify a file's rows, those that an interrupted command left, and write the output.
 
     Raises:
-        InputError: the predictions that are there are of another command.
+        InputError: the predictions that are there are of another command, or the model's training is not known to
+            --prior_correction.
     """
-    state = PartialState()
+    state, train_shares = PartialState(), classifier.target.label_shares
+    if config.prior_correction == "em" and train_shares is None:
+        raise InputError(
+            f"--prior_correction em: how frequent the labels were in the training of {classifier.target.name} is not "
+            "known. It stands in task.json of models that push_to_hub.py has published. Leave the flag out."
+        )
     output = str(config.output)
     part = f"{output}.part"
     command = {
@@ -186,7 +200,30 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
             if state.is_main_process:
                 _append(part, [*lines, json.dumps({"rows": len(chunk), "truncated": truncated})])
     state.wait_for_everyone()
-    return _write_output(part, table, config, classifier.label_words) if state.is_main_process else Summary()
+    if not state.is_main_process:
+        return Summary()
+    correction = None
+    if config.prior_correction == "em" and train_shares is not None:
+        correction = _estimate_correction(part, train_shares)
+    return _write_output(part, table, config, classifier.label_words, correction)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The shares (C,) of the labels in training, and among the file's texts."""
+
+    train_shares: list[float]
+    shares: np.ndarray
+
+
+def _estimate_correction(part: str, train_shares: list[float]) -> Correction | None:
+    """The shares that the predictions in a .part file suggest; None without a text. It holds C numbers of each row."""
+    with open(part, encoding="utf-8") as stream:
+        stream.readline()
+        rows = [found[1:] for line in stream if isinstance(found := json.loads(line), list)]
+    if not rows:
+        return None
+    return Correction(train_shares, estimate_shares(np.array(rows), train_shares))
 
 
 def _append(part: str, lines: list[str]) -> None:
@@ -230,7 +267,9 @@ def _begin_part(part: str, command: dict[str, Any]) -> int:
     return rows
 
 
-def _read_part(part: str, label_words: list[str], summary: Summary) -> Iterator[Prediction]:
+def _read_part(
+    part: str, label_words: list[str], summary: Summary, correction: Correction | None
+) -> Iterator[Prediction]:
     with open(part, encoding="utf-8") as stream:
         stream.readline()
         for line in stream:
@@ -238,18 +277,28 @@ def _read_part(part: str, label_words: list[str], summary: Summary) -> Iterator[
             if isinstance(found, dict):
                 summary.truncated += found["truncated"]
                 continue
-            prediction = make_prediction(found[0], found[1:], label_words) if found else Prediction(None, {}, None)
+            prediction = Prediction(None, {}, None)
+            if found and correction is not None:
+                row = correct(np.array(found[1:]), correction.train_shares, correction.shares)
+                prediction = make_prediction(int(row.argmax()), row.tolist(), label_words)
+            elif found:
+                prediction = make_prediction(found[0], found[1:], label_words)
             summary.add(prediction)
             yield prediction
 
 
-def _write_output(part: str, table: Table, config: PredictConfig, label_words: list[str]) -> Summary:
+def _write_output(
+    part: str, table: Table, config: PredictConfig, label_words: list[str], correction: Correction | None
+) -> Summary:
     """Make the output from input and .part, which then goes; what was computed stays if that fails."""
     output, summary = str(config.output), Summary(skipped=len(table.bad))
+    if correction is not None:
+        shares = zip(correction.shares.tolist(), correction.train_shares, strict=True)
+        summary.corrected = dict(zip(label_words, shares, strict=True))
     form = os.path.splitext(output)[1].lower()[1:]
     names = added_columns(table.columns, label_words)
     rows = (row for row in read_any_rows(table.path, config.csv_delimiter, config.encoding) if row.problem is None)
-    predictions = _read_part(part, label_words, summary)
+    predictions = _read_part(part, label_words, summary, correction)
     beside = f"{output}.{os.getpid()}.new"
     try:
         text: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "newline": ""}

@@ -24,7 +24,7 @@ from tweetdora.device import Hardware
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256, read_json, write_json
 
-RECORD_VERSION = 5
+RECORD_VERSION = 6
 RUN_FILE = "run.json"
 TASK_FILE = "task.json"
 ADAPTER_DIR = "adapter"
@@ -420,11 +420,26 @@ class Bootstrap:
 
 
 @dataclass(frozen=True)
+class PriorCorrected:
+    """The likelihood scores after prior correction (priors.py), and what it changed.
+
+    Shares are by label word: among the training examples, and among those measured as EM estimates them from their
+    texts. `scores` and `difference` (corrected minus not) take these for given: their intervals are over examples.
+    """
+
+    train_shares: dict[str, float]
+    estimated_shares: dict[str, float]
+    scores: LikelihoodMetrics
+    difference: Difference
+
+
+@dataclass(frozen=True)
 class EvaluationRecord:
     """A measurement: of a run or an adapter (`base` and `finetuned`), or of a model alone (`base`).
 
     `corrections` says what of the task's data was replaced for it (config.CORRECTIONS): name, before and now.
     `base_measured` is when the base was answered, where that was an earlier evaluation (--base_results).
+    `prior_corrected` is of what was tuned; None where the shares of the labels in its training are not known.
     """
 
     created: str
@@ -447,6 +462,7 @@ class EvaluationRecord:
     notes: list[DataNote]
     corrections: list[str]
     base_measured: str | None = None
+    prior_corrected: PriorCorrected | None = None
 
     @property
     def models(self) -> dict[str, ModelMetrics]:
@@ -548,6 +564,7 @@ class PublishedTask:
     task: TaskConfig
     prompt_format: PromptFormat
     max_new_tokens: int
+    label_shares: list[float] | None = None  # among the training examples, in the label words' order
 
 
 @dataclass(frozen=True)
@@ -637,6 +654,8 @@ def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Recor
         value = _from_version_3(kind, value)
     if version <= 4:
         value = _from_version_4(kind, value)
+    if version <= 5:
+        value = _from_version_5(kind, value)
     return decode(kind, value, path)
 
 
@@ -828,6 +847,15 @@ _NEW_IN_TASK = {
 
 
 _NEW_IN_5: dict[str, dict[str, Any]] = {"task": {"balance_labels": False}, "model": {"use_rslora": False}}
+
+
+def _from_version_5(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 5 with what has come since."""
+    if kind is EvaluationRecord:
+        return {"prior_corrected": None, **value}
+    if kind is PublishedTask:
+        return {"label_shares": None, **value}
+    return value
 
 
 def _from_version_4(kind: type, value: dict[str, Any]) -> dict[str, Any]:

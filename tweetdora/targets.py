@@ -24,6 +24,7 @@ from tweetdora.modeling import (
     read_published_task,
     tokenizer_folder,
 )
+from tweetdora.priors import label_shares
 from tweetdora.prompts import PromptTokenizer, read_prompt_format
 from tweetdora.provenance import without_folders
 from tweetdora.records import (
@@ -53,6 +54,7 @@ class EvalTarget:
     max_new_tokens: int | None  # that the target was trained for; None: not known
     run: RunRecord | None
     results_dir: str
+    label_shares: list[float] | None = None  # in its training; None: not known
     corrections: list[str] = field(default_factory=list)  # what of the task's data is replaced
     notes: list[str] = field(default_factory=list)  # for a person
 
@@ -101,6 +103,7 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
             prompt_format=run.prompt_format,
             max_new_tokens=run.max_new_tokens,
             run=run,
+            label_shares=label_shares(run.train_data, run.task.label_words, run.task.balance_labels),
             results_dir=config.output_dir or os.path.join(name, "evaluation"),
         )
     published, notes = None, []
@@ -123,6 +126,7 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
         prompt_format=published.prompt_format if published else None,
         max_new_tokens=published.max_new_tokens if published else None,
         run=None,
+        label_shares=published.label_shares if published else None,
         results_dir=config.output_dir or _results_dir(name),
         notes=notes,
     )
