@@ -17,6 +17,7 @@ import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
 # isort: split
 import logging
 import os
+from dataclasses import replace
 
 from tweetdora.build import Reference, build_model, check_output_dir, draw_plots, format_check, staged_folder
 from tweetdora.card_facts import Publication, Records, read_records, title
@@ -55,6 +56,7 @@ from tweetdora.records import (
     read_run,
     write_record,
 )
+from tweetdora.seeds import find_sisters
 from tweetdora.space import build_page, check_page, check_space, check_space_dir
 
 log = logging.getLogger("tweetdora.push_to_hub")
@@ -75,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     # load
     records = read_records(run, run_dir, config.split)
     check_records(records)
+    records = with_sisters(records, run_dir, config)
     if warning := check_skill(records, config):
         log.info("note: %s", warning)
     publication = plan_publication(records, config, folder)
@@ -146,6 +149,19 @@ def read_page_back(page: Published, space: HubRepo, folder: str, model: Publishe
     check_files(page, space, folder)
     check_page(folder, model.repo_id, labels)
     log.info("%s", format_page(page))
+
+
+def with_sisters(records: Records, run_dir: str, config: PushConfig) -> Records:
+    """The records with those of runs that differ in the seed alone; says which were found, and which passed over."""
+    sisters, passed_over = find_sisters(run_dir, config.split, config.sister_runs)
+    for sentence in passed_over:
+        log.info("note: %s", sentence)
+    if sisters is None:
+        return records
+    log.info("The card says the mean over seeds %s:", ", ".join(map(str, sisters.seeds)))
+    for run in sisters.runs:
+        log.info("    seed %d, macro-F1 %.3f: %s", run.seed, run.finetuned_metrics.macro_f1, run.folder)
+    return replace(records, sisters=sisters)
 
 
 def complete(

@@ -418,6 +418,22 @@ def test_the_published_folder_is_asked_its_own_question_and_answers_as_the_run_d
     assert record["prompt_format"] == expected["prompt_format"]
 
 
+def test_runs_with_other_seeds_beside_the_one_that_is_published_are_on_its_card(finished, tmp_path, capsys):
+    """A copy that says another seed stands for a second training: its answers are the same, so its spread is 0."""
+    for name in ("one", "two"):
+        shutil.copytree(
+            finished[0], tmp_path / name, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish")
+        )
+    run = read(tmp_path / "two/run.json")
+    write(tmp_path / "two/run.json", training={**run["training"], "seed": 7})
+    assert main_of("push_to_hub.py")([str(tmp_path / "one"), "--dry_run", "true", "--check_samples", "1"]) == 0
+    seed = run["training"]["seed"]
+    said, card = capsys.readouterr().out, (tmp_path / "one/publish/README.md").read_text()
+    assert f"The card says the mean over seeds 7, {seed}:" in said and f"{tmp_path}/two" in said
+    assert f"the mean of 2 trainings with seeds 7 and {seed} (standard deviation 0.000;" in card
+    assert f"This model is the one with seed {seed}:" in card
+
+
 def test_a_finished_run_is_measured_on_other_data_and_the_card_says_so(finished, tmp_path, capsys):
     """The run's test split was the wrong one: another is named, and so is the column, which has another name there."""
     folder = tmp_path / "copy"

@@ -14,7 +14,16 @@ from tweetdora import seeds
 from tweetdora.errors import InputError
 from tweetdora.metrics import confusion_matrix
 from tweetdora.records import CompactPredictions, number_line, write_record
-from tweetdora.seeds import all_pairs, difference, find_runs, group_runs, resample, settings_text, summarise
+from tweetdora.seeds import (
+    all_pairs,
+    difference,
+    find_runs,
+    find_sisters,
+    group_runs,
+    resample,
+    settings_text,
+    summarise,
+)
 
 WORDS = ["bad", "good"]
 LABELS = np.array([0, 1] * 20)
@@ -190,3 +199,43 @@ def test_a_kept_record_is_whole(kept):
     (run,) = find_runs([str(kept / "lora-43")], "test")
     assert run.seed == 43 and run.settings["method"] == "lora"
     assert asdict(run.run.task) == asdict(sample_run().task)
+
+
+# The sisters of a run
+
+
+def test_the_sisters_of_a_run_are_those_that_differ_in_the_seed_alone(kept, tmp_path):
+    found, passed_over = find_sisters(str(kept / "dora-43"), "test")
+    assert found is not None and found.seeds == [42, 43, 44] and passed_over == []
+    assert [Path(run.folder).name for run in found.runs] == ["dora-42", "dora-43", "dora-44"]
+
+
+def test_a_run_without_sisters_has_none(tmp_path):
+    write_kept(tmp_path / "one", 42, flipped(4))
+    write_kept(tmp_path / "other", 43, flipped(4), learning_rate=1.0)
+    assert find_sisters(str(tmp_path / "one"), "test") == (None, [])
+
+
+def test_sisters_are_looked_for_in_other_folders_too_and_of_a_seed_the_nearest_counts(kept, tmp_path):
+    write_kept(tmp_path / "elsewhere/a", 43, flipped(20))
+    write_kept(tmp_path / "elsewhere/b", 45, flipped(2))
+    found, _ = find_sisters(str(kept / "dora-42"), "test", [str(tmp_path / "elsewhere")])
+    assert found is not None and found.seeds == [42, 43, 44, 45]
+    assert [Path(run.folder).name for run in found.runs] == ["dora-42", "dora-43", "dora-44", "b"]
+    one, _ = find_sisters(str(tmp_path / "elsewhere/a"), "test", [str(kept / "dora-42")])
+    assert one is not None and one.seeds == [42, 43, 45], "a folder that is a run itself"
+
+
+def test_sisters_that_cannot_be_compared_are_passed_over_and_said(tmp_path):
+    write_kept(tmp_path / "own", 42, flipped(4))
+    write_kept(tmp_path / "other-rows", 43, np.array([0, 1, 0, 1]), labels=np.array([0, 1, 0, 1]))
+    write_kept(tmp_path / "unmeasured", 44, flipped(4), split="validation")
+    write_kept(tmp_path / "damaged", 45, flipped(4))
+    (tmp_path / "damaged/test.json").write_text("{")
+    found, passed_over = find_sisters(str(tmp_path / "own"), "test")
+    assert found is None
+    assert [sentence.partition(" ")[0].rpartition("/")[2] for sentence in passed_over] == [
+        *("damaged", "other-rows", "unmeasured"),
+    ]
+    assert "is not readable JSON" in passed_over[0] and "on other examples" in passed_over[1]
+    assert passed_over[2].endswith("was not measured on the test split")

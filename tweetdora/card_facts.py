@@ -36,6 +36,7 @@ from tweetdora.records import (
     read_predictions,
     read_record,
 )
+from tweetdora.seeds import Group, summarise
 
 _METHOD_NAMES = {"dora": "DoRA", "lora": "LoRA"}
 _TWEETEVAL_SENTIMENT = ("cardiffnlp/tweet_eval", "sentiment")
@@ -68,6 +69,7 @@ class Records:
     finetuned: ModelMetrics
     difference: Difference
     predictions: list[PredictionRecord]
+    sisters: Group | None = None  # the run and those that differ from it in the seed alone
 
     def examples(self) -> Examples:
         """The examples that were measured, as the predictions hold them: the data set itself need not be at hand."""
@@ -250,11 +252,26 @@ def _result_facts(records: Records, words: list[str]) -> dict[str, Any]:
             "broken": f"{difference.mcnemar.broken:,}",
             "p_value": format_p(difference.mcnemar.p_value),
         },
+        "seeds": _seed_texts(records.sisters) if records.sisters else None,
+        "seed": records.run.training.seed,
         "bootstrap_samples": f"{evaluation.bootstrap.samples:,}",
         "precision": evaluation.precision,
         "max_new_tokens": evaluation.max_new_tokens,
         "answer_tokens": records.run.max_new_tokens,
         "per_label": _label_rows(records, words),
+    }
+
+
+def _seed_texts(group: Group) -> dict[str, str]:
+    """The macro-F1 over runs that differ in the seed alone."""
+    found = summarise(group)
+    *first, last = map(str, group.seeds)
+    return {
+        "count": str(len(group.runs)),
+        "list": f"{', '.join(first)} and {last}",
+        "macro_f1": f"{found.mean:.3f}",
+        "deviation": f"{found.deviation:.3f}",
+        "interval": _interval(found.interval),
     }
 
 

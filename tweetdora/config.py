@@ -787,6 +787,13 @@ class PushConfig:
     split: Literal["train", "validation", "test"] = field(
         default="test", metadata={"help": "Split whose evaluation goes on the card, and whose examples are compared."}
     )
+    sister_runs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Folders to look in, beside the run's own, for runs that differ in the seed alone; the card says "
+            "the mean over seeds."
+        },
+    )
     allow_chance_level: bool = field(
         default=False, metadata={"help": "Publish a model that is no better than guessing."}
     )

@@ -67,9 +67,14 @@ class MeasuredRun:
     @property
     def settings(self) -> dict[str, Any]:
         """What of the run's settings makes its result, but for the seed."""
-        training = {name: getattr(self.run.training, name) for name in RESULT_ARGUMENTS if name not in _IN_EVERY_RUN}
-        found = {**vars(self.run.task), **vars(self.run.model), **training}
-        return {name: value for name, value in found.items() if name not in _NO_SETTING}
+        return settings_of(self.run)
+
+
+def settings_of(run: RunRecord) -> dict[str, Any]:
+    """What of a run's settings makes its result, but for the seed."""
+    training = {name: getattr(run.training, name) for name in RESULT_ARGUMENTS if name not in _IN_EVERY_RUN}
+    found = {**vars(run.task), **vars(run.model), **training}
+    return {name: value for name, value in found.items() if name not in _NO_SETTING}
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,54 @@ def _read_run(folder: str, split: str) -> MeasuredRun | None:
     if metrics is None or answers.adapter_sha256 != run.adapter.sha256 or matrix != metrics.confusion_matrix:
         raise InputError(f"{folder}: its records are not of one run, or not of the same answers. Measure it again.")
     return MeasuredRun(folder, run, evaluation, metrics, labels, finetuned)
+
+
+def find_sisters(run_dir: str, split: str, paths: Sequence[str] = ()) -> tuple[Group | None, list[str]]:
+    """A run with those that differ from it in the seed alone, and what was passed over, in sentences.
+
+    They are looked for beside the run folder and in `paths`, folders of runs or of kept records; they must have been
+    measured on the same examples in the same precision. None where there is none.
+    """
+    own = _read_run(run_dir, split)
+    if own is None:
+        return None, []
+    by_seed, passed_over = {own.seed: own}, []
+    for folder in _folders_to_look_in(run_dir, paths):
+        try:
+            run = read_record(RunRecord, os.path.join(folder, RUN_FILE))
+            if settings_of(run) != own.settings or run.base_model != own.run.base_model:
+                continue
+            found = _read_run(folder, split)
+        except InputError as error:  # somebody's damaged folder is no reason not to publish another
+            passed_over.append(f"{folder} is passed over: {error}")
+            continue
+        if found is None:
+            passed_over.append(f"{folder} differs in the seed alone, and was not measured on the {split} split")
+        elif not _measured_alike(own.evaluation, found.evaluation):
+            passed_over.append(f"{folder} differs in the seed alone, and was measured otherwise or on other examples")
+        else:
+            by_seed.setdefault(found.seed, found)
+    if len(by_seed) == 1:
+        return None, passed_over
+    return Group({}, [by_seed[seed] for seed in sorted(by_seed)]), passed_over
+
+
+def _folders_to_look_in(run_dir: str, paths: Sequence[str]) -> list[str]:
+    """Folders with a run's record beside a run folder, and in other folders, each once; not the run folder itself."""
+    own = os.path.realpath(run_dir)
+    found: dict[str, None] = {}
+    for path in (os.path.dirname(own), *paths):
+        inner = sorted(entry.path for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
+        found |= dict.fromkeys(os.path.realpath(folder) for folder in (path, *inner))
+    return [folder for folder in found if folder != own and os.path.isfile(os.path.join(folder, RUN_FILE))]
+
+
+def _measured_alike(first: EvaluationRecord, second: EvaluationRecord) -> bool:
+    def what(record: EvaluationRecord) -> tuple[Any, ...]:
+        """What scores hang on, beside the model."""
+        return record.data.sha256, record.label_words, record.precision, record.max_new_tokens
+
+    return what(first) == what(second)
 
 
 def _numbers(line: str) -> np.ndarray:
