@@ -24,7 +24,7 @@ from tweetdora.device import peak_memory_bytes, use_cpu_threads
 from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.plan import check_disk, format_plan
 from tweetdora.prompts import show_example
-from tweetdora.resume import continue_record, pin_commits, plan_resume
+from tweetdora.resume import continue_record, only_training_in, pin_commits, plan_resume
 from tweetdora.tracking import finish_wandb, wandb_mode
 from tweetdora.training import begin_record, is_unfinished, load, make_trainer, run_trainer, save_run, write_run
 
@@ -55,35 +55,36 @@ def main(argv: list[str] | None = None) -> int:
         run, mismatches = continue_record(resume.saved, run, training.allow_mismatch)
         for mismatch in mismatches:
             say("note: resumed with %s", mismatch)
-    if state.is_main_process:
-        clear_unfinished(training.output_dir)
-    check_disk(training, run.adapter.trainable_parameters)
-
-    # work
-    stop = StopOnSignal()
-    trainer = make_trainer(task, training, loaded, stop)
-    if state.is_main_process:
-        run = begin_record(run, training)
-    run_trainer(trainer, resume.checkpoint, run, state)
-
-    # save
-    if stop.signal_number is not None and is_unfinished(trainer):
-        status = 128 + stop.signal_number
+    with only_training_in(training.output_dir, state.is_main_process):
         if state.is_main_process:
-            write_run(dataclasses.replace(run, status="interrupted"), training.output_dir)
-            finish_wandb(exit_code=status)
-        say(
-            "\nStopped at step %d of %d; its checkpoint is in %s. The same command with --resume_from_checkpoint true "
-            "goes on.",
-            *(trainer.state.global_step, run.steps, training.output_dir),
-        )
-        return status
-    peak_memory = peak_memory_bytes()  # of all processes
-    if state.is_main_process:
-        run = save_run(trainer, run, peak_memory)
-        finish_wandb({"adapter_sha256": run.adapter.sha256})
-        log.info("\nWrote %s. Next: python evaluate.py %s", training.output_dir, training.output_dir)
-    return 0
+            clear_unfinished(training.output_dir)
+        check_disk(training, run.adapter.trainable_parameters)
+
+        # work
+        stop = StopOnSignal()
+        trainer = make_trainer(task, training, loaded, stop)
+        if state.is_main_process:
+            run = begin_record(run, training)
+        run_trainer(trainer, resume.checkpoint, run, state)
+
+        # save
+        if stop.signal_number is not None and is_unfinished(trainer):
+            status = 128 + stop.signal_number
+            if state.is_main_process:
+                write_run(dataclasses.replace(run, status="interrupted"), training.output_dir)
+                finish_wandb(exit_code=status)
+            say(
+                "\nStopped at step %d of %d; its checkpoint is in %s. The same command with --resume_from_checkpoint "
+                "true goes on.",
+                *(trainer.state.global_step, run.steps, training.output_dir),
+            )
+            return status
+        peak_memory = peak_memory_bytes()  # of all processes
+        if state.is_main_process:
+            run = save_run(trainer, run, peak_memory)
+            finish_wandb({"adapter_sha256": run.adapter.sha256})
+            log.info("\nWrote %s. Next: python evaluate.py %s", training.output_dir, training.output_dir)
+        return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from tweetdora.checkpoints import CHECKSUMS, SAVING_DIR, publish_checkpoint
 from tweetdora.config import TrainConfig
 from tweetdora.errors import InputError
 from tweetdora.records import GitState, RunRecord, TrackerRecord
-from tweetdora.resume import ResumePlan, check_same_run, continue_record, plan_resume
+from tweetdora.resume import ResumePlan, check_same_run, continue_record, only_training_in, plan_resume
 
 
 def going_on(settings: TrainConfig) -> tuple[str | None, list[str]]:
@@ -162,6 +165,30 @@ def test_a_folder_that_does_not_exist_is_not_resumed(training):
         plan_resume(training(resume_from_checkpoint="true"))
 
 
+def test_two_trainings_in_one_folder_at_once_are_refused(tmp_path, monkeypatch):
+    """The second is another process: by its own name for the folder, and until the first has ended, however."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    hold = (
+        "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from tweetdora.resume import only_training_in\n"
+        "with only_training_in(sys.argv[2], True): print('held', flush=True); sys.stdin.read()\n"
+    )
+    words = [sys.executable, "-c", hold, str(tmp_path), str(tmp_path / "run/../run")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        refusal = f"another process is training in {tmp_path}/run .*Wait for it, stop it, or give another --output_dir"
+        with pytest.raises(InputError, match=refusal), only_training_in(str(tmp_path / "run"), True):
+            pass
+        with only_training_in(str(tmp_path / "run"), False):
+            pass  # the other processes of the first
+        with only_training_in(str(tmp_path / "other"), True):
+            pass
+        first.kill()
+    with only_training_in(str(tmp_path / "run"), True):
+        pass
+
+
 def test_a_named_folder_that_is_no_checkpoint_is_not_resumed(training, tmp_path):
     make_record(tmp_path / "run", "interrupted")
     make_checkpoint(tmp_path / "run", 10)
@@ -302,6 +329,6 @@ def test_a_checkpoint_of_the_record_version_before_is_refused(training, tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "record_version": 2}))
     make_checkpoint(tmp_path / "run", 10)
     with pytest.raises(
-        InputError, match="has record version 2; this code reads version 3, 4 and 5. Use the state of tweetdora"
+        InputError, match="has record version 2; this code reads version 3, 4, 5 and 6. Use the state of tweetdora"
     ):
         plan_resume(training(resume_from_checkpoint="true"))

@@ -201,6 +201,17 @@ def test_a_kept_record_is_whole(kept):
     assert asdict(run.run.task) == asdict(sample_run().task)
 
 
+def test_runs_of_the_same_settings_on_other_data_or_another_base_are_no_group(tmp_path):
+    for seed in (42, 43):
+        write_kept(tmp_path / str(seed), seed, flipped(4))
+    path = tmp_path / "43/run.json"
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps({**run, "train_data": {**run["train_data"], "sha256": "other"}}))
+    with pytest.raises(InputError, match="have the same settings, and another set of training examples: what lies at"):
+        group_runs(find_runs([str(tmp_path)], "test"))
+    assert find_sisters(str(tmp_path / "42"), "test") == (None, [])
+
+
 # The sisters of a run
 
 

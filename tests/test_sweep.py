@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import yaml
 from tweetdora import sweep as sweeps
 from tweetdora.compare import main as compare
 from tweetdora.errors import InputError
+from tweetdora.files import held_lock
 from tweetdora.records import RunRecord, read_predictions, read_record
-from tweetdora.sweep import SweepConfig, is_done, main, one_sweep_at_a_time, plan_runs, read_sweep
+from tweetdora.sweep import SweepConfig, is_done, main, plan_runs, read_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,12 +97,12 @@ def test_a_run_of_two_sweeps_is_run_once_for_the_splits_of_both(write, tmp_path)
 
 
 def test_two_sweeps_at_once_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "_LOCK", str(tmp_path / "lock"))
-    with one_sweep_at_a_time():
-        with pytest.raises(InputError, match="another sweep is running on this machine"), one_sweep_at_a_time():
-            pass
-    with one_sweep_at_a_time():
-        pass
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"output_dir: {tmp_path}/runs\nrecords_dir: {tmp_path}/records\nseeds: [1]\n")
+    with held_lock("sweep", "one", "."), pytest.raises(InputError, match="another sweep is running on this machine"):
+        main([str(path)])
+    assert not (tmp_path / "runs").exists()
 
 
 # A sweep on the tiny model
@@ -181,7 +183,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, t
     answers = folder / "runs/fast-seed=1/evaluation/test/predictions.jsonl"
     before = answers.stat().st_mtime_ns
     (kept / "test.json").unlink()  # killed just before it was kept
-    monkeypatch.setattr(sweeps, "_LOCK", str(tmp_path / "lock"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main([path]) == 0
     assert (kept / "test.json").is_file() and answers.stat().st_mtime_ns == before, "kept, not answered again"
 
@@ -218,7 +220,7 @@ def test_no_training_goes_on_alone_when_the_sweep_is_killed(tiny, tmp_path):
 def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tiny, tmp_path, monkeypatch, capsys):
     """The records were removed, as a message had advised, and the run folder was not."""
     _, path = tiny
-    monkeypatch.setattr(sweeps, "_LOCK", str(tmp_path / "lock"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     keys = yaml.safe_load(Path(path).read_text()) | {"records_dir": str(tmp_path / "kept")}
     keys["variants"] = {"fast": {"learning_rate": 3e-2}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
@@ -290,7 +292,7 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path):
 
 
 def test_no_run_begins_after_its_time(write, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweeps, "_LOCK", str(tmp_path / "lock"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main([write(), "--minutes", "0"]) == 0
     assert "1 runs were not begun within the time; the same command goes on." in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()

@@ -1,13 +1,37 @@
 """Files that are written whole or not at all, and hashes of what is in them."""
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from tweetdora.errors import InputError
+
+
+@contextlib.contextmanager
+def held_lock(name: str, found: str, cure: str) -> Iterator[None]:
+    """Hold a lock of this machine and user by its name; it goes with the process, however that ends.
+
+    Raises:
+        InputError: another process holds it; what was found, and what to do.
+    """
+    user = getattr(os, "getuid", lambda: "user")()
+    path = os.path.join(tempfile.gettempdir(), f"tweetdora-{user}-{name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{found} (it holds {path}). {cure}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: str, value: Any) -> None:

@@ -1,6 +1,8 @@
 """Going on with an interrupted run: from which checkpoint, and only as the run that it was."""
 
+import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from typing import Any
 from tweetdora.checkpoints import all_checkpoints, find_damage, last_whole_checkpoint, saved_run
 from tweetdora.config import ROUNDING_ARGUMENTS, ModelConfig, TaskConfig, TrainConfig
 from tweetdora.errors import InputError
+from tweetdora.files import held_lock
 from tweetdora.hub import pin_revision
 from tweetdora.records import RunRecord, run_status
 
@@ -33,6 +36,22 @@ class ResumePlan:
     checkpoint: str | None = None
     saved: RunRecord | None = None
     notes: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def only_training_in(folder: str, is_main_process: bool) -> Iterator[None]:
+    """Hold a lock on a run folder while it is trained in; of several processes the first holds it.
+
+    Raises:
+        InputError: another process on this machine trains in it.
+    """
+    if not is_main_process:
+        yield
+        return
+    name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
+    found = f"another process is training in {folder}"
+    with held_lock(f"run-{name}", found, "Wait for it, stop it, or give another --output_dir."):
+        yield
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in _NO_SETTING}
 
 
+def _made_of(run: RunRecord) -> dict[str, Any]:
+    """What a run was made of, whatever its settings call it."""
+    return {"base model": run.base_model, "set of training examples": run.train_data.sha256}
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs that differ in nothing but the seed; `settings` are those in which the group differs from others."""
@@ -174,7 +179,7 @@ def find_sisters(run_dir: str, split: str, paths: Sequence[str] = ()) -> tuple[G
     for folder in _folders_to_look_in(run_dir, paths):
         try:
             run = read_record(RunRecord, os.path.join(folder, RUN_FILE))
-            if settings_of(run) != own.settings or run.base_model != own.run.base_model:
+            if settings_of(run) != own.settings or _made_of(run) != _made_of(own.run):
                 continue
             found = _read_run(folder, split)
         except InputError as error:  # somebody's damaged folder is no reason not to publish another
@@ -238,7 +243,7 @@ def group_runs(runs: Sequence[MeasuredRun]) -> list[Group]:
     """The runs by their settings, each group by its seeds.
 
     Raises:
-        InputError: two runs have the same settings and seed.
+        InputError: two runs have the same settings and seed, or the same settings with other data or another base.
     """
     groups: list[tuple[dict[str, Any], list[MeasuredRun]]] = []
     for run in runs:
@@ -248,6 +253,12 @@ def group_runs(runs: Sequence[MeasuredRun]) -> list[Group]:
             continue
         if twin := next((other for other in known if other.seed == run.seed), None):
             raise InputError(f"{twin.folder} and {run.folder} are runs of the same settings and seed; name one.")
+        if differ := [name for name, value in _made_of(run.run).items() if value != _made_of(known[0].run)[name]]:
+            what = " and another ".join(differ)
+            raise InputError(
+                f"{known[0].folder} and {run.folder} have the same settings, and another {what}: what lies at their "
+                "paths has changed between them. Leave one of them out."
+            )
         known.append(run)
     names = list(groups[0][0])
     differing = [name for name in names if any(settings.get(name) != groups[0][0][name] for settings, _ in groups)]

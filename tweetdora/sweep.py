@@ -21,7 +21,6 @@ A sweep file, of which all keys but `output_dir`, `records_dir` and `seeds` may 
 A run whose records are there is not run again. The base model is answered once for all runs that ask it the same.
 """
 
-import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -37,14 +36,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Annotated, Any, get_args
 
 import yaml
-from filelock import FileLock, Timeout
 
 from tweetdora.cli import parse_train, parse_with_paths, parse_with_target, read_yaml, run_script
 from tweetdora.config import (
@@ -58,6 +56,7 @@ from tweetdora.config import (
     check_ranges,
 )
 from tweetdora.errors import InputError
+from tweetdora.files import held_lock
 from tweetdora.records import (
     KEPT_PREDICTIONS,
     PREDICTIONS,
@@ -75,7 +74,10 @@ from tweetdora.records import (
 
 log = logging.getLogger("tweetdora.sweep")
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_LOCK = os.path.join(tempfile.gettempdir(), "tweetdora-sweep.lock")
+_BUSY = (
+    "another sweep is running on this machine",
+    "Wait for it, or stop it; one that is stopped goes on by its own command.",
+)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 # Of a task, what only the train split hangs on: on the others the base is measured alike whatever these are.
@@ -154,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # work
-    with one_sweep_at_a_time():
+    with held_lock("sweep", *_BUSY):  # two at once would each take the other's time
         runner = Runner(config)
         failed = runner.run([*left.values()])
     for name, why in failed.items():
@@ -317,27 +319,6 @@ def _check_still_there(run: Run, kept: RunRecord) -> None:
 
 
 # The work
-
-
-@contextlib.contextmanager
-def one_sweep_at_a_time() -> Iterator[None]:
-    """Hold a lock of this machine's; two sweeps at once would each take the other's time.
-
-    Raises:
-        InputError: another sweep holds it.
-    """
-    lock = FileLock(_LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(
-            f"another sweep is running on this machine (it holds {_LOCK}). Wait for it, or stop it; one that is "
-            "stopped goes on by its own command."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Runner:
