@@ -134,5 +134,8 @@ def test_every_kept_run_is_one_of_a_sweep(monkeypatch):
         sweep = read_sweep(str(path))
         known |= {run.records_dir: is_done(run, []) for run in plan_runs(sweep)}
     kept_dirs = {str(path.parent) for path in Path("results").glob("*/*/run.json")}
+    kept_dirs = {
+        folder for folder in kept_dirs if not folder.startswith("results/domains")
+    }  # measured by hand (LOG.md)
     assert kept_dirs == {folder for folder, done in known.items() if done}
     assert seeds.find_runs(["results/rates"], "validation")

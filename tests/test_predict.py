@@ -463,7 +463,7 @@ def test_the_page_labels_every_kind_of_file_that_it_offers(classifier, tmp_path,
         path.write_text(json.dumps({"text": texts[0], "id": 1}) + "\n" + json.dumps({"text": texts[1]}) + "\n")
     else:
         path.write_text("\n".join([*([] if ending == ".txt" else ["text"]), *texts]) + "\n")
-    shown, said, output = label_file(classifier, str(path), "")
+    shown, said, output = label_file(classifier, str(path), str(tmp_path))
     place = shown["headers"].index("label")
     assert len(shown["data"]) == 2 and {row[place] for row in shown["data"]} <= {"negative", "neutral", "positive"}
     assert [row[shown["headers"].index("text")] for row in shown["data"]] == texts
