@@ -17,7 +17,10 @@ import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
 # isort: split
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+
+import torch
 
 from tweetdora.build import Reference, build_model, check_output_dir, draw_plots, format_check, staged_folder
 from tweetdora.card_facts import Publication, Records, read_records, title
@@ -53,6 +56,7 @@ from tweetdora.records import (
     Published,
     PublishRecord,
     ReadBack,
+    RunRecord,
     read_run,
     write_record,
 )
@@ -75,27 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         check_space_dir(space_folder)
 
     # load
-    records = read_records(run, run_dir, config.split)
-    check_records(records)
-    records = with_sisters(records, run_dir, config)
-    if warning := check_skill(records, config):
-        log.info("note: %s", warning)
+    records = load_records(run, run_dir, config)
     publication = plan_publication(records, config, folder)
-    check_conversions(config, run.base_model.architecture)
     examples = records.examples().head(config.check_samples)
-    if config.gguf != "none":
-        tokenizer = load_tokenizer(os.path.join(run_dir, ADAPTER_DIR))
-        prompts = PromptTokenizer(tokenizer, run.prompt_format, run.task.max_length)
-        check_gguf(prompts, run.task.system_prompt, examples.texts)
+    check_formats(run, run_dir, config, examples.texts)
     use_cache_if_unreachable(run.base_model.name_or_path)
-    repo = space = None
-    if publication.hub_model_id is not None and not config.dry_run:
-        repo = inspect_repo(publication.hub_model_id, config)
-        check_kind(repo, config.adapter_only)
-        check_metadata(front_matter(records, publication))
-        if config.space:
-            space = inspect_repo(config.space, config, "space")
-            check_space(space, repo)
+    repo, space = inspect_repos(records, publication, config)
     # The merged model and its conversions, and the copy that is read back, or the base in the cache.
     check_free_space(folder, (2 + 2 * config.onnx + (config.gguf != "none")) * 4 * run.base_model.parameters)
     device = compute_state().device
@@ -115,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             "without that format publishes it."
         )
         raise failure
+    labels: list[str | None] = []
     if config.space:
         with staged_folder(space_folder) as beside:
             labels = build_page(beside, folder, config.space, records, publication)
@@ -124,30 +114,97 @@ def main(argv: list[str] | None = None) -> int:
     if repo is None:
         log.info("Dry run: nothing was pushed.")
         return 0
-    message = f"{run.name}: macro-F1 {records.finetuned.macro_f1:.3f} on {records.evaluation.data.split}"
-    published = publish(folder, repo, message, config.private)
     record_path = os.path.join(run_dir, f"{kind}.json")
-    save_record(record_path, published, None)  # what is on the Hub is known, whatever reading it back says
-    if config.tag and repo.tag is None:
-        add_tag(published, config.tag)
-    seen = read_back(published, folder, reference, device)
-    save_record(record_path, published, seen)
-    log.info("%s", format_published(published, seen))
+    message = f"{run.name}: macro-F1 {records.finetuned.macro_f1:.3f} on {records.evaluation.data.split}"
+    model = push_model(folder, repo, message, config, reference, device, record_path)
     if space is not None:
-        try:
-            page = publish(space_folder, space, f"Page for {published.repo_id}", config.private)
-            save_record(record_path, published, seen, page)
-            read_page_back(page, space, space_folder, published, labels)
-        except UserError as error:
-            said = f"the model is published and checked ({published.url}); its page is not: {error}"
-            raise type(error)(f"{said} The same command again commits no model twice.") from error
+        push_page(space_folder, space, config, model, labels, record_path)
     return 0
 
 
-def read_page_back(page: Published, space: HubRepo, folder: str, model: Published, labels: list[str | None]) -> None:
-    """Compare the Space with its folder, and run it on the Hub's model: it must give the labels of the one built."""
-    check_files(page, space, folder)
-    check_page(folder, model.repo_id, labels)
+def load_records(run: RunRecord, run_dir: str, config: PushConfig) -> Records:
+    """The records of a run and of its sisters; says what of them a reader of the card should know.
+
+    Raises:
+        InputError: one is missing, they do not belong together, or the model is no better than guessing.
+    """
+    records = read_records(run, run_dir, config.split)
+    check_records(records)
+    if warning := check_skill(records, config):
+        log.info("note: %s", warning)
+    return with_sisters(records, run_dir, config)
+
+
+def check_formats(run: RunRecord, run_dir: str, config: PushConfig, texts: Sequence[str]) -> None:
+    """Refuse formats that this model, its prompt or the texts to compare on cannot have.
+
+    Raises:
+        InputError: says which.
+    """
+    check_conversions(config, run.base_model.architecture)
+    if config.gguf != "none":
+        tokenizer = load_tokenizer(os.path.join(run_dir, ADAPTER_DIR))
+        prompts = PromptTokenizer(tokenizer, run.prompt_format, run.task.max_length)
+        check_gguf(prompts, run.task.system_prompt, texts)
+
+
+def inspect_repos(
+    records: Records, publication: Publication, config: PushConfig
+) -> tuple[HubRepo | None, HubRepo | None]:
+    """The repositories of the model and of its page as they are now; None for what is not pushed.
+
+    Raises:
+        UserError: the Hub would refuse the push, now rather than after the merge.
+    """
+    if publication.hub_model_id is None or config.dry_run:
+        return None, None
+    repo = inspect_repo(publication.hub_model_id, config)
+    check_kind(repo, config.adapter_only)
+    check_metadata(front_matter(records, publication))
+    if not config.space:
+        return repo, None
+    space = inspect_repo(config.space, config, "space")
+    check_space(space, repo)
+    return repo, space
+
+
+def push_model(
+    folder: str,
+    repo: HubRepo,
+    message: str,
+    config: PushConfig,
+    reference: Reference,
+    device: torch.device,
+    record_path: str,
+) -> PublishRecord:
+    """Push the folder and load it back; what is known by then is on disk, whatever comes next."""
+    published = publish(folder, repo, message, config.private)
+    save_record(record_path, published, None)
+    if config.tag and repo.tag is None:
+        add_tag(published, config.tag)
+    seen = read_back(published, folder, reference, device)
+    record = save_record(record_path, published, seen)
+    log.info("%s", format_published(published, seen))
+    return record
+
+
+def push_page(
+    folder: str, space: HubRepo, config: PushConfig, model: PublishRecord, labels: list[str | None], record_path: str
+) -> None:
+    """Push the Space, compare it with its folder, and run it on the Hub's model: it must give the built one's labels.
+
+    Raises:
+        UserError: it could not be pushed, or is not what was pushed.
+    """
+    published = model.published
+    try:
+        page = publish(folder, space, f"Page for {published.repo_id}", config.private)
+        save_record(record_path, published, model.read_back, page)
+        check_files(page, space, folder)
+        check_page(folder, published.repo_id, labels)
+    except UserError as error:
+        said = f"the model is published and checked ({published.url}); its page is not: {error}"
+        raise type(error)(f"{said} The same command again commits no model twice.") from error
     log.info("%s", format_page(page))
 
 
@@ -184,9 +241,13 @@ def complete(
     check_contents(folder, publication.hub_model_id)
 
 
-def save_record(path: str, published: Published, seen: ReadBack | None, space: Published | None = None) -> None:
+def save_record(
+    path: str, published: Published, seen: ReadBack | None, space: Published | None = None
+) -> PublishRecord:
     """Write publish.json: what the Hub holds, and what reading it back has shown."""
-    write_record(path, PublishRecord(utc_now(), command_line(), published, seen, environment(), space))
+    record = PublishRecord(utc_now(), command_line(), published, seen, environment(), space)
+    write_record(path, record)
+    return record
 
 
 def format_page(page: Published) -> str:

@@ -10,7 +10,7 @@ import pytest
 from sample_records import sample_evaluation
 
 from tweetdora.errors import InputError
-from tweetdora.mistakes import MistakesConfig, find_mistakes, main
+from tweetdora.mistakes import MistakesConfig, find_mistakes, label_probabilities, main
 from tweetdora.records import GenerationRecord, PredictionRecord, write_predictions, write_record
 
 WORDS = ["bad", "good"]
@@ -36,7 +36,7 @@ def run(tmp_path) -> Path:
 
 
 def test_mistakes_come_by_the_probability_of_the_wrong_label():
-    found = find_mistakes(LINES, WORDS)
+    found = find_mistakes(LINES, WORDS, label_probabilities(LINES))
     assert [(one.example_id, one.label, one.predicted, one.probability) for one in found] == [
         (4, "good", "bad", 0.95),
         (1, "bad", "good", 0.8),
@@ -67,7 +67,7 @@ def test_predictions_without_likelihoods_are_refused():
     assert answer is not None
     old = dataclasses.replace(LINES[0], finetuned=dataclasses.replace(answer, log_likelihoods=None))
     with pytest.raises(InputError, match="these predictions have no likelihoods"):
-        find_mistakes([old], WORDS)
+        label_probabilities([old])
 
 
 def test_another_form_of_output_is_refused():

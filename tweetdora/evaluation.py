@@ -38,6 +38,7 @@ from tweetdora.records import (
     EvaluationRecord,
     GenerationRecord,
     Interval,
+    LikelihoodMetrics,
     ModelMetrics,
     PredictionRecord,
     PriorCorrected,
@@ -425,15 +426,11 @@ def format_results(record: EvaluationRecord) -> str:
     for name, metrics in record.models.items():
         if (found := metrics.likelihood) is not None:
             label = f"{SHOWN_NAMES[name]}, likeliest"
-            calibration = f"  log loss {found.log_loss:.3f}, calibration error {found.calibration_error:.3f}"
-            lines.append(_scores_line(label, found, found.intervals.macro_f1) + calibration)
+            lines.append(_likelihood_line(label, found))
     if (corrected := record.prior_corrected) is not None:
-        found, shares = corrected.scores, corrected.estimated_shares
-        calibration = f"  log loss {found.log_loss:.3f}, calibration error {found.calibration_error:.3f}"
-        lines.append(_scores_line("… prior corrected", found, found.intervals.macro_f1) + calibration)
-        lines.append(
-            f"  for shares of {', '.join(f'{share:.1%} {word}' for word, share in shares.items())}, estimated"
-        )
+        shares = (f"{share:.1%} {word}" for word, share in corrected.estimated_shares.items())
+        lines.append(_likelihood_line("… prior corrected", corrected.scores))
+        lines.append(f"  for shares of {', '.join(shares)}, estimated")
     majority = f"always {record.baselines.majority.label}"
     for label, guesses in (("uniform guess", record.baselines.uniform), (majority, record.baselines.majority)):
         lines.append(_scores_line(label, guesses, None))
@@ -447,6 +444,11 @@ def format_results(record: EvaluationRecord) -> str:
             f"{test.fixed}, wrong: {test.broken} (McNemar p {format_p(test.p_value)})"
         )
     return "\n".join(lines)
+
+
+def _likelihood_line(label: str, found: LikelihoodMetrics) -> str:
+    calibration = f"  log loss {found.log_loss:.3f}, calibration error {found.calibration_error:.3f}"
+    return _scores_line(label, found, found.intervals.macro_f1) + calibration
 
 
 def _scores_line(label: str, found: Any, interval: Interval | None) -> str:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 
 from tweetdora.card_facts import evaluation_path
 from tweetdora.cli import parse_with_target, run_script
@@ -76,8 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = read_predictions(os.path.join(path.removesuffix(".json"), PREDICTIONS))
 
     # work
-    found = find_mistakes(lines, record.label_words)
-    log.info("%s", format_mistakes(found, len(lines), found[: config.count], length_bands(lines, record.label_words)))
+    probabilities = label_probabilities(lines)
+    found = find_mistakes(lines, record.label_words, probabilities)
+    labels = [record.label_words.index(line.label) for line in lines]
+    bands = accuracy_by_length([line.text for line in lines], labels, probabilities.argmax(-1).tolist())
+    log.info("%s", format_mistakes(found, len(lines), found[: config.count], bands))
 
     # save
     if config.output is not None:
@@ -90,13 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def find_mistakes(lines: Sequence[PredictionRecord], label_words: Sequence[str]) -> list[Mistake]:
-    """All mistakes of the model that was measured last, the most confident first.
-
-    Raises:
-        InputError: the likelihoods were not measured.
-    """
-    probabilities = _probabilities(lines)
+def find_mistakes(
+    lines: Sequence[PredictionRecord], label_words: Sequence[str], probabilities: np.ndarray
+) -> list[Mistake]:
+    """All mistakes of a model that gave the label words these probabilities (N, C), the most confident first."""
     found = []
     for line, row in zip(lines, probabilities, strict=True):
         predicted = label_words[int(row.argmax())]
@@ -107,22 +108,16 @@ def find_mistakes(lines: Sequence[PredictionRecord], label_words: Sequence[str])
     return sorted(found, key=lambda one: (-one.probability, one.example_id))
 
 
-def _probabilities(lines: Sequence[PredictionRecord]) -> np.ndarray:
-    """The probabilities of the label words (N, C)."""
+def label_probabilities(lines: Sequence[PredictionRecord]) -> np.ndarray:
+    """The label words' probabilities (N, C), of the model that was measured last.
+
+    Raises:
+        InputError: the likelihoods were not measured.
+    """
     rows = [(line.finetuned or line.base).log_likelihoods for line in lines]
     if any(row is None for row in rows):
         raise InputError("these predictions have no likelihoods; they are of record version 3. Measure the run again.")
-    exponents = np.array(rows)
-    weights = np.exp(exponents - exponents.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
-
-
-def length_bands(lines: Sequence[PredictionRecord], label_words: Sequence[str]) -> list[LengthBand]:
-    """Accuracy of the likeliest label word in quarters of the examples by length."""
-    predicted = _probabilities(lines).argmax(-1).tolist()
-    return accuracy_by_length(
-        [line.text for line in lines], [label_words.index(line.label) for line in lines], predicted
-    )
+    return np.asarray(torch.tensor(rows, dtype=torch.float64).softmax(-1))
 
 
 def format_mistakes(

@@ -172,7 +172,8 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
         InputError: the predictions that are there are of another command, or the model's training is not known to
             --prior_correction.
     """
-    state, train_shares = PartialState(), classifier.target.label_shares
+    state = PartialState()
+    train_shares = classifier.target.label_shares if config.prior_correction == "em" else None
     if config.prior_correction == "em" and train_shares is None:
         raise InputError(
             f"--prior_correction em: how frequent the labels were in the training of {classifier.target.name} is not "
@@ -202,9 +203,7 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
     state.wait_for_everyone()
     if not state.is_main_process:
         return Summary()
-    correction = None
-    if config.prior_correction == "em" and train_shares is not None:
-        correction = _estimate_correction(part, train_shares)
+    correction = None if train_shares is None else _estimate_correction(part, train_shares)
     return _write_output(part, table, config, classifier.label_words, correction)
 
 
