@@ -23,6 +23,7 @@ from tweetdora.cli import parse_train, run_script
 from tweetdora.device import peak_memory_bytes, use_cpu_threads
 from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.plan import check_disk, format_plan
+from tweetdora.progress import print_summary
 from tweetdora.prompts import show_example
 from tweetdora.resume import continue_record, only_training_in, pin_commits, plan_resume
 from tweetdora.tracking import finish_wandb, wandb_mode
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         if state.is_main_process:
             run = save_run(trainer, run, peak_memory)
             finish_wandb({"adapter_sha256": run.adapter.sha256})
+            print_summary(run)
             log.info("\nWrote %s. Next: python evaluate.py %s", training.output_dir, training.output_dir)
         return 0
 

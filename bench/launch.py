@@ -13,6 +13,8 @@ from bench.settings import Settings
 from tweetdora.records import RUN_FILE, RunRecord, read_record
 
 PLAN_MARK = "the-plan-begins"  # the plan that train.py prints when all is loaded begins with the run's name
+# A training line of the log: ours, or the Trainer's own dictionary.
+LOG_LINE = re.compile(r"^step +\d+/\d+ +loss |'loss'")
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)")  # own microseconds, module: python -X importtime
 
 
@@ -46,7 +48,7 @@ def first_step(launcher: list[str], settings: Settings) -> dict[str, Any]:
         lines, seconds = run_timed([*launcher, "train.py", *flags])
     return {
         "to_plan": next(when for when, line in lines if line == PLAN_MARK),
-        "to_first_step": next(when for when, line in lines if "'loss'" in line),
+        "to_first_step": next(when for when, line in lines if LOG_LINE.search(line)),
         "to_exit": seconds,
         "lines": [line for _, line in lines],
     }

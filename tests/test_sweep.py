@@ -146,7 +146,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, t
     process = start(path)
     log = folder / "runs/slow-seed=1.log"
     limit = time.monotonic() + 300
-    while time.monotonic() < limit and "'loss'" not in (log.read_text() if log.is_file() else ""):
+    while time.monotonic() < limit and "  loss " not in (log.read_text() if log.is_file() else ""):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
@@ -207,7 +207,7 @@ def test_no_training_goes_on_alone_when_the_sweep_is_killed(tiny, tmp_path):
     run_dir = next(iter(plan_runs(read_sweep(str(tmp_path / "sweep.yaml"))))).run_dir
     log, record = Path(f"{run_dir}.log"), Path(run_dir, "run.json")
     limit = time.monotonic() + 300
-    while time.monotonic() < limit and "'loss'" not in (log.read_text() if log.is_file() else ""):
+    while time.monotonic() < limit and "  loss " not in (log.read_text() if log.is_file() else ""):
         time.sleep(0.1)
     process.kill()
     process.communicate()
@@ -244,7 +244,7 @@ def test_a_stop_reaches_what_a_launcher_started(tiny, tmp_path):
     process = start(str(tmp_path / "sweep.yaml"))
     log, record = tmp_path / "runs/slow-seed=1.log", tmp_path / "runs/slow-seed=1/run.json"
     limit = time.monotonic() + 300
-    while time.monotonic() < limit and "'loss'" not in (log.read_text() if log.is_file() else ""):
+    while time.monotonic() < limit and "  loss " not in (log.read_text() if log.is_file() else ""):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[0]

@@ -465,6 +465,15 @@ def test_log_lines_hold_loss_speed_and_learning_rate(laboratory):
     assert [(set(line), line["step"]) for line in lines] == [(expected, 2), (expected, 4)]
 
 
+@pytest.mark.parametrize("bar", [True, False])
+def test_the_log_is_printed_as_lines_with_a_progress_bar_or_without(laboratory, capfd, bar):
+    laboratory.train(max_steps=4, logging_steps=2, disable_tqdm=not bar)
+    said = capfd.readouterr()
+    lines = [line for line in said.out.splitlines() if line]
+    assert [line.split("  ")[0] for line in lines] == ["step 2/4", "step 4/4"], lines
+    assert ("4/4" in said.err) == bar
+
+
 def test_each_checkpoint_and_the_end_have_a_training_line(laboratory):
     """A run that is resumed from a checkpoint knows of the steps before it what the lines say."""
     trainer = laboratory.train(max_steps=5, logging_steps=100, save_strategy="steps", save_steps=2)
@@ -832,7 +841,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapt
     output = ""
     for line in process.stdout:
         output += line
-        if "'loss'" in line:
+        if "  loss " in line:
             os.killpg(process.pid, signal.SIGINT)
             break
     output += finish(process)
@@ -864,7 +873,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(sharp_dir,
     output = ""
     for line in process.stdout:
         output += line
-        if "'loss'" in line:  # written by the first process; the signal goes to the second
+        if "  loss " in line:  # written by the first process; the signal goes to the second
             (second,) = (
                 child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"
             )

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
@@ -31,6 +31,7 @@ from tweetdora.generation import Generation, generate_all
 from tweetdora.metrics import compute_metrics
 from tweetdora.modeling import save_adapter
 from tweetdora.packing import PackedCollator, PaddedCollator, token_count
+from tweetdora.progress import ProgressBar, ProgressLines
 from tweetdora.prompts import IGNORE_INDEX, PromptTokenizer, tokenize_examples
 
 # Validation metrics that go to the log and the tracker while training.
@@ -69,6 +70,10 @@ class ClassificationTrainer(Trainer):
             check_packable(cast(Any, self.model).get_base_model())
         self.task, self.prompt_tokenizer, self.validation_examples = task, prompt_tokenizer, validation_examples
         self.last_generations: list[Generation | None] = []
+        self.remove_callback(ProgressCallback if not self.args.disable_tqdm else PrinterCallback)
+        if not self.args.disable_tqdm:
+            self.add_callback(ProgressBar())
+        self.add_callback(ProgressLines())
         self.add_callback(StopOnNonFiniteGradient(self))
         self.add_callback(LogBeforeCheckpoint())
         self.add_callback(RunMissedEvaluation(self))
