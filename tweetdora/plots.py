@@ -1,13 +1,15 @@
 """Plots of a run: curves of the training, and confusion matrices and calibration of base and fine-tuned model."""
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")  # files only: a training machine has no screen
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
@@ -20,37 +22,78 @@ _STYLE: Any = {
     "figure.facecolor": "white",  # a transparent picture would be unreadable on a dark page
     "savefig.dpi": 150,
     "axes.titlesize": 11,
+    "text.parse_math": False,  # a "$" in a label is a dollar
 }
+_FONT = "DejaVu Sans"  # comes with matplotlib
 SHOWN_NAMES = {"base": "base", "finetuned": "fine-tuned"}  # of the measured models, for people
-_BLUE, _ORANGE, _GREY = "#2166ac", "#d95f02", "#767676"
+_BLUE, _LIGHT_BLUE, _ORANGE, _GREY = "#2166ac", "#92c5de", "#d95f02", "#767676"
+BAR_COLOURS = {"base": _GREY, "other": "#c7c7c7", "finetuned": _ORANGE}
+
+
+@functools.cache
+def _font_with(character: str) -> str | None:
+    """Return an installed font family that can draw a character, matplotlib's own first; None if there is none."""
+    fonts = sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name != _FONT, font.name))
+    for font in fonts:
+        try:
+            face = font_manager.get_font(font.fname)
+        except (OSError, RuntimeError):  # a broken file, or a format that matplotlib cannot read
+            continue
+        # It cannot draw bitmap fonts, as of emoji. The Last Resort font has a placeholder for every character.
+        if face.scalable and ord(character) in face.get_charmap() and "Last Resort" not in font.name:
+            return font.name
+    return None
+
+
+def _style(texts: Iterable[str]) -> Any:
+    """Return the style for a plot with these texts, and the fonts that they need."""
+    families = dict.fromkeys([_FONT, *filter(None, map(_font_with, sorted(set("".join(texts)))))])
+    return {**_STYLE, "font.family": [*families]}
+
+
+def drawable(text: str) -> str:
+    """Return a text with its code points in place of characters that no installed font has.
+
+    >>> drawable("good \u0378")
+    'good <U+0378>'
+    """
+    return "".join(sign if sign.isspace() or _font_with(sign) else f"<U+{ord(sign):04X}>" for sign in text)
 
 
 def plot_training(log_history: Sequence[dict[str, Any]], path: str, title: str) -> None:
     """Training and validation loss over steps; beside it, where they were measured, validation macro-F1 and rates."""
     train = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     validation = [entry for entry in log_history if "eval_loss" in entry]
-    with plt.rc_context(_STYLE):
+    title = drawable(title)
+    with plt.rc_context(_style([title])):
         columns = 2 if validation else 1
-        figure, axes = plt.subplots(1, columns, figsize=(5 * columns, 3.4), squeeze=False, layout="constrained")
-        _curve(axes[0, 0], train, _BLUE, "training", "." if len(train) == 1 else "-")
+        figure, axes = plt.subplots(1, columns, figsize=(4 * columns, 3.4), squeeze=False, layout="constrained")
+        _curve(axes[0, 0], train, _BLUE, "training", "-")
         _curve(axes[0, 0], [(entry["step"], entry["eval_loss"]) for entry in validation], _ORANGE, "validation", "o-")
         axes[0, 0].set(xlabel="step", ylabel="loss per supervised token", ylim=(0, None), title=title)
         if train or validation:
             axes[0, 0].legend(frameon=False)
         if validation:
-            shown = (("eval_macro_f1", _ORANGE, "macro-F1"), ("eval_parse_rate", _BLUE, "parse rate"))
-            for name, colour, label in (*shown, ("eval_eos_rate", _GREY, "EOS rate")):
-                _curve(axes[0, 1], [(entry["step"], entry[name]) for entry in validation], colour, label, "o-")
-            axes[0, 1].set(xlabel="step", ylim=(0, 1.03), title="validation examples, answered by generation")
-            axes[0, 1].legend(frameon=False)  # where the curves leave room
+            # Both rates are often 100 %: a thin line on a broad one.
+            for name, colour, label, style, width in (
+                ("eval_parse_rate", _LIGHT_BLUE, "parse rate", "-", 6),
+                ("eval_eos_rate", _GREY, "EOS rate", "--", 1.5),
+                ("eval_macro_f1", _ORANGE, "macro-F1", "o-", 1.5),
+            ):
+                _curve(axes[0, 1], [(entry["step"], entry[name]) for entry in validation], colour, label, style, width)
+            axes[0, 1].set(xlabel="step", ylim=(0, 1.05), title="validation, by generation")
+            axes[0, 1].legend(frameon=False)  # where the curves leave space
         figure.savefig(path)
         plt.close(figure)
 
 
-def _curve(axis: Any, points: Sequence[tuple[float, float]], colour: str, label: str, style: str = "-") -> None:
+def _curve(
+    axis: Any, points: Sequence[tuple[float, float]], colour: str, label: str, style: str, width: float = 1.5
+) -> None:
     if points:
         steps, values = zip(*points, strict=True)
-        axis.plot(steps, values, style, color=colour, label=label, markersize=4)
+        marker = {} if "o" in style or len(points) > 1 else {"marker": "o"}  # a line through one point has no length
+        axis.plot(steps, values, style, color=colour, label=label, linewidth=width, markersize=4, **marker)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 2.85
 
 
@@ -63,12 +106,13 @@ def plot_confusion(matrix: Sequence[Sequence[int]], label_words: Sequence[str], 
     """Counts by label (rows) and answer (columns, the last for unparsed), coloured by the share of the row."""
     counts = np.asarray(matrix)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    with plt.rc_context(_STYLE):
-        size = 2.4 + 0.8 * len(label_words)
-        figure, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
+    words, title = [drawable(word) for word in label_words], drawable(title)
+    with plt.rc_context(_style([*words, title])):
+        size = 1.8 + 0.7 * len(words)
+        figure, axis = plt.subplots(figsize=(size + 0.7, size), layout="constrained")
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axis.set_xticks(range(counts.shape[1]), [*label_words, "unparsed"], rotation=25)
-        axis.set_yticks(range(counts.shape[0]), label_words)
+        axis.set_xticks(range(counts.shape[1]), [*words, "unparsed"], rotation=25)
+        axis.set_yticks(range(counts.shape[0]), words)
         axis.set(xlabel="answer", ylabel="label", title=title)
         for row, column in np.ndindex(*counts.shape):
             colour = "white" if shares[row, column] > 0.55 else "black"
@@ -84,7 +128,8 @@ def plot_reliability(models: dict[str, LikelihoodMetrics], path: str, title: str
 
     The larger a point, the more examples it stands for.
     """
-    with plt.rc_context(_STYLE):
+    title = drawable(title)
+    with plt.rc_context(_style([title])):
         figure, axis = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
         axis.plot([0, 1], [0, 1], ":", color=_GREY, label="perfectly calibrated")
         for (name, found), colour in zip(models.items(), (_GREY, _ORANGE), strict=False):
@@ -114,11 +159,33 @@ def plot_groups(
     With `x` a line for each name over the setting, on a logarithmic axis where it is a number that grows by factors;
     without, a row for each group, the best one on top.
     """
-    with plt.rc_context(_STYLE):
+    title, groups = drawable(title), [(drawable(name), *others) for name, *others in groups]
+    with plt.rc_context(_style([title, *(group[0] for group in groups)])):
         if x is None:
             _rows_of_groups(groups, path, title)
         else:
             _lines_of_groups(groups, path, title, x)
+
+
+def plot_bars(
+    bars: Sequence[tuple[str, float, tuple[float, float] | None, str]], path: str, title: str, label: str
+) -> None:
+    """Horizontal bars from top to bottom: name, value, 95 % interval or None, and kind, see BAR_COLOURS."""
+    title, names = drawable(title), [drawable(bar[0]) for bar in bars]
+    with plt.rc_context(_style([title, *names])):
+        figure, axis = plt.subplots(figsize=(7, 0.8 + 0.36 * len(bars)), layout="constrained")
+        for place, (_, value, interval, kind) in enumerate(bars):
+            axis.barh(place, value, 0.72, color=BAR_COLOURS[kind])
+            if interval is not None:
+                axis.plot(interval, [place, place], "-", color="black", linewidth=1.5)
+            end = max(value, interval[1] if interval else 0)
+            axis.text(end + 0.012, place, f"{value:.2f}", va="center", fontsize=10)
+        axis.set_yticks(range(len(bars)), names)
+        axis.tick_params(axis="y", length=0)
+        axis.set(xlabel=label, title=title, xlim=(0, 1))
+        axis.invert_yaxis()
+        figure.savefig(path)
+        plt.close(figure)
 
 
 def _rows_of_groups(groups: Any, path: str, title: str) -> None:
