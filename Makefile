@@ -21,7 +21,10 @@ BENCH_FLAGS ?=
 .PHONY: demo test test-compat soak quality bench assets app .llama.cpp
 
 demo: $(VENV)/.runtime assets
-	rm -rf $(DEMO_DIR)
+	@if [ -e $(DEMO_DIR) ] && [ ! -e $(DEMO_DIR)/.made_by_make_demo ]; then \
+		echo "$(DEMO_DIR) exists and was not made by make demo, so it was left alone." \
+			"Move it away, or choose another folder: make demo DEMO_DIR=runs/demo2" >&2; exit 2; fi
+	rm -rf $(DEMO_DIR) && mkdir -p $(DEMO_DIR) && touch $(DEMO_DIR)/.made_by_make_demo
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py \
 		--config recipes/quickstart.yaml --output_dir $(DEMO_DIR) $(TRAIN_FLAGS)
 	$(BIN)/python evaluate.py $(DEMO_DIR) $(EVALUATE_FLAGS)

@@ -284,6 +284,7 @@ def test_read_task_checks_the_recipe(recipe):
         (["--xyzzy"], r"unknown argument '--xyzzy' \(see .* --help\)"),
         (["--learning", "1"], "unknown argument '--learning'"),
         (["quickstart"], "unknown argument 'quickstart'"),
+        (["recipes/x.yaml"], "unexpected argument 'recipes/x.yaml'; .* --config recipes/x.yaml"),
         (["--learning_rate", "fast"], "argument --learning_rate.*invalid float value: 'fast'"),
         (["--method", "qlora"], "argument --method: invalid choice: 'qlora'"),
         (["--dry_run", "maybe"], "argument --dry_run.*Truthy value expected: got maybe"),

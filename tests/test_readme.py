@@ -64,6 +64,30 @@ def test_make_knows_the_readmes_words():
     assert set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE)) <= targets
 
 
+def test_make_demo_deletes_no_run_that_it_did_not_make(tmp_path):
+    """With a folder of its own, and `true` in place of the programs."""
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "run.json").write_text("a user's")
+    (tmp_path / "bin").mkdir()
+    for name in ("accelerate", "python"):
+        (tmp_path / "bin" / name).symlink_to("/bin/true")
+    words = ["make", "-C", str(ROOT), "demo", f"DEMO_DIR={folder}", f"BIN={tmp_path / 'bin'}"]
+    words += ["-o", "assets", "-o", ".venv/.runtime"]  # as they are
+
+    def demo() -> subprocess.CompletedProcess:
+        return subprocess.run(words, capture_output=True, text=True)
+
+    done = demo()
+    assert done.returncode != 0 and "was not made by make demo, so it was left alone" in done.stderr
+    assert (folder / "run.json").read_text() == "a user's"
+    (folder / "run.json").unlink()
+    folder.rmdir()
+    assert demo().returncode == 0
+    (folder / "run.json").write_text("the demo's")
+    assert demo().returncode == 0 and not (folder / "run.json").exists()
+
+
 def test_the_recipe_of_the_readme_is_one(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1])

@@ -269,6 +269,8 @@ class _Parser(HfArgumentParser):
             argv, return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:
+            if unknown[0].endswith((".yaml", ".yml")) and "--config" in self._option_string_actions:
+                self.error(f"unexpected argument {unknown[0]!r}; a recipe is given by its flag: --config {unknown[0]}")
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
             self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
         return tuple(parsed)
