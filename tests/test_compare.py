@@ -2,6 +2,8 @@
 
 import re
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from test_seeds import flipped, write_kept
@@ -9,7 +11,7 @@ from test_seeds import flipped, write_kept
 from tweetdora import seeds
 from tweetdora.compare import CompareConfig, difference_text, main, render_page, share_text
 from tweetdora.errors import InputError
-from tweetdora.seeds import SeedDifference
+from tweetdora.seeds import SeedDifference, find_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,6 +100,26 @@ def test_a_page_is_its_template_with_tables(kept, tmp_path):
     assert re.search(r"\ntest \[0\.\d{3}, 0\.\d{3}\]$", text)
 
 
+def test_bars_have_the_base_the_baselines_by_score_and_the_groups(kept, monkeypatch):
+    from tweetdora import compare
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(compare, "plot_bars", lambda bars, path, title, label: drawn.append((bars, path, title)))
+    (kept / "page.md").write_text("{{ bars('a.png', 'before', {'LoRA': 'lora', 'DoRA': 'dora-0.001-*'}, title='T') }}")
+    assert render_page(str(kept / "page.md"), CompareConfig()) == "![T](a.png)"
+    ((bars, path, title),) = drawn
+    assert (path, title) == (str(kept / "a.png"), "T")
+    names = [bar[0] for bar in bars]
+    assert (names[0], names[-2:]) == ("before", ["LoRA", "DoRA"]) and "uniform guessing" in names
+    others = [bar[1] for bar in bars if bar[3] == "other"]
+    assert others == sorted(others) and len(others) == len(bars) - 3
+    (lora,) = find_runs([str(kept / "lora")], "test")
+    assert bars[-2] == ("LoRA", lora.finetuned_metrics.macro_f1, ANY, "finetuned")
+    (kept / "page.md").write_text("{{ bars('a.png', 'before', {'DoRA': 'dora-*'}) }}")
+    with pytest.raises(InputError, match=r"bars\(\): dora-\* holds 2 groups of runs; expected one"):
+        render_page(str(kept / "page.md"), CompareConfig())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -116,7 +138,7 @@ def test_the_page_of_the_repository_is_made_from_its_records(tmp_path, monkeypat
     """results/README.md is what the command makes; its plots are drawn elsewhere here, as their bytes need not be."""
     from tweetdora import compare
 
-    for name in ("plot_groups", "plot_reliability"):
+    for name in ("plot_groups", "plot_bars", "plot_reliability"):
         monkeypatch.setattr(compare, name, lambda *given: None)
     made = render_page(str(ROOT / "results/template.md"), CompareConfig())
     assert (ROOT / "results/README.md").read_text(encoding="utf-8") == made
@@ -130,12 +152,11 @@ def test_every_kept_run_is_one_of_a_sweep(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     known = {}
-    for path in sorted(Path("results").glob("*/*.yaml")):
+    for path in sorted(Path("results").rglob("*.yaml")):
         sweep = read_sweep(str(path))
         known |= {run.records_dir: is_done(run, []) for run in plan_runs(sweep)}
-    kept_dirs = {str(path.parent) for path in Path("results").glob("*/*/run.json")}
-    kept_dirs = {
-        folder for folder in kept_dirs if not folder.startswith("results/domains")
-    }  # measured by hand (LOG.md)
+    by_hand = ("results/quickstart", "results/domains")  # LOG.md
+    folders = (str(path.parent) for path in Path("results").rglob("run.json"))
+    kept_dirs = {folder for folder in folders if not folder.startswith(by_hand)}
     assert kept_dirs == {folder for folder, done in known.items() if done}
     assert seeds.find_runs(["results/rates"], "validation")

@@ -1,4 +1,7 @@
-"""README's task of one's own, as it stands: its recipe, its commands, on the real small model and real tweets."""
+"""README's commands as they stand, on the real small model and real tweets: a task of the user's own, and predictions.
+
+`make demo` and `make test` are what CI runs; the commands of the published run are run by test_publish.py.
+"""
 
 import csv
 import json
@@ -13,8 +16,31 @@ import datasets
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("## A task of your own")[2].partition("\n## ")[0]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = 240  # of each label
+
+
+def blocks(section: str, language: str) -> list[str]:
+    """The code blocks of a section of README."""
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def run(command: str, folder: Path) -> str:
+    """Run a command as in a shell whose environment is activated; its output, both streams together."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env={**os.environ, "PATH": path, "PYTHONPATH": "", "OMP_NUM_THREADS": str(os.cpu_count())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}"
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +54,7 @@ def checkout(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     (folder / "assets").symlink_to(ROOT / "assets")
-    (folder / "my-task.yaml").write_text(re.search(r"```yaml\n(.*?)```", SECTION, re.DOTALL)[1])
+    (folder / "my-task.yaml").write_text(*blocks("Train on your own data", "yaml"))
     write_reviews(folder / "reviews.csv")
     return folder
 
@@ -49,23 +75,10 @@ def write_reviews(path: Path) -> None:
 
 
 def test_the_commands_as_they_stand_make_a_model_that_has_learned(checkout):
-    commands = re.search(r"```bash\n(.*?)```", SECTION, re.DOTALL)[1].strip().splitlines()
+    (block,) = blocks("Train on your own data", "bash")
+    commands = block.splitlines()
     assert len(commands) == 4
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    printed = []
-    for command in commands:
-        done = subprocess.run(
-            command,
-            shell=True,
-            cwd=checkout,
-            env={**os.environ, "PATH": path, "PYTHONPATH": "", "OMP_NUM_THREADS": str(os.cpu_count())},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}"
-        printed.append(done.stdout)
+    printed = [run(command, checkout) for command in commands]
     assert 'one of these words: "bad" or "good"' in printed[0] and "teach next to nothing" not in printed[0]
     record = json.loads((checkout / "runs/my-task/evaluation/test.json").read_text())
     assert record["data"]["label_counts"] == {"bad": 48, "good": 48}
@@ -73,3 +86,24 @@ def test_the_commands_as_they_stand_make_a_model_that_has_learned(checkout):
     assert record["finetuned"]["intervals"]["macro_f1"][0] > record["base"]["macro_f1"]
     task = json.loads((checkout / "runs/my-task/publish/task.json").read_text())
     assert (task["task"]["label_words"], task["task"]["label_column"]) == (["bad", "good"], "stars")
+
+
+def test_the_commands_that_predict_label_a_file_its_lines_and_a_text(checkout):
+    """On the run that was trained above, in the place of make demo's."""
+    (checkout / "runs/demo").symlink_to("my-task")
+    texts = ["I hate this, it is awful", "I love it, what a great day"]
+    (checkout / "tweets.txt").write_text("".join(f"{text}\n" for text in texts))
+    with open(checkout / "tweets.csv", "w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([["id", "text"], *enumerate(texts)])
+    (block,) = blocks("Predict", "bash")
+    to_file, to_stream = block.splitlines()
+    run(to_file, checkout)
+    with open(checkout / "labelled.csv", encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["label"] for row in rows] == ["bad", "good"]
+    assert [line.count("bad") + line.count("good") > 0 for line in run(to_stream, checkout).splitlines()[-2:]] == [
+        True
+    ] * 2
+    (code,) = blocks("Predict", "python")
+    (checkout / "readme.py").write_text(code)
+    assert "label='good'" in run("python readme.py", checkout)

@@ -151,6 +151,14 @@ def put_data(hub: Hub, folder: Path) -> None:
     hub.store.upload("datasets", DATA, {**files, "README.md": card.encode()})
 
 
+def test_readmes_commands_are_those_that_ran_here_and_its_python_loads_the_model(desk: Desk):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Publish\n")[2].partition("\n## ")[0]
+    (commands,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    assert commands.splitlines() == ["accelerate launch train.py", "python evaluate.py", "python push_to_hub.py"]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert desk.run("-c", code + "print(type(model).__name__)", home="empty").endswith("MistralForCausalLM\n")
+
+
 def test_what_was_published_answers_as_the_adapter_does_token_for_token(desk: Desk):
     texts = ["What a good day", "Such a bad trip", "The plain news", "Today is a good trip", ""]
     prompt = json.loads((desk.folder / "runs/llm-course-hw3-dora/run.json").read_text())["task"]["system_prompt"]

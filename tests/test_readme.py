@@ -1,4 +1,4 @@
-"""README is true: its commands parse, its recipe is one, and its tree is the repository's."""
+"""README and docs/ are true: commands parse, tables are the records', and the tree is the repository's."""
 
 import re
 import shlex
@@ -19,8 +19,10 @@ from tweetdora.seeds import find_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPT = re.compile(r"(?:accelerate launch|python) [^`\n#|]*?(?:train|evaluate|predict|push_to_hub)\.py[^`\n#|]*")
-COMMANDS = sorted({found.strip() for found in SCRIPT.findall(README) if "--help" not in found})
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+SCRIPT = re.compile(r"(?:accelerate launch|python) [^`\n#|]*?(?:train|evaluate|predict|push_to_hub)\.py[^`\n#|&]*")
+TEXTS = "\n".join([README, *DOCS.values()])
+COMMANDS = sorted({found.strip().removesuffix('"') for found in SCRIPT.findall(TEXTS) if "--help" not in found})
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +62,25 @@ def test_a_wrong_command_would_not_pass():
 
 def test_make_knows_the_readmes_words():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    assert set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE)) <= targets
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", TEXTS, re.MULTILINE)) <= targets
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}" for name in DOCS)])
+def test_the_links_to_files_and_headings_of_the_repository_resolve(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("https://")]
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = ((ROOT / name).parent / path) if path else ROOT / name
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
 def test_make_demo_deletes_no_run_that_it_did_not_make(tmp_path):
@@ -97,7 +116,7 @@ def test_the_recipe_of_the_readme_is_one(tmp_path):
 
 def test_the_tree_is_the_repositorys():
     """Every tracked file at the root and every module stands in the tree, and everything in the tree exists."""
-    tree = re.search(r"## Layout\n\n```\n(.*?)```", README, re.DOTALL)[1]
+    tree = re.search(r"## Layout\n\n```\n(.*?)```", DOCS["design.md"], re.DOTALL)[1]
     named = set(re.findall(r"[\w./-]+\.(?:py|md|txt|lock|yaml|yml)|(?<=^)[\w.]+/(?:\w+)?", tree, re.MULTILINE))
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     tracked = done.stdout.split()
@@ -118,14 +137,14 @@ def test_the_tree_is_the_repositorys():
     missing = [
         name
         for name in named
-        if not any((folder / name).exists() for folder in (ROOT, ROOT / "tweetdora", ROOT / "recipes"))
+        if not any((folder / name).exists() for folder in (ROOT, ROOT / "tweetdora", ROOT / "recipes", ROOT / "docs"))
     ]
     assert missing == []
 
 
 def test_the_package_imports_only_downwards():
-    """The floors of README's tree: a module imports only modules that stand below it."""
-    tree = re.search(r"tweetdora/ .*?\n(.*?)tests/", README, re.DOTALL)[1]
+    """The floors of the tree: a module imports only modules that stand below it."""
+    tree = re.search(r"tweetdora/ .*?\n(.*?)tests/", DOCS["design.md"], re.DOTALL)[1]
     floors = [re.findall(r"(\w+)\.py", line) for line in tree.splitlines()]
     floor_of = {name: number for number, names in enumerate(floors) for name in names}
     for name, floor in floor_of.items():
@@ -159,7 +178,7 @@ def test_the_table_of_results_is_the_records():
     low, high = difference.macro_f1.interval
     for line in (
         f"{run.result.steps} steps, one seed ({run.training.seed}), {record.data.num_examples} test examples, "
-        f"answered in {record.precision};",
+        f"answered in {record.precision} ",
         f"| {run.train_data.display_name}, {record.split}, n = {record.data.num_examples} | macro-F1 |",
         measured(f"base: {run.base_hub_id.rpartition('/')[2]}", "", record.base),
         measured("**fine-tuned: DoRA on k and v, r 8**", "**", record.finetuned),
@@ -167,8 +186,8 @@ def test_the_table_of_results_is_the_records():
         row(f'always "{record.baselines.majority.label}"', record.baselines.majority),
         *(other_row(other) for other in record.baselines.others),
         *(likelihood_line(name, found) for name, found in record.likelihoods.items()),
-        f"The difference is {difference.macro_f1.difference:+.3f} [{low:+.3f}, {high:+.3f}], paired; "
-        f"{difference.mcnemar.fixed} examples became right and {difference.mcnemar.broken} wrong.",
+        f"The paired difference is {difference.macro_f1.difference:+.3f} [{low:+.3f}, {high:+.3f}]: "
+        f"{difference.mcnemar.fixed} examples fixed, {difference.mcnemar.broken} broken.",
     ):
         assert line in README.replace("\n", " ").replace("  ", " ") or line in README, line
 
@@ -222,13 +241,14 @@ def test_the_table_of_the_experiment_is_the_records():
 
 
 def cells_of(what: str) -> list[str]:
-    """The cells of a line of README's table of speed, by how the line begins."""
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {what}")]
+    """The cells of a line of README's tables, or of docs/performance.md's, by how the line begins."""
+    lines = [*README.splitlines(), *DOCS["performance.md"].splitlines()]
+    (line,) = [line for line in lines if line.startswith(f"| {what}")]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_the_table_of_speed_is_the_records():
-    """The lines of training and memory; the others are formatted by hand from the same table."""
+    """The lines of training and memory, and README's sentence; the others are formatted by hand."""
     parts = read_bench(str(ROOT / "results/bench/cpu.json")).parts
     for what, precision in (("training step, float32", "fp32"), ("training step, bf16", "bf16")):
         sample = parts["training"].samples[precision]
@@ -237,6 +257,10 @@ def test_the_table_of_speed_is_the_records():
         _, *found = cells_of(what)
         assert found[:2] == expected
         times = ratios(other, ours)
+        if precision == "bf16":
+            ours, theirs = (text.split(" [")[0] for text in expected)
+            said = f"step takes {ours} against {theirs} for TRL + PEFT on two busy CPU cores, {found[2]} as fast"
+            assert said.replace(" [", " times [") in README.replace("\n  ", " ")
         assert found[2] == f"{times['median']:.1f} [{times['q1']:.1f}, {times['q3']:.1f}]"
     losses = read_bench(str(ROOT / "results/bench/losses.json")).parts["training"].samples["fp32"]
     apart = max(abs(a - b) for a, b in zip(losses["our_losses"], losses["trl_losses"], strict=True))

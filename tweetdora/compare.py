@@ -6,7 +6,7 @@
     python -m tweetdora.compare results/template.md --output results/README.md    # a page with tables and plots
 
 Runs that differ in the seed alone are one row. A page is a Jinja template that calls table(), machines(),
-differences(), plot(), reliability(), evaluation() and cross_table(); folders in it are relative to the page.
+differences(), plot(), bars(), reliability(), evaluation() and cross_table(); folders in it are relative to the page.
 """
 
 import logging
@@ -22,7 +22,7 @@ from tweetdora.cli import parse_with_paths, run_script
 from tweetdora.config import AT_LEAST_1, Flag, check_ranges
 from tweetdora.errors import InputError
 from tweetdora.evaluation import format_p
-from tweetdora.plots import plot_groups, plot_reliability
+from tweetdora.plots import plot_bars, plot_groups, plot_reliability
 from tweetdora.records import Environment, Interval
 from tweetdora.seeds import (
     Group,
@@ -210,7 +210,7 @@ def draw_plot(groups: Sequence[Group], path: str, x: str | None, config: Compare
 # Pages
 
 
-_CALLS = ("table", "machines", "differences", "plot", "reliability", "evaluation", "cross_table")
+_CALLS = ("table", "machines", "differences", "plot", "bars", "reliability", "evaluation", "cross_table")
 
 
 class _Page:
@@ -247,6 +247,27 @@ class _Page:
         groups = self.groups(*paths, split=split)
         draw_plot(groups, os.path.join(self.folder, file), x, self.config, title)
         return f"![{title or 'macro-F1 of the runs'}]({file})"
+
+    def bars(self, file: str, base: str, finetuned: dict[str, str], split: str = "test", title: str = "") -> str:
+        """Draw macro-F1 before and after as bars, with the baselines of the last runs' rows between them.
+
+        base: what to call the base model. finetuned: the folders of runs by what to call them.
+        """
+        groups = {name: self.groups(path, split=split) for name, path in finetuned.items()}
+        for name, found in groups.items():
+            if len(found) != 1:
+                raise InputError(f"bars(): {finetuned[name]} holds {len(found)} groups of runs; expected one.")
+        bars = []
+        for name, (group,) in groups.items():
+            summary = summarise(group, self.config.bootstrap_samples)
+            bars.append((name, summary.mean, summary.interval, "finetuned"))
+        record = group.runs[0].evaluation
+        others = [(other.name, other.macro_f1, other.macro_f1_interval, "other") for other in record.baselines.others]
+        guess = ("uniform guessing", record.baselines.uniform.macro_f1, None, "other")
+        before = (base, record.base.macro_f1, record.base.intervals.macro_f1, "base")
+        between = sorted([guess, *others], key=lambda bar: bar[1])
+        plot_bars([before, *between, *bars], os.path.join(self.folder, file), title, "macro-F1")
+        return f"![{title}]({file})"
 
     def reliability(self, file: str, path: str, split: str = "test", title: str = "") -> str:
         """Draw base and fine-tuned model of one run, accuracy over probability; the Markdown that shows it."""
