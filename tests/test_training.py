@@ -85,7 +85,7 @@ def test_a_pad_token_that_the_model_has_no_embedding_for_is_refused(load_with, m
     tokenizer = make_tokenizer()
     known = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    message = f"pads with '<pad>', id {known}, but .* has embeddings for {known} ids only.* name another pad_token in"
+    message = f"pads with '<pad>', id {known}, but .* has embeddings for {known} ids only.* set another pad_token in"
     with pytest.raises(InputError, match=message):
         load_with(tokenizer)
 
