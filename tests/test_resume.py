@@ -303,7 +303,7 @@ def test_what_makes_another_run_is_allowed_by_no_name(planned, training):
     """Said in the first second, and of a run that is not resumed too."""
     with pytest.raises(InputError, match="--allow_mismatch training.learning_rate: expected some of training.world"):
         plan_resume(training(allow_mismatch=["training.learning_rate"]))
-    with pytest.raises(InputError, match="training.learning_rate: was 3e-05, now 0.0001. Give"):
+    with pytest.raises(InputError, match="training.learning_rate: was 3e-05, now 0.0001. Use"):
         check_same_run(planned(), planned(learning_rate=1e-4), ["code", "packages"])
 
 

@@ -129,7 +129,9 @@ def test_the_published_prompt_asks_for_its_own_words_only(load_with):
     load_with(task_fields={"system_prompt": published})
     load_with(task_fields={"system_prompt": published, "label_words": ["Negative", "NEUTRAL", "positive"]})
     two = {"system_prompt": published, "label_words": ["negative", "neutral", "so positive"]}
-    with pytest.raises(InputError, match="is the published run's, which asks for negative, neutral, positive and not"):
+    with pytest.raises(
+        InputError, match="is the published run's, which asks for negative, neutral, positive instead of"
+    ):
         load_with(task_fields=two)
 
 
