@@ -5,11 +5,11 @@
     accelerate launch --config_file accelerate_config.yaml --num_processes 4 train.py       # four GPUs
     python train.py --config recipes/quickstart.yaml --dry_run true # the plan and one example, no training
 
-Leaves <run folder>/adapter, run.json, training.png and the last checkpoints; evaluate.py and push_to_hub.py take the
-run folder from there.
+Writes adapter/, run.json, training.png and the last checkpoints to the run folder, which evaluate.py and
+push_to_hub.py then read.
 """
 
-import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
+import tweetdora  # noqa: F401  (must precede torch: it configures torch's threads)
 
 # isort: split
 import dataclasses
@@ -33,13 +33,13 @@ log = logging.getLogger("tweetdora.train")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script; the exit status."""
+    """Run the script and return its exit status."""
     # parse
     task, model_config, training = parse_train(argv, description=__doc__.partition("\n")[0])
     resume = plan_resume(training)
     threads = use_cpu_threads(training.device, training.world_size, training.cpu_threads)
     if "wandb" in training.report_to:
-        wandb_mode()  # refuses a WANDB_MODE that is none
+        wandb_mode()  # fails early on an unknown WANDB_MODE
     state = PartialState()
     say = log.info if state.is_main_process else log.debug
 
@@ -75,12 +75,12 @@ def main(argv: list[str] | None = None) -> int:
                 write_run(dataclasses.replace(run, status="interrupted"), training.output_dir)
                 finish_wandb(exit_code=status)
             say(
-                "\nStopped at step %d of %d; its checkpoint is in %s. The same command with --resume_from_checkpoint "
-                "true goes on.",
+                "\nStopped at step %d of %d; its checkpoint is in %s. To resume, repeat the command with "
+                "--resume_from_checkpoint true.",
                 *(trainer.state.global_step, run.steps, training.output_dir),
             )
             return status
-        peak_memory = peak_memory_bytes()  # of all processes
+        peak_memory = peak_memory_bytes()  # collective: every process calls it
         if state.is_main_process:
             run = save_run(trainer, run, peak_memory)
             finish_wandb({"adapter_sha256": run.adapter.sha256})

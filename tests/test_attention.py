@@ -278,22 +278,25 @@ UNPACKABLE = {
     "qwen2_moe": (
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "moe_intermediate_size": 32}
         | {"shared_expert_intermediate_size": 32, "num_experts": 2, "num_experts_per_tok": 1},
-        "its layers keep their window of 4 tokens in the mask",
+        "its layers apply their window of 4 tokens through the mask",
     ),
-    "phimoe": ({"sliding_window": 4, "num_local_experts": 2}, "its layers keep their window of 4 tokens in the mask"),
+    "phimoe": (
+        {"sliding_window": 4, "num_local_experts": 2},
+        "its layers apply their window of 4 tokens through the mask",
+    ),
     # A mask that depends on the tokens.
-    "doge": ({}, "its layers make masks of their own"),
+    "doge": ({}, "its layers build their own masks"),
     "gemma2": ({}, "it caps attention scores"),
     "gpt_oss": (
         {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "rope_parameters": {"rope_type": "default"}},
-        "its attention is more than scaled dot products",  # it has attention sinks
+        "its attention is more than a scaled dot product",  # it has attention sinks
     ),
     "minimax": (
         {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "num_experts_per_tok": 1},
-        "it has layers of the kind linear_attention",
+        "it has layers of type linear_attention",
     ),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "it has layers of the kind conv"),
-    "falcon": ({}, "its code does not take attention functions"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "it has layers of type conv"),
+    "falcon": ({}, "its code does not accept attention functions"),
 }
 
 
@@ -301,7 +304,7 @@ UNPACKABLE = {
 def test_models_with_more_than_plain_attention_are_refused_with_the_flag_that_helps(kind, make_model):
     settings, reason = UNPACKABLE[kind]
     with pytest.raises(
-        InputError, match=f"^--batching shared_prefix does not fit {kind}: {reason}. Use --batching padded"
+        InputError, match=f"^--batching shared_prefix does not support {kind}: {reason}. Use --batching padded"
     ):
         check_packable(make_model(kind, **settings))
 

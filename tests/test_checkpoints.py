@@ -71,9 +71,9 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_used(file, damage, tmp_p
 def test_a_manifest_that_names_too_little_is_no_manifest(tmp_path):
     folder = write(tmp_path, 20)
     (folder / CHECKSUMS).write_text("{}")
-    assert find_damage(str(folder)) == f"{CHECKSUMS} is not whole"
+    assert find_damage(str(folder)) == f"{CHECKSUMS} is incomplete"
     (folder / CHECKSUMS).write_text("[]")
-    assert find_damage(str(folder)) == f"{CHECKSUMS} is not whole"
+    assert find_damage(str(folder)) == f"{CHECKSUMS} is incomplete"
 
 
 def test_all_damaged_is_none(tmp_path):

@@ -513,7 +513,7 @@ def test_weights_that_are_a_pointer_or_cut_are_refused(content, model_dir, tmp_p
     shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(content or weights.read_bytes()[:5000])
-    with pytest.raises(InputError, match=f"^--model_name_or_path {tmp_path}: its weights are not whole .*git lfs"):
+    with pytest.raises(InputError, match=f"^--model_name_or_path {tmp_path}: its weights are incomplete .*git lfs"):
         base_of(str(tmp_path))
 
 
@@ -539,14 +539,14 @@ def altered(model_dir: str, folder: Path, change: Callable[[dict[str, torch.Tens
         (
             lambda weights: weights.update({"score.weight": weights.pop("lm_head.weight")[:3]}),
             {"architectures": ["LlamaForSequenceClassification"]},
-            "it lacks lm_head.weight, which would be random; and it has score.weight besides, for which the model has "
-            "no place. config.json says LlamaForSequenceClassification; expected a whole causal language model.",
+            "it lacks lm_head.weight, which would be random; and it also has score.weight, which the model does not "
+            "use. config.json says LlamaForSequenceClassification; expected a complete causal language model.",
         ),
         (
             lambda weights: None,
             {"num_hidden_layers": 1},
-            "it has model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight, model.layers.1.mlp."
-            "gate_proj.weight and 6 more besides, for which the model has no place",
+            "it also has model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight, model.layers.1."
+            "mlp.gate_proj.weight and 6 more, which the model does not use",
         ),
         (lambda weights: weights.update({"lm_head.weight": weights["lm_head.weight"][:-1]}), {}, "lm_head.weight"),
         (lambda weights: weights.clear(), {}, "it lacks lm_head.weight, model.embed_tokens.weight, model.layers.0.in"),
@@ -575,7 +575,7 @@ def test_a_base_folder_with_an_adapter_inside_is_refused(model_dir, tmp_path):
     """transformers puts it on, so that the base would be another one than its weights' hashes say."""
     folder = shutil.copytree(model_dir, tmp_path / "model")
     save_adapter(disturbed(model_dir, method="lora"), str(folder))
-    with pytest.raises(InputError, match=f"^--model_name_or_path {folder} holds an adapter too .adapter_config.json"):
+    with pytest.raises(InputError, match=f"^--model_name_or_path {folder} also holds an adapter .adapter_config.json"):
         base_of(str(folder))
 
 
@@ -595,10 +595,12 @@ def test_an_adapter_on_a_head_that_is_the_embeddings_too_is_refused(make_model, 
     make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     make_model(tie_word_embeddings=False).save_pretrained(tmp_path / "apart")
     tied, apart = str(tmp_path / "tied"), str(tmp_path / "apart")
-    with pytest.raises(InputError, match="^--target_modules lm_head: in .*tied its weight is that of the embeddings"):
+    with pytest.raises(
+        InputError, match="^--target_modules lm_head: in .*tied it shares its weight with the embeddings"
+    ):
         new_adapter(tied, target_modules=["k_proj", "lm_head"])
     save_adapter(new_adapter(apart, target_modules=["k_proj", "lm_head"]), str(tmp_path / "adapter"))
-    with pytest.raises(InputError, match="^the adapter in .*adapter is on lm_head: in .*tied its weight is that"):
+    with pytest.raises(InputError, match="^the adapter in .*adapter is on lm_head: in .*tied it shares its weight"):
         load_adapter(base_of(tied), str(tmp_path / "adapter"))
     load_adapter(base_of(apart), str(tmp_path / "adapter"))
 
@@ -609,7 +611,7 @@ def test_an_adapter_on_a_head_that_is_the_embeddings_too_is_refused(make_model, 
         (LoraConfig(task_type="SEQ_CLS"), "is for SEQ_CLS; expected CAUSAL_LM"),
         (
             PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-            "is of the kind PROMPT_TUNING, which has no",
+            "is of type PROMPT_TUNING, which has no",
         ),
     ],
 )
@@ -633,7 +635,8 @@ def test_layers_that_peft_puts_no_adapter_on_are_refused_with_its_words(model_di
 
     monkeypatch.setattr(modeling, "get_peft_model", fail)
     message = (
-        "^--target_modules k_proj: PEFT puts no dora adapter on a LlamaForCausalLM there .RuntimeError: no such lay"
+        "^--target_modules k_proj: PEFT cannot put a dora adapter on these layers of a LlamaForCausalLM "
+        ".RuntimeError: no such lay"
     )
     with pytest.raises(InputError, match=message):
         new_adapter(model_dir, target_modules=["k_proj"])

@@ -79,7 +79,7 @@ def test_the_commands_as_they_stand_make_a_model_that_has_learned(checkout):
     commands = block.splitlines()
     assert len(commands) == 4
     printed = [run(command, checkout) for command in commands]
-    assert 'one of these words: "bad" or "good"' in printed[0] and "teach next to nothing" not in printed[0]
+    assert 'one of these words: "bad" or "good"' in printed[0] and "will change almost nothing" not in printed[0]
     record = json.loads((checkout / "runs/my-task/evaluation/test.json").read_text())
     assert record["data"]["label_counts"] == {"bad": 48, "good": 48}
     assert record["finetuned"]["macro_f1"] > record["baselines"]["uniform"]["macro_f1"] + 0.2

@@ -38,7 +38,7 @@ def test_a_run_starts_only_if_its_checkpoints_fit(limit, needed, training, tmp_p
     with pytest.raises(
         ResourceError,
         match=f"^--output_dir {tmp_path}/run: {needed / 1e6:.0f} MB free, but adapter, checkpoints and plots need "
-        f"about {needed / 1e6:.0f} MB. Make room, choose another folder, or lower --save_total_limit.$",
+        f"about {needed / 1e6:.0f} MB. Free disk space, choose another folder, or lower --save_total_limit.$",
     ):
         check_disk(settings, trainable=1_000_000)
 
@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_written_is_refused(training, tmp_path, monkeypa
 
 def test_a_folder_that_cannot_be_made_is_refused(training, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match=f"^--output_dir {tmp_path}/file/run cannot be made: .*Not a directory"):
+    with pytest.raises(ResourceError, match=f"^--output_dir {tmp_path}/file/run cannot be created: .*Not a directory"):
         check_disk(training(output_dir=str(tmp_path / "file" / "run")), trainable=1)
 
 
@@ -220,7 +220,7 @@ def test_the_plan_says_all_that_the_run_will_be(planned, training, task, model_d
         "adapter": "dora on k_proj, v_proj, r 8, alpha 16: 1,600 trainable parameters "
         f"({100 * 1600 / parameters:.3f}%)",
         "training data": f"48 examples of {task.dataset_name}, train: 16 negative, 16 neutral, 16 positive",
-        "tokens": f"{tokens}, of which 112 carry loss; 0 texts truncated to --max_length 512",
+        "tokens": f"{tokens}, 112 of them supervised; 0 texts truncated to --max_length 512",
         "validation": "12 examples every 20 steps and at the end",
         "steps": "3 of 16 examples = 1 process(es) x 2 x 8; learning rate 0.0001, linear",
         "device": "cpu, 2 threads each",
@@ -251,14 +251,14 @@ def test_steps_below_one_are_a_share_of_all_steps(planned, training):
 def test_the_plan_says_how_many_gpus_stay_idle(planned, training):
     settings = training(max_steps=100)
     settings.visible_gpus = 4
-    expected = "4 GPUs are visible, 1 is used: accelerate launch --multi_gpu train.py uses all"
+    expected = "4 GPUs are visible, 1 is used: accelerate launch --multi_gpu train.py uses them all"
     assert plan_lines(planned(max_steps=100), settings)["note"] == expected
 
 
 def test_the_plan_says_where_a_template_puts_the_prompt_that_it_has_no_role_for(planned, training):
     run = planned(max_steps=100)
     run = replace(run, prompt_format=replace(run.prompt_format, system_in_user_turn=True))
-    expected = "the chat template takes no system message: the prompt heads the user's turn"
+    expected = "the chat template has no system role: the system prompt starts the user's turn"
     assert plan_lines(run, training())["note"] == expected
 
 
@@ -288,7 +288,7 @@ def test_a_run_that_will_teach_nothing_is_said(steps, rate, said, planned, train
     shown = plan_lines(planned(**settings), training(**settings))
     assert ("note" in shown) == said
     if said:
-        assert shown["note"].startswith(f"{steps} steps at {rate:g} teach next to nothing; give more examples")
+        assert shown["note"].startswith(f"{steps} steps at a learning rate of {rate:g} will change almost nothing")
 
 
 def test_the_plan_names_a_configuration_of_the_data_set(planned, training, task):

@@ -373,7 +373,7 @@ def test_a_length_without_room_for_text_is_refused(tokenizer):
     frame = len(prompt_of(encoder_of(tokenizer), ""))
     message = (
         f"--max_length {frame + 3} leaves no room for the text: the prompt around it has {frame} tokens and the "
-        "longest answer 3. Give a larger --max_length or a shorter --system_prompt"
+        "longest answer has 3. Use a larger --max_length or a shorter --system_prompt"
     )
     with pytest.raises(InputError, match=message):
         encoder_of(tokenizer, frame + 3)
@@ -572,7 +572,7 @@ def test_a_tokenizer_without_chat_template_is_refused():
     ids=["leaves it out", "repeats it", "changes it"],
 )
 def test_a_template_that_does_not_show_the_text_once_is_refused(template):
-    with pytest.raises(InputError, match="the chat template of tiny does not repeat the user's text once"):
+    with pytest.raises(InputError, match="the chat template of tiny does not write the user's text exactly once"):
         format_of(template)
 
 
@@ -604,7 +604,7 @@ def test_a_format_survives_a_record(template):
 def test_a_stop_token_that_the_tokenizer_does_not_have_is_refused(tokenizer, prompt_tokenizer):
     """A format read from a record may meet another tokenizer, whose unknown token must not become the stop token."""
     other = PromptFormat(**{**dataclasses.asdict(prompt_tokenizer.format), "stop_token": "<|eot_id|>"})
-    with pytest.raises(InputError, match=r"the stop token '<\|eot_id\|>' is no token of tiny"):
+    with pytest.raises(InputError, match=r"the stop token '<\|eot_id\|>' is not a token of tiny"):
         PromptTokenizer(tokenizer, other, 512)
 
 
@@ -630,13 +630,13 @@ def test_a_row_with_two_bos_tokens_is_refused():
     example = tokenize_examples(make_examples(["good"], [2]), prompt_tokenizer).features[0]
     assert example["input_ids"][:2] == [1, 3], "one <s>, then <|im_start|>"
     doubled = {"input_ids": [1, *example["input_ids"]], "labels": [IGNORE_INDEX, *example["labels"]], "example_id": 7}
-    with pytest.raises(InputError, match="example 7: begins with two BOS tokens .'<s>'.; expected one at most"):
+    with pytest.raises(InputError, match="example 7 starts with two BOS tokens .'<s>'.; expected at most one"):
         check_example(doubled, prompt_tokenizer)
 
 
 def test_every_row_is_checked():
     prompt_tokenizer = encoder_of(tokenizer_of("bytes", "{{ bos_token }}" + GEMMA))
-    with pytest.raises(InputError, match="example 0: begins with two BOS tokens"):
+    with pytest.raises(InputError, match="example 0 starts with two BOS tokens"):
         tokenize_examples(make_examples(["good"], [2]), prompt_tokenizer)
 
 
@@ -771,9 +771,9 @@ def test_of_several_templates_the_one_that_is_named_is_used_and_left_alone():
         (
             {"rag": CHATML},
             "tool",
-            "has the chat templates rag; --chat_template tool: there is none of that name",
+            "has the chat templates rag; --chat_template tool is not among them",
         ),
-        (CHATML, "rag", "^--chat_template rag: tiny has one chat template, without a name. Leave the flag out"),
+        (CHATML, "rag", "^--chat_template rag: tiny has only one chat template, without a name. Omit the flag"),
     ],
 )
 def test_a_template_that_is_not_there_is_refused_with_those_that_are(templates, name, message):

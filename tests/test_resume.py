@@ -56,7 +56,7 @@ def test_a_new_run_may_start_in_a_folder_that_holds_something_else(training, tmp
     ("status", "advice"),
     [
         *(
-            (status, "Go on with it by --resume_from_checkpoint true, or choose")
+            (status, "Resume it with --resume_from_checkpoint true, or choose")
             for status in ("started", "interrupted")
         ),
         ("finished", "Choose"),
@@ -98,7 +98,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoint_that_is_named(training, tmp_p
     [
         (lambda folder: (folder / CHECKSUMS).unlink(), f"{CHECKSUMS} is missing"),
         (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt cannot be read (No such file or directory)"),
-        (lambda folder: (folder / "optimizer.pt").write_text("cut"), "optimizer.pt is not what was written"),
+        (lambda folder: (folder / "optimizer.pt").write_text("cut"), "optimizer.pt has changed since"),
     ],
 )
 def test_a_resumed_run_passes_over_a_damaged_checkpoint_and_says_so(damage, said, training, tmp_path):
@@ -107,8 +107,8 @@ def test_a_resumed_run_passes_over_a_damaged_checkpoint_and_says_so(damage, said
     damage(Path(other))
     found, (note,) = going_on(training(resume_from_checkpoint="true"))
     assert found == whole
-    assert note.startswith(f"note: {other} is damaged and passed over (") and said in note
-    assert note.endswith(f"; going on from {whole}.") and "\n" not in note
+    assert note.startswith(f"note: skipped {other}, which is damaged (") and said in note
+    assert note.endswith(f"; resuming from {whole}.") and "\n" not in note
     with pytest.raises(InputError, match=re.escape(f"--resume_from_checkpoint {other}: ") + ".*" + re.escape(said)):
         plan_resume(training(resume_from_checkpoint=other))
 
@@ -117,7 +117,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_resumed(training, tmp_pa
     make_record(tmp_path / "run", "started")
     checkpoint = make_checkpoint(tmp_path / "run", 10)
     Path(checkpoint, "optimizer.pt").unlink()
-    with pytest.raises(InputError, match=rf"found no whole checkpoint in .* \({checkpoint} is damaged, optimizer.pt"):
+    with pytest.raises(InputError, match=rf"found no intact checkpoint in .* \({checkpoint} is damaged, optimizer.pt"):
         plan_resume(training(resume_from_checkpoint="true"))
 
 
@@ -147,7 +147,7 @@ def test_a_finished_run_is_not_resumed(training, tmp_path):
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_and_says_so(training, tmp_path):
     make_record(tmp_path / "run", "started")
-    note = f"note: the run in {tmp_path}/run was stopped before its first checkpoint; it begins again."
+    note = f"note: the run in {tmp_path}/run was stopped before its first checkpoint; it starts over."
     assert plan_resume(training(resume_from_checkpoint="true")) == ResumePlan(None, None, [note])
 
 
@@ -156,7 +156,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_another_folder_in_an_empty_one_only(
     other = make_checkpoint(tmp_path / "other", 10)
     assert plan_resume(training(resume_from_checkpoint=other)) == ResumePlan(other, run, [])
     make_record(tmp_path / "run", "interrupted")
-    with pytest.raises(InputError, match="is of another run than --output_dir .*/run, which holds one already"):
+    with pytest.raises(InputError, match="belongs to another run than --output_dir .*/run, which already holds one"):
         plan_resume(training(resume_from_checkpoint=other))
 
 
@@ -284,7 +284,7 @@ def test_what_may_differ_is_refused_by_name_and_allowed_by_name(name, change):
     ((part, fields),) = change.items()
     now = dataclasses.replace(saved, **{part: dataclasses.replace(getattr(saved, part), **fields)})
     assert check_same_run(saved, saved) == []
-    with pytest.raises(InputError, match=re.escape(f"(--allow_mismatch {name} goes on all the same)")):
+    with pytest.raises(InputError, match=re.escape(f"(--allow_mismatch {name} resumes anyway)")):
         check_same_run(saved, now)
     (said,) = check_same_run(saved, now, [name])
     assert said.startswith(name) and ": was " in said and ", now " in said
@@ -303,7 +303,7 @@ def test_what_makes_another_run_is_allowed_by_no_name(planned, training):
     """Said in the first second, and of a run that is not resumed too."""
     with pytest.raises(InputError, match="--allow_mismatch training.learning_rate: expected some of training.world"):
         plan_resume(training(allow_mismatch=["training.learning_rate"]))
-    with pytest.raises(InputError, match="training.learning_rate: was 3e-05, now 0.0001. Give"):
+    with pytest.raises(InputError, match="training.learning_rate: was 3e-05, now 0.0001. Use"):
         check_same_run(planned(), planned(learning_rate=1e-4), ["code", "packages"])
 
 

@@ -111,8 +111,8 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_the_steps_since_the_one_be
     path.write_bytes(content)
     assert train(command) == 0
     said = capsys.readouterr().out
-    assert f"note: {run_dir}/checkpoint-6 is damaged and passed over ({file} is not what was written" in said
-    assert f"going on from {run_dir}/checkpoint-4." in said
+    assert f"note: skipped {run_dir}/checkpoint-6, which is damaged ({file} has changed since it was written" in said
+    assert f"resuming from {run_dir}/checkpoint-4." in said
     assert is_as(straight, run_dir)
 
 
@@ -153,7 +153,7 @@ def test_a_full_disk_during_a_save_costs_that_checkpoint_only(teachable_dir, dat
     done = start("-c", FULL_DISK, str(ROOT / "train.py"), *flags, folder=tmp_path)
     assert done.returncode == 3 and "Traceback" not in done.stdout, done.stdout[-2000:]
     message = f"train.py: the checkpoint of step 4 could not be written to {run_dir} ("
-    assert message in done.stdout and f"{run_dir}/checkpoint-2 is whole. Make room" in done.stdout
+    assert message in done.stdout and f"{run_dir}/checkpoint-2 is intact. Free disk space" in done.stdout
     assert find_damage(str(run_dir / "checkpoint-2")) is None and not (run_dir / "checkpoint-4").exists()
     assert train([*flags, "--resume_from_checkpoint", "true"]) == 0
     assert is_as(straight, run_dir)
@@ -184,7 +184,7 @@ def test_a_save_that_fails_in_one_process_is_the_end_of_all_with_the_same_words(
     assert done.returncode == 1
     said = [path.read_text() for path in logs.rglob("stderr.log")]
     message = f"ResourceError: the checkpoint of step 4 could not be written to {run_dir} ([Errno 28] no room here); "
-    assert len(said) == 2 and all(f"{message}{run_dir}/checkpoint-2 is whole." in text for text in said)
+    assert len(said) == 2 and all(f"{message}{run_dir}/checkpoint-2 is intact." in text for text in said)
     assert [os.path.basename(path) for path in all_checkpoints(str(run_dir))] == ["checkpoint-2"]
     assert not (run_dir / SAVING_DIR).exists()
 
@@ -194,7 +194,7 @@ def test_a_folder_that_takes_no_checkpoint_is_said(teachable_dir, data_dir, tmp_
     run_dir.mkdir()
     (run_dir / SAVING_DIR).write_text("in the way")  # as root, who runs CI, no right is missing
     with pytest.raises(
-        ResourceError, match="the checkpoint of step 2 could not be written to .*there is none before it"
+        ResourceError, match="the checkpoint of step 2 could not be written to .*there is no earlier one"
     ):
         train(train_flags(teachable_dir, data_dir, run_dir))
 

@@ -74,7 +74,7 @@ def test_without_a_login_the_run_is_offline_and_says_why():
 def test_wandb_mode_in_the_environment_decides_over_a_login(mode, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert wandb_mode() == (mode, "WANDB_MODE says so")
+    assert wandb_mode() == (mode, "WANDB_MODE is set")
 
 
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"])
@@ -323,7 +323,7 @@ def test_a_tracker_that_is_switched_off_gets_nothing(value, tmp_path, monkeypatc
     """The variable is transformers' own; W&B does not know it."""
     monkeypatch.setenv("WANDB_DISABLED", value)
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert wandb_mode() == ("disabled", "WANDB_DISABLED says so")
+    assert wandb_mode() == ("disabled", "WANDB_DISABLED is set")
     assert start_wandb(str(tmp_path), "a run", {}).mode == "disabled"
     log_generations("validation", EXAMPLES, ANSWERS, WORDS, step=1)
     finish_wandb()
@@ -340,7 +340,7 @@ def test_a_tracker_that_is_not_switched_off_is_not(value, monkeypatch):
 @pytest.mark.parametrize(("value", "mode"), [("dryrun", "offline"), ("run", "online"), ("shared", "shared")])
 def test_the_modes_of_wandb_have_their_other_names(value, mode, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", value)
-    assert wandb_mode() == (mode, "WANDB_MODE says so")
+    assert wandb_mode() == (mode, "WANDB_MODE is set")
 
 
 def test_a_mode_that_is_none_is_refused_by_name(monkeypatch):
@@ -443,7 +443,7 @@ def test_a_server_that_is_down_at_the_start_leaves_an_offline_run_and_a_line(ser
     assert (tracker.mode, tracker.url) == ("offline", None)
     said = capsys.readouterr().err
     (folder,) = tmp_path.glob("wandb/offline-run-*")
-    assert said.startswith("note: W&B does not take the run (") and f"`wandb sync {folder}` sends it." in said
+    assert said.startswith("note: W&B cannot start the run (") and f"upload it with `wandb sync {folder}`." in said
     assert said.count("\n") == 1 and holds_losses(folder, "1.5")
 
 
@@ -459,8 +459,8 @@ def test_a_server_that_goes_down_in_the_middle_leaves_a_whole_run_and_a_line(ser
     assert time.monotonic() - began < 20
     (folder,) = tmp_path.glob("wandb/run-*")
     assert (
-        f"note: W&B did not take all of the run in 3 s. It is whole here; `wandb sync {folder}`"
-        in capsys.readouterr().err
+        "note: W&B did not upload the whole run in 3 s. It is complete locally; upload it with "
+        f"`wandb sync {folder}`." in capsys.readouterr().err
     )
     assert holds_losses(folder, "1.5", "2.5")
 
@@ -473,7 +473,7 @@ def test_a_run_that_is_gone_on_with_while_the_server_is_down_keeps_its_id(server
     again = start_wandb(str(tmp_path), "a run", {}, tracker=first)
     finish_wandb()
     assert (again.id, again.mode) == (first.id, "offline")
-    assert "note: W&B does not take the run (" in capsys.readouterr().err
+    assert "note: W&B cannot start the run (" in capsys.readouterr().err
 
 
 def test_a_slow_server_keeps_no_step_waiting(server, tmp_path):

@@ -295,7 +295,7 @@ def test_accumulated_training_is_training_on_whole_batches(accumulation, batchin
 
 def test_a_model_that_cannot_be_packed_is_refused_before_it_trains(laboratory, monkeypatch):
     monkeypatch.setattr("transformers.LlamaForCausalLM._supports_sdpa", False)
-    with pytest.raises(InputError, match="^--batching shared_prefix does not fit llama: .*Use --batching padded"):
+    with pytest.raises(InputError, match="^--batching shared_prefix does not support llama: .*Use --batching padded"):
         laboratory.trainer()
 
 

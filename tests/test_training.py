@@ -45,7 +45,7 @@ def test_an_answer_that_does_not_fit_the_budget_is_refused_with_what_it_needs(lo
     loaded, _ = load_with(task_fields={"label_words": LONG, "system_prompt": PROMPT}, max_new_tokens=64)
     needed = max(len(ids) for ids in loaded.prompt_tokenizer.completion_ids)
     assert needed > 16, "the default would not be enough"
-    message = f"^--max_new_tokens is {needed - 1}, but '.*' and its stop token are {needed} tokens. Give --max_new_tok"
+    message = f"^--max_new_tokens is {needed - 1}, but '.*' and its stop token are {needed} tokens. Use --max_new_tok"
     fields = {"label_words": LONG, "system_prompt": PROMPT}
     load_with(task_fields=fields, max_new_tokens=needed)
     with pytest.raises(InputError, match=message):
@@ -85,13 +85,13 @@ def test_a_pad_token_that_the_model_has_no_embedding_for_is_refused(load_with, m
     tokenizer = make_tokenizer()
     known = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    message = f"pads with '<pad>', id {known}, but .* has embeddings for {known} ids only.* name another pad_token in"
+    message = f"pads with '<pad>', id {known}, but .* has embeddings for {known} ids only.* set another pad_token in"
     with pytest.raises(InputError, match=message):
         load_with(tokenizer)
 
 
 def test_examples_beyond_the_models_last_position_are_refused(load_with, make_model):
-    with pytest.raises(InputError, match="^the longest example has [0-9]+ tokens, but .* has learned 24 positions"):
+    with pytest.raises(InputError, match="^the longest example has [0-9]+ tokens, but .* supports only 24 positions"):
         load_with(model=make_model(max_position_embeddings=24))
 
 
@@ -107,8 +107,8 @@ def test_a_test_split_that_is_not_there_is_said_before_the_training(load_with):
     [
         (
             {"label_words": ["bad", "fair", "good"], "system_prompt": TaskConfig().system_prompt},
-            "^--system_prompt is the published run's, which asks for negative, neutral, positive and not for "
-            "--label_words bad fair good. Leave it out, or give one that names them, such as --system_prompt "
+            "^--system_prompt is the published run's, which asks for negative, neutral, positive instead of "
+            "--label_words bad fair good. Omit it, or use one that names them, such as --system_prompt "
             '\'Classify the text. Answer with exactly one of these words: "bad", "fair" or "good". Write nothing '
             "else.'$",
         ),
@@ -129,7 +129,9 @@ def test_the_published_prompt_asks_for_its_own_words_only(load_with):
     load_with(task_fields={"system_prompt": published})
     load_with(task_fields={"system_prompt": published, "label_words": ["Negative", "NEUTRAL", "positive"]})
     two = {"system_prompt": published, "label_words": ["negative", "neutral", "so positive"]}
-    with pytest.raises(InputError, match="is the published run's, which asks for negative, neutral, positive and not"):
+    with pytest.raises(
+        InputError, match="is the published run's, which asks for negative, neutral, positive instead of"
+    ):
         load_with(task_fields=two)
 
 

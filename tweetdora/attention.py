@@ -1,18 +1,18 @@
-"""Attention over a packed batch: each row sees the shared prefix and itself, and no row sees another.
+"""Attention over a packed batch: each row sees the shared prefix and itself, but no other row.
 
-A dense mask over all T tokens of a packed batch would cost T x T; here the prefix attends to itself once, and the
-rows, padded to the longest only inside this function, attend to N x L x (P + L):
+A dense mask over all T tokens of a packed batch would cost T x T. Here the prefix attends to itself once, and the
+rows, padded to the longest only inside this function, cost N x L x (P + L):
 
                 keys:   prefix   own tokens of the same row
     prefix              causal   –
     row 0 … N-1         all      causal
 
-While tokens are generated, the rows' keys and values are kept in a PackedKVCache; a token of each row is then a packed
-batch again, whose keys are those that are kept.
+During generation, a PackedKVCache holds the rows' keys and values. One new token of each row then forms another packed
+batch, which attends to the cached keys.
 
-It is an attention function in transformers' own interface (transformers.AttentionInterface), so the models' code stays
-as it is. `packing` reaches it as an extra argument of model(...); without it the function is transformers' own
-scaled_dot_product_attention, so one setting serves training and generation.
+The function implements transformers' AttentionInterface, so the models' code stays unchanged. `packing` reaches it as
+an extra argument of model(...). Without it, the function is transformers' own scaled_dot_product_attention, so one
+setting serves training and generation.
 """
 
 from dataclasses import dataclass, field
@@ -29,21 +29,22 @@ from tweetdora.errors import InputError
 from tweetdora.packing import pack
 
 ATTENTION = "tweetdora"
-# On a CPU, products that keep all N x H x L x (P + L) scores take half the time of torch's fused attention, its
-# gradient above all. Beyond so many scores they would take too much memory: kept for the gradient, and without one.
+# On a CPU, matrix products that store all N x H x L x (P + L) scores take half the time of torch's fused attention,
+# mostly because of the gradient. Above these numbers of scores they would take too much memory: the first limit is for
+# scores that are kept for the gradient, the second for inference.
 _KEPT_SCORES, _SCORES = 2**22, 2**25
 
 
 class NotPackable(RuntimeError):
-    """The attention of a model's layers is more than this module computes."""
+    """The attention of a model's layers does more than this module computes."""
 
 
 @dataclass
 class PackedKVCache:
-    """Keys and values of N rows for which tokens are generated, for each layer by its number.
+    """Keys and values of the N rows that are being generated, by layer number.
 
-    `prompts` holds those of the prompts, two of (N, G, P + L, D), padded on the right; `seen` (N, P + L) says which of
-    them are tokens. `generated` holds those of the new tokens, two of (N, G, new tokens, D).
+    `prompts` holds the prompts' keys and values, each (N, G, P + L, D) and padded on the right; `seen` (N, P + L) is
+    True for tokens and False for padding. `generated` holds those of the new tokens, each (N, G, new tokens, D).
     """
 
     prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -51,7 +52,7 @@ class PackedKVCache:
     seen: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows only, given by number."""
+        """Keep only these rows, given by number."""
         for part in (self.prompts, self.generated):
             for layer, (keys, values) in part.items():
                 part[layer] = keys[rows], values[rows]
@@ -68,10 +69,10 @@ def attention(
     packing: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention output (B, T, H, D) for query (B, H, T, D), key and value (B, G, S, D); H heads share G of keys.
+    """Attention output (B, T, H, D) for query (B, H, T, D), key and value (B, G, S, D); H heads share G key heads.
 
-    With `packing` (see PackedCollator) B is 1 and S is T. With packing["tree"] too, the K tokens of a tree behind each
-    of the N rows follow all the rows (see scoring.CompletionTree).
+    With `packing` (see PackedCollator), B is 1 and S is T. If packing["tree"] is set too, the rows are followed by the
+    tokens of N trees: K tokens that continue each of the N rows (see scoring.CompletionTree).
     """
     if packing is not None:
         _refuse_other_masks(module, attention_mask, kwargs)
@@ -86,7 +87,7 @@ def attention(
         return output, None
     dtype = query.dtype
     if query.device.type == "cpu" and query.element_size() < 4:
-        # torch's fused attention takes longer in bf16 than in float32 on a CPU (LOG.md), and is less exact.
+        # On a CPU, torch's fused attention is slower in bf16 than in float32 (LOG.md), and less exact.
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
@@ -95,16 +96,16 @@ def attention(
 
 
 def _refuse_other_masks(module: nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuse layers that would have hidden more than causality and the passed window do; here it would not be hidden.
+    """Refuse layers that mask more than causality and the passed window, because that mask would be ignored here.
 
     Raises:
         NotPackable: says what the layers do.
     """
     window = getattr(getattr(module, "config", None), "sliding_window", None)
     if window is not None and "sliding_window" not in kwargs:
-        raise NotPackable(f"its layers keep their window of {window} tokens in the mask")
-    if attention_mask is not None and attention_mask.numel() > 1:  # the collator's place-holder has one element
-        raise NotPackable("its layers make masks of their own")
+        raise NotPackable(f"its layers apply their window of {window} tokens through the mask")
+    if attention_mask is not None and attention_mask.numel() > 1:  # the collator's placeholder has one element
+        raise NotPackable("its layers build their own masks")
 
 
 def _packed_attention(
@@ -117,13 +118,13 @@ def _packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention output (1, T, H, D), and keys and values (N, G, P + L, D) of the padded rows."""
+    """Attention output (1, T, H, D), and the padded rows' keys and values (N, G, P + L, D)."""
     prefix = packing["prefix_length"]
     to_padded, to_packed = packing["to_padded"], packing["to_packed"]
     padded_length = to_padded.numel() // packing["row_count"]
     of_prefix, own = [], []
     for states in (query, key, value):
-        # Split, not sliced: the gradient of a slice is a tensor of zeros as large as the whole.
+        # Split instead of slicing: the gradient of a slice allocates zeros as large as the whole tensor.
         first, rest = states[0].transpose(0, 1).split([prefix, states.shape[2] - prefix])  # (P or T - P, heads, D)
         rows = _Regroup.apply(rest, to_padded, to_packed, None)  # (N * L, heads, D)
         of_prefix.append(first.transpose(0, 1))  # (heads, P, D)
@@ -144,10 +145,11 @@ def _packed_attention(
 
 
 class _Regroup(torch.autograd.Function):
-    """Tokens to padded places, or padded places to tokens: states (A, heads, D) to (B, heads, D) by `index` (B,).
+    """Move tokens to padded positions or back: states (A, heads, D) to (B, heads, D) by `index` (B,).
 
-    The gradient takes the way `back` (A,), which is faster than adding up, and is exact: nothing looks at a padding
-    place, so the gradient that comes from one is zero, and so is the one that goes to it (`unseen`, of shape (A,)).
+    The gradient is gathered by the reverse index `back` (A,), which is faster than a scatter-add. The result is exact:
+    nothing attends to a padding position, so the gradient that arrives from one is zero, and the gradient sent to one
+    (`unseen`, of shape (A,)) is set to zero.
     """
 
     @staticmethod
@@ -177,7 +179,7 @@ def _decode_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention output (1, N, H, D) of one new token a row, query (1, H, N, D), key and value (1, G, N, D)."""
+    """Attention output (1, N, H, D) of one new token per row, for query (1, H, N, D), key and value (1, G, N, D)."""
     cache: PackedKVCache = packing["cache"]
     new = [states[0].transpose(0, 1)[:, :, None] for states in (key, value)]  # (N, G, 1, D)
     if layer in cache.generated:
@@ -191,7 +193,7 @@ def _decode_attention(
     number = new[0].shape[2]
     seen = torch.cat([cache.seen, cache.seen.new_ones(count, number)], dim=1)  # (N, P + L + new)
     if sliding_window is not None:
-        # A row's new tokens stand behind its own last one, not behind the padding.
+        # A row's new tokens follow its own last token, not the padding.
         places = torch.arange(prompt_length, device=keys.device).expand(count, -1)
         own = cache.seen.sum(1, keepdim=True) + torch.arange(number, device=keys.device)
         places = torch.cat([places, own], dim=1)
@@ -205,8 +207,8 @@ def _decode_attention(
 def _attention_with_tree(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: dict[str, Any], **kwargs: Any
 ) -> torch.Tensor:
-    """Attention output (1, T, H, D) of a packed batch whose last N * K tokens are trees, K tokens behind each row."""
-    end = query.shape[2] - packing["row_count"] * len(packing["tree"])  # of the rows
+    """Attention output (1, T, H, D) of a packed batch whose last N * K tokens are trees of K tokens, one per row."""
+    end = query.shape[2] - packing["row_count"] * len(packing["tree"])  # end of the rows
     output, keys, values = _packed_attention(query[:, :, :end], key[:, :, :end], value[:, :, :end], packing, **kwargs)
     tree = _tree_attention(query[:, :, end:], key[:, :, end:], value[:, :, end:], keys, values, packing, **kwargs)
     return torch.cat([output, tree], dim=1)
@@ -223,11 +225,11 @@ def _tree_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention output (1, N * K, H, D) of K tokens of a tree behind each of N rows.
+    """Attention output (1, N * K, H, D) of the trees of K tokens that continue each of N rows.
 
-    packing["tree"] (K, K) says which tokens (columns) each of them (rows) has on its way from the root, itself
-    included: it sees these and the row's prompt, whose `keys` and `values` are of (N, G, P + L, D), padded on the
-    right, and packing["seen"] (N, P + L) says which of them are tokens. Query (1, H, N * K, D), key and value
+    In packing["tree"] (K, K), row i marks the tokens (columns) on the path from the root to token i, i included. A
+    token sees these and its row's prompt. The prompts' `keys` and `values` are (N, G, P + L, D), padded on the right;
+    packing["seen"] (N, P + L) says which of them are tokens. Query is (1, H, N * K, D), key and value are
     (1, G, N * K, D).
     """
     tree, prompt_seen = packing["tree"], packing["seen"]
@@ -243,7 +245,7 @@ def _tree_attention(
     seen_prompt = prompt_seen[:, None].expand(-1, number, -1)  # (N, K, P + L)
     seen_new = tree.expand(count, -1, -1)
     if sliding_window is not None:
-        depth = tree.sum(1)  # 1 for a token right behind the prompt
+        depth = tree.sum(1)  # 1 for a token right after the prompt
         place = prompt_seen.sum(1, keepdim=True) + depth - 1  # (N, K)
         distance = place[:, :, None] - torch.arange(prompt_length, device=keys.device)
         seen_prompt = seen_prompt & (distance < sliding_window)
@@ -256,10 +258,10 @@ def _tree_attention(
 
 
 def _causal_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Which of `length` positions (columns) each position (rows) sees: itself and those before, `window` at most.
+    """Which of `length` positions (columns) each position (rows) sees: itself and those before it, at most `window`.
 
-    A row's own tokens follow the prefix in position, so the same square serves the prefix (its first rows) and every
-    row of the batch (the others); a padding token comes after all the row's tokens, so none of them sees it.
+    A row's own tokens follow the prefix in position, so one square mask serves both: its first rows are for the
+    prefix, the others for every row of the batch. A row's padding comes after all its tokens, so none of them sees it.
     """
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     seen = distance >= 0
@@ -286,7 +288,7 @@ def _attend(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=groups != heads
         )
         return output.to(dtype)
-    # The heads that share keys stand below one another: one product for each row and group.
+    # Stack the heads that share keys, so that each row and group needs only one product.
     query = query.reshape(count * groups, -1, width)  # (N * G, H / G * L, D)
     key, value = key.reshape(count * groups, seen, width), value.reshape(count * groups, seen, width)
     hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf")).repeat(heads // groups, 1)
@@ -296,41 +298,41 @@ def _attend(
 
 
 def check_packable(model: PreTrainedModel) -> None:
-    """Refuse models whose attention is more than this module computes.
+    """Refuse models whose attention does more than this module computes.
 
     Raises:
         InputError: names the feature, and the flag for padded batches.
     """
     if model.config._attn_implementation == ATTENTION:
-        return  # load_base has looked
+        return  # load_base has checked it already
     if reason := _why_not_packable(model):
         raise InputError(
-            f"--batching shared_prefix does not fit {model.config.model_type}: {reason}. Use --batching padded, which "
-            "is slower."
+            f"--batching shared_prefix does not support {model.config.model_type}: {reason}. Use --batching padded, "
+            "which is slower."
         )
 
 
 def is_packable(model: PreTrainedModel) -> bool:
-    """Whether packed batches, and generation behind a shared prefix, fit the model."""
+    """True if the model supports packed batches and generation after a shared prefix."""
     return _why_not_packable(model) is None
 
 
 def _why_not_packable(model: PreTrainedModel) -> str | None:
     config = model.config
     if not model._supports_attention_backend:
-        return "its code does not take attention functions"
+        return "its code does not accept attention functions"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps attention scores"
     if not model._supports_sdpa:
-        return "its attention is more than scaled dot products"  # sinks in gpt-oss, for example
+        return "its attention is more than a scaled dot product"  # sinks in gpt-oss, for example
     if other := set(_layer_types(config)) - {"full_attention", "sliding_attention"}:
-        return f"it has layers of the kind {', '.join(sorted(other))}"
+        return f"it has layers of type {', '.join(sorted(other))}"
     return _try_packed_batch(model)
 
 
 @torch.no_grad()
 def _try_packed_batch(model: PreTrainedModel) -> str | None:
-    """Run two rows of a token behind a prefix of one; what the attention function says against the layers, or None."""
+    """Run two rows of one token after a prefix of one; return why the attention function refuses them, or None."""
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:

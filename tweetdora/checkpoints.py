@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written beside, summed up, then renamed; looked at before they are used.
+"""Atomic checkpoints: written to a temporary folder, checksummed, then renamed, and verified before use.
 
-runs/demo/.saving/checkpoint-40/      being written; a kill leaves it here, where nothing looks
-runs/demo/checkpoint-40/              whole: adapter, optimizer, scheduler, random states, trainer_state.json,
+runs/demo/.saving/checkpoint-40/      being written; if the process is killed, it stays here and is never read
+runs/demo/checkpoint-40/              complete: adapter, optimizer, scheduler, random states, trainer_state.json,
                                       run.json (the settings it belongs to) and checksums.json
 """
 
@@ -20,9 +20,9 @@ _STATE = "trainer_state.json"
 
 
 def publish_checkpoint(run_dir: str, step: int, keep: int | None) -> str:
-    """Sum up what lies in .saving, put it in its place in one rename, then remove all but `keep` whole ones.
+    """Checksum the checkpoint in .saving, rename it into place, then remove all but the `keep` newest intact ones.
 
-    No checkpoint of another step goes before this one is in its place. Returns the checkpoint's folder.
+    No checkpoint of another step is removed before this one is in place. Returns the checkpoint's folder.
     """
     name = f"checkpoint-{step}"
     beside, folder = os.path.join(run_dir, SAVING_DIR, name), os.path.join(run_dir, name)
@@ -34,7 +34,7 @@ def publish_checkpoint(run_dir: str, step: int, keep: int | None) -> str:
         json.dump(sums, stream, indent=2)
     for file in (*sums, CHECKSUMS):
         _to_disk(os.path.join(beside, file))
-    _remove(run_dir, folder)  # of the same step: damaged, or the run went on from an older one
+    _remove(run_dir, folder)  # same step: damaged, or the run was resumed from an older checkpoint
     os.rename(beside, folder)
     _to_disk(run_dir)
     if keep:
@@ -47,15 +47,15 @@ def publish_checkpoint(run_dir: str, step: int, keep: int | None) -> str:
 
 
 def _remove(run_dir: str, folder: str) -> None:
-    """Take a checkpoint away in one rename, so that a kill leaves no half of it under its name."""
+    """Move a checkpoint away in one rename before deleting it, so that a kill never leaves half of it in place."""
     if os.path.isdir(folder):
         away = os.path.join(run_dir, SAVING_DIR, f"{os.path.basename(folder)}.old")
         os.rename(folder, away)
-        shutil.rmtree(away, ignore_errors=True)  # what stays in .saving goes with the next save
+        shutil.rmtree(away, ignore_errors=True)  # leftovers in .saving are removed by the next save
 
 
 def _to_disk(path: str) -> None:
-    """Wait until a file, or a folder's list of names, would outlast a power cut."""
+    """Wait until a file, or a folder's list of names, would survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,7 +64,7 @@ def _to_disk(path: str) -> None:
 
 
 def clear_unfinished(run_dir: str) -> None:
-    """Remove what a kill left of a checkpoint that was being written or removed."""
+    """Remove the remains of a checkpoint that was being written or removed when the process was killed."""
     shutil.rmtree(os.path.join(run_dir, SAVING_DIR), ignore_errors=True)
 
 
@@ -76,24 +76,24 @@ def all_checkpoints(run_dir: str) -> list[str]:
 
 
 def find_damage(folder: str) -> str | None:
-    """What is wrong with a checkpoint; None if every file is there and holds what was written."""
+    """Describe what is wrong with a checkpoint; None if every file exists and matches its checksum."""
     try:
         sums = read_json(os.path.join(folder, CHECKSUMS))
     except (InputError, OSError) as error:
         return str(error).rstrip(".")
     if not isinstance(sums, dict) or _STATE not in sums:
-        return f"{CHECKSUMS} is not whole"
+        return f"{CHECKSUMS} is incomplete"
     for file, expected in sums.items():
         try:
             if file_sha256(os.path.join(folder, file)) != expected:
-                return f"{file} is not what was written, its SHA-256 differs"
+                return f"{file} has changed since it was written, its SHA-256 differs"
         except OSError as error:
             return f"{file} cannot be read ({error.strerror})"
     return None
 
 
 def last_whole_checkpoint(run_dir: str) -> tuple[str | None, dict[str, str]]:
-    """The newest checkpoint without damage, and what is wrong with the newer ones, by folder."""
+    """The newest intact checkpoint, and what is wrong with each newer one, by folder."""
     damaged: dict[str, str] = {}
     for folder in all_checkpoints(run_dir):
         if (damage := find_damage(folder)) is None:
@@ -106,12 +106,12 @@ def saved_run(checkpoint: str) -> RunRecord | None:
     """The record of the run that a checkpoint belongs to, as it was when the checkpoint was written.
 
     Raises:
-        InputError: it is of another record version: a run goes on with the code that it was begun with.
+        InputError: the record has another version: a run must be resumed with the code that started it.
     """
     path = os.path.join(checkpoint, RUN_FILE)
     return read_record(RunRecord, path, oldest_version=3) if os.path.isfile(path) else None
 
 
 def checkpoint_step(checkpoint: str) -> int:
-    """The number of steps that a checkpoint has behind it."""
+    """The number of steps completed at a checkpoint."""
     return read_json(os.path.join(checkpoint, _STATE))["global_step"]

@@ -1,19 +1,20 @@
-"""DoRA without building the adapted weight: PEFT's layer, value and gradient, in fewer and smaller steps.
+"""DoRA without materializing the adapted weight: PEFT's outputs and gradients, with fewer and smaller operations.
 
-DoRA (Liu et al., arXiv 2402.09353) scales each output of a LoRA layer by a trained magnitude m over the norm of that
-row of the adapted weight which makes it, the norm taken as a constant:
+DoRA (Liu et al., arXiv 2402.09353) multiplies each output of a LoRA layer by a trained magnitude m and divides it by
+the norm of the corresponding row of the adapted weight. The norm is treated as a constant:
 
-    y = m / |W + s B A| * (W x + s B A x)        one norm for each row; W (out, in), A (r, in), B (out, r)
+    y = m / |W + s B A| * (W x + s B A x)        one norm per row; W (out, in), A (r, in), B (out, r)
 
-PEFT makes W + s B A (out x in) for the norms in every step. They follow from r-sized products as well, and |W|^2,
-which never changes, is computed once (arXiv 2603.22276):
+PEFT builds W + s B A (out x in) in every step to get the norms. They can also be computed from products of size r;
+|W|^2 never changes and is computed once (arXiv 2603.22276):
 
-    |W + s B A|^2 = |W|^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B        each row by itself
+    |W + s B A|^2 = |W|^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B        row by row
 
-The layer goes in by PEFT's extension point for custom layers; the adapter's weights, names and files are PEFT's own.
+The layer is registered through PEFT's extension point for custom layers; the adapter's weights, names and files are
+PEFT's own.
 
-A row of zeros in W, which there are in real models, has the norm 0 and the magnitude 0: PEFT computes 0 / 0. Here such
-a norm counts as 1, so that the row stays one of zeros, in the layer and in a merge.
+Some real models have rows of zeros in W. Such a row has norm 0 and magnitude 0, and PEFT computes 0 / 0. Here its norm
+counts as 1, so the row stays zero, both in the layer and after a merge.
 """
 
 from typing import Any, cast
@@ -26,19 +27,19 @@ from torch import nn
 
 
 class _GuardedMagnitude(DoraLinearLayer):
-    """PEFT's magnitude, in whose norms there is no 0."""
+    """PEFT's magnitude, with norms that are never 0."""
 
     def get_weight_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """|W + s B A| of each row, as PEFT's own forward and merge ask for it."""
+        """|W + s B A| of each row, for PEFT's own forward and merge."""
         return without_zeros(super().get_weight_norm(*args, **kwargs))
 
 
 class _GuardedDora(DoraLinearVariant):
-    """PEFT's DoRA with that magnitude."""
+    """PEFT's DoRA with _GuardedMagnitude."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Make the adapter's magnitude."""
+        """Create the adapter's magnitude."""
         DoraLinearVariant.init(module, adapter_name, **kwargs)
         made: Any = module.lora_magnitude_vector[adapter_name]
         guarded = _GuardedMagnitude(made.fan_in_fan_out)
@@ -47,19 +48,19 @@ class _GuardedDora(DoraLinearVariant):
 
 
 class DoraLinear(Linear):
-    """PEFT's LoRA layer for nn.Linear, with the ordinary case of DoRA computed here.
+    """PEFT's LoRA layer for nn.Linear, with a faster forward for the common case of DoRA.
 
-    Ordinary is: one active DoRA adapter, not merged, without dropout on its input. The rest is PEFT's, but for rows of
-    zeros.
+    The common case is one active DoRA adapter that is not merged and has no dropout on its input. PEFT's code handles
+    everything else, except that rows of zeros are guarded there too.
     """
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        """PEFT's kinds of LoRA, DoRA's with a norm for rows of zeros."""
+        """PEFT's LoRA variants, with the guarded DoRA."""
         return {**super().lora_variants, ("use_dora",): _GuardedDora}
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Adapted output (..., out) of x (..., in), in x's format."""
+        """Adapted output (..., out) of x (..., in), in x's dtype."""
         if args or kwargs or self.disable_adapters or self.merged or not self._is_ordinary():
             return super().forward(x, *args, **kwargs)
         name = self.active_adapters[0]
@@ -68,7 +69,7 @@ class DoraLinear(Linear):
         base: Any = self.get_base_layer()
         scaling, magnitude = self.scaling[name], self.lora_magnitude_vector[name]
         result = base(x)  # (..., out)
-        with torch.autocast(x.device.type, enabled=False):  # the adapter is computed in its own format
+        with torch.autocast(x.device.type, enabled=False):  # the adapter is computed in its own dtype
             with torch.no_grad():
                 norms = row_norms(self._squared_norms(base.weight, lora_A.dtype), base.weight, lora_A, lora_B, scaling)
             gain = cast(torch.Tensor, magnitude.weight) / norms
@@ -81,7 +82,7 @@ class DoraLinear(Linear):
         return not self.training or isinstance(self.lora_dropout[names[0]], nn.Identity)
 
     def _squared_norms(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """|W|^2 of each row, shape (out,); computed again only when the weight is another one."""
+        """|W|^2 of each row, shape (out,); recomputed only when the weight changes."""
         state = (weight.data_ptr(), weight._version, weight.device, dtype)
         if getattr(self, "_squared_norms_of", None) != state:
             self._squared_norms_of, self._kept_norms = state, weight.detach().to(dtype).square().sum(1)
@@ -100,18 +101,18 @@ def row_norms(
     cross = (weight.to(lora_A.dtype) @ lora_A.T * lora_B).sum(1)
     square = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)
     total = squared_norms + 2 * scaling * cross + scaling**2 * square
-    return without_zeros(total.clamp(min=0).sqrt())  # rounding may leave a little less than 0
+    return without_zeros(total.clamp(min=0).sqrt())  # rounding can give slightly negative values
 
 
 def without_zeros(norms: torch.Tensor) -> torch.Tensor:
-    """Norms by which one can divide: 1 where a row is all zeros."""
+    """Replace norms of 0 by 1, so that dividing by them is safe."""
     return norms.where(norms > 0, 1)
 
 
 class _AddAndScale(torch.autograd.Function):
-    """gain * (result + s B A x), with its gradient written out: autograd would keep and pass more large tensors.
+    """gain * (result + s B A x) with a hand-written gradient, because autograd would save and pass more large tensors.
 
-    With h = A x, u = result + s B h, d the gradient at the output and e = gain * d:
+    With h = A x, u = result + s B h, d the gradient at the output and e = gain * d, the gradients are:
 
         gain: sum of d * u over tokens;  result: e;  B: s e^T h;  A: s (B^T e)^T x;  x: s A^T B^T e
     """
@@ -127,9 +128,9 @@ class _AddAndScale(torch.autograd.Function):
         gain: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Output (..., out), in `result`'s format; the sums are in the adapter's."""
+        """Output (..., out) in `result`'s dtype; sums are taken in the adapter's dtype."""
         if bias is not None:
-            result = result - bias  # the magnitude scales the weight's part only
+            result = result - bias  # the magnitude scales the weight's contribution only
         tokens = x.flatten(0, -2).to(lora_A.dtype)  # (T, in)
         hidden = tokens @ lora_A.T  # (T, r)
         scaled_B = lora_B.T * scaling  # (r, out)
@@ -141,7 +142,7 @@ class _AddAndScale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of forward's arguments, in their order."""
+        """Gradients of forward's arguments, in the same order."""
         x, hidden, unscaled, lora_A, scaled_B, gain = ctx.saved_tensors
         grad_output = gradient.flatten(0, -2).to(lora_A.dtype)  # (T, out)
         grad_gain = (grad_output * unscaled).sum(0)

@@ -1,4 +1,4 @@
-"""Answers by greedy generation, and the label that an answer names."""
+"""Generate answers greedily, and find the label that an answer names."""
 
 import re
 import time
@@ -24,15 +24,15 @@ from tweetdora.data import Examples
 from tweetdora.packing import pack, prefix_length
 from tweetdora.prompts import PromptTokenizer, stop_token_ids
 
-_LEAVE = 0.75  # the share of a batch that goes on, at most, for the rest to leave it
-# As Unicode names their letters. Korean has spaces, but endings are written on to a word.
+_LEAVE = 0.75  # stopped rows leave a batch once at most this share of it is unfinished
+# Prefixes of the letters' Unicode names. Korean has spaces, but endings are attached to words.
 _SCRIPTS_WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 UNPARSED = -1  # the label id of a generation that names no label word
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What the model wrote for one example: new tokens only, the stop token not part of the text."""
+    """What the model wrote for one example: only new tokens, without the stop token."""
 
     text: str
     stopped: bool  # by a stop token, before max_new_tokens ran out
@@ -40,18 +40,18 @@ class Generation:
 
 
 class LabelParser:
-    """Finds the first label word in a text: whole word, upper or lower case, whichever way accents are written.
+    """Find the first label word in a text: as a whole word, in upper or lower case, in any encoding of accents.
 
     >>> parse = LabelParser(["negative", "neutral", "positive"])
     >>> parse("Neutral, not positive."), parse("neutralitive"), parse("")
     (1, -1, -1)
-    >>> LabelParser(["否定", "肯定"])("这是肯定的。")  # nothing stands between words there
+    >>> LabelParser(["否定", "肯定"])("这是肯定的。")  # this script puts nothing between words
     1
     """
 
     def __init__(self, label_words: Sequence[str]) -> None:
         self._label_ids = {normalize_label(word): number for number, word in enumerate(label_words)}
-        # Longer words first: of "not funny" and "funny" the one that begins earlier is meant, and at the same place
+        # Longer words first. Of "not funny" and "funny", the one that starts earlier wins, and at the same position
         # the longer one.
         self._words = sorted(self._label_ids, key=len, reverse=True)
         self._start = re.compile("|".join(re.escape(word) for word in self._words))
@@ -69,18 +69,18 @@ class LabelParser:
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:
-    """Whether text[start:end] is no part of a longer word."""
+    """True if text[start:end] is not part of a longer word."""
     before, after = text[start - 1 : start], text[end : end + 1]
     return not (_joins(before, text[start]) or _joins(text[end - 1], after))
 
 
 def _joins(left: str, right: str) -> bool:
-    """Whether two neighbouring characters belong to one word: letters, digits and the marks on them do.
+    """True if two neighbouring characters belong to one word, as letters, digits and the marks on them do.
 
-    In scripts that put no space between words, or none before an ending, nothing is known of neighbouring letters.
+    In scripts that put no space between words, or none before an ending, neighbouring letters prove nothing.
     """
     if right and unicodedata.category(right).startswith("M"):
-        return True  # an accent or vowel sign of the letter before it
+        return True  # an accent or vowel sign on the letter before it
     letters = bool(left) and bool(right) and _is_of_a_word(left) and _is_of_a_word(right)
     return letters and not (_has_no_spaces(left) or _has_no_spaces(right))
 
@@ -105,11 +105,11 @@ def generate_all(
     on_progress: Callable[[int], None] = lambda done: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[list[Generation | None], float]:
-    """Answer every example greedily; the generations in the examples' order, and the seconds it took.
+    """Answer every example greedily; return the generations in the examples' order, and the seconds it took.
 
-    Prompts of like length are batched together, and only new tokens are read back. With several processes each answers
-    a share of the examples, and all of them get all generations. `stop` is asked before each batch; once it says so,
-    the examples that are left get None.
+    Prompts of similar length are batched together, and only new tokens are read back. With several processes, each
+    answers a share of the examples, and all of them get all generations. `stop` is called before each batch; once it
+    returns True, the remaining examples get None.
     """
     started = time.perf_counter()
     with PartialState().split_between_processes(list(range(len(examples)))) as share:
@@ -134,7 +134,9 @@ def _generate_texts(
     parse = LabelParser(label_words)
     prompts, _ = prompt_tokenizer.prompt_ids(texts)
     stop_ids = stop_token_ids(model, tokenizer, prompt_tokenizer.stop_token_id)
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model  # adapter layers stay in it
+    inner: Any = (
+        model.get_base_model() if isinstance(model, PeftModel) else model
+    )  # it still contains the adapter layers
     way = generate_packed if inner.config._attn_implementation == ATTENTION else generate_padded
     generate = partial(way, inner, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
     generations: list[Generation | None] = [None] * len(prompts)
@@ -159,21 +161,21 @@ def _generate_texts(
 def generate_packed(
     model: PreTrainedModel, prompts: list[list[int]], stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """New token ids for each prompt, greedily; what all prompts begin with is computed once for all of them.
+    """Generate new token ids for each prompt greedily; the prompts' shared prefix is computed only once.
 
-    The prompts are one packed batch, as in training (see packing.PackedCollator), and so are the new tokens of a step,
-    one of each row:
+    The prompts form one packed batch, as in training (see packing.PackedCollator), and so do the new tokens of a step,
+    one per row:
 
         prompts   [<system prompt> great day <answer:> what a sad day <answer:>]      1 x T
         step 1    [positive negative]                                                 1 x N
         step 2    [<stop> <stop>]
 
-    Rows that have written a stop token leave the batch, a quarter of it at least at a time: the others' keys and
-    values are copied then.
+    Rows that have written a stop token leave the batch, at least a quarter of it at a time, because the other rows'
+    keys and values are copied then.
     """
     logits, cache, positions = prefill(model, prompts)
     new_ids: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # the prompt that each place of the batch belongs to
+    rows = list(range(len(prompts)))  # the prompt number of each row in the batch
     while True:
         chosen = _argmax(logits)  # (N,)
         going = _append_tokens(new_ids, rows, chosen.tolist(), stop_ids)
@@ -189,7 +191,7 @@ def generate_packed(
 
 
 def prefill(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[torch.Tensor, PackedKVCache, torch.Tensor]:
-    """Logits (N, V) of each prompt's first new token, the prompts' keys and values, and its position (1, N)."""
+    """Logits (N, V) of each prompt's first new token, the prompts' keys and values, and that position (1, N)."""
     prefix = prefix_length(prompts)
     own = [prompt[prefix:] for prompt in prompts]
     cache = PackedKVCache()
@@ -207,9 +209,9 @@ def prefill(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[torch.Ten
 def _append_tokens(
     new_ids: list[list[int]], rows: Sequence[int], tokens: Sequence[int], stop_ids: Sequence[int]
 ) -> list[int]:
-    """Give each row that has not stopped its token; the places of the batch that go on behind it.
+    """Append its token to each row that has not stopped; return the places in the batch that are unfinished after it.
 
-    A row that has stopped may still be in the batch: what the model makes of it is thrown away.
+    A row that has stopped may still be in the batch; the model's output for it is discarded.
     """
     going = []
     for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
@@ -222,18 +224,18 @@ def _append_tokens(
 def _decode_step(
     model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor, cache: PackedKVCache
 ) -> torch.Tensor:
-    """Logits (N, V) behind one more token (N,) of each row, at its position (1, N); the cache grows by it."""
+    """Logits (N, V) after one more token (N,) of each row, at its position (1, N); the cache grows by that token."""
     return model(
         input_ids=tokens[None],
         position_ids=positions,
-        attention_mask=torch.ones(1, 1, 1, 1, device=tokens.device),  # a place-holder, as in packing.pack
+        attention_mask=torch.ones(1, 1, 1, 1, device=tokens.device),  # a placeholder, as in packing.pack
         packing={"cache": cache, "decoding": True},
         use_cache=False,
     ).logits[0]
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The first largest column of each row; on a CPU NumPy finds it in a seventh of the time that torch takes."""
+    """The first largest column of each row; on a CPU, NumPy finds it in a seventh of the time that torch needs."""
     if logits.device.type != "cpu":
         return logits.argmax(-1)
     return torch.from_numpy(logits.float().numpy().argmax(-1))
@@ -243,15 +245,15 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
 def generate_padded(
     model: PreTrainedModel, prompts: list[list[int]], stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """New token ids for each prompt by transformers' own generate(), for models that the other way does not fit."""
+    """New token ids for each prompt by transformers' own generate(), for models that do not support packing."""
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
     )
     length = max(map(len, prompts))
     padding = [length - len(prompt) for prompt in prompts]
     rows = list(zip(prompts, padding, strict=True))
-    # generate() fills what `config` leaves open from the model's own generation config: a repetition penalty shipped
-    # with a base model would make the answers something else than greedy.
+    # generate() fills what `config` leaves unset from the model's own generation config: with a repetition penalty
+    # shipped with a base model, the answers would no longer be greedy.
     shipped, model.generation_config = model.generation_config, config
     try:
         output = cast(Any, model).generate(

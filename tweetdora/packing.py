@@ -1,8 +1,8 @@
-"""Batches for training, in two forms that give the same loss: examples packed behind one prefix, or padded rows.
+"""Training batches in two layouts that give the same loss: examples packed after one prefix, or padded rows.
 
-Every example begins with the same system prompt. In a causal model the states of those tokens do not depend on what
-follows, so they need to be computed once in a batch, not once in a row; and the stop token at the end of an example is
-predicted, but nothing is predicted from it:
+Every example starts with the same system prompt. In a causal model, the states of these tokens do not depend on what
+follows, so they can be computed once per batch instead of once per row. The stop token at the end of an example is
+predicted, but nothing is predicted from it, so it is left out of the input:
 
     padded         <system prompt> great day positive <stop>
                    <pad> <system prompt> rain negative <stop>
@@ -10,7 +10,7 @@ predicted, but nothing is predicted from it:
     shared prefix  <system prompt> great day positive | rain negative
                    └── prefix ──┘ └─── row 0 ──────┘   └── row 1 ──┘
 
-TRL's and FlashAttention's packing is another thing: whole examples, one behind the other, the prompt in each.
+This is not the packing of TRL and FlashAttention, which concatenates whole examples, each with its own prompt.
 """
 
 from collections.abc import Sequence
@@ -22,22 +22,22 @@ from tweetdora.prompts import IGNORE_INDEX
 
 
 class PackedCollator:
-    """One row of all tokens: what all rows begin with, then the rest of each row but its last token.
+    """Pack all tokens into one row: the shared prefix, then the rest of each row except its last token.
 
     Rows 5 6 1 8 2 (id 4) and 5 6 7 3 9 2 (id 7), each with loss on its last two tokens, prefix 5 6:
 
         input_ids       [[5, 6, 1, 8, 7, 3, 9]]       (1, T)
-        position_ids    [[0, 1, 2, 3, 2, 3, 4]]       (1, T), each row goes on behind the prefix
-        attention_mask  [[[[1]]]]                     a place-holder, see below
+        position_ids    [[0, 1, 2, 3, 2, 3, 4]]       (1, T), each row continues after the prefix
+        attention_mask  [[[[1]]]]                     a placeholder, see below
         logits_to_keep  [2, 3, 5, 6]                  (K,), the tokens whose logits predict a supervised token
         labels          [8, 2, 9, 2]                  (K,)
         example_ids         [4, 7]
         packing         prefix_length 2, row_count 2
                         to_padded   [0, 1, 0, 2, 3, 4]   (N * L,), own tokens of the N rows, padded to length L
                         is_padding  [0, 0, 1, 0, 0, 0]   (N * L,)
-                        to_packed   [0, 1, 3, 4, 5]      (T - 2,), the way back
+                        to_packed   [0, 1, 3, 4, 5]      (T - 2,), the reverse
 
-    (`to_padded` counts from behind the prefix; a padding place repeats token 0, and nothing ever looks at it.)
+    (`to_padded` counts from the end of the prefix. A padding position repeats token 0, and nothing attends to it.)
     """
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -48,8 +48,8 @@ class PackedCollator:
         for example, start in zip(examples, starts, strict=True):
             for offset, label in enumerate(example["labels"][prefix:]):
                 if label != IGNORE_INDEX:
-                    # The token before predicts it. The head costs a token as much as several layers (eight in
-                    # SmolLM2-135M: 49,152 x 576 weights), so it is computed where there is loss only.
+                    # The token before predicts it. Per token, the head costs as much as several layers (eight in
+                    # SmolLM2-135M: 49,152 x 576 weights), so it is computed only where there is loss.
                     keep.append(start + offset - 1)
                     labels.append(label)
         return batch | {
@@ -60,10 +60,10 @@ class PackedCollator:
 
 
 def pack(rows: Sequence[list[int]], prefix: int) -> tuple[dict[str, Any], list[int]]:
-    """The inputs of a model for rows of token ids behind the `prefix` tokens that all begin with.
+    """Build a model's inputs from rows of token ids that all start with the same `prefix` tokens.
 
-    Returns input_ids, position_ids, attention_mask and packing, as PackedCollator describes them, and where in the
-    packed row each row's own tokens begin.
+    Returns input_ids, position_ids, attention_mask and packing, as PackedCollator describes them, and the place in the
+    packed row where each row's own tokens start.
     """
     own_lengths = [len(row) - prefix for row in rows]
     longest = max(own_lengths)
@@ -76,17 +76,17 @@ def pack(rows: Sequence[list[int]], prefix: int) -> tuple[dict[str, Any], list[i
         start = len(input_ids)
         starts.append(start)
         input_ids += row[prefix:]
-        # A row goes on behind the prefix, not behind the row before it: it is computed as if it stood alone.
+        # A row continues after the prefix, not after the previous row: it is computed as if it were alone.
         positions += range(prefix, prefix + length)
-        # Index lists both ways, made once a batch: every layer regroups its states by them, and a gather is cheaper
-        # than padding and cutting row by row, forward and backward.
+        # Index lists for both directions, built once per batch. Every layer regroups its states with them, and a
+        # gather is cheaper than padding and cutting row by row, both forward and backward.
         to_padded += [*range(start - prefix, start - prefix + length), *[0] * (longest - length)]
         is_padding += [False] * length + [True] * (longest - length)
         to_packed += range(number * longest, number * longest + length)
     batch = {
         "input_ids": torch.tensor([input_ids]),
         "position_ids": torch.tensor([positions]),
-        # transformers builds no T x T mask where it is given one of four dimensions; nothing reads this one.
+        # Given a mask with four dimensions, transformers builds no T x T mask; nothing reads this one.
         "attention_mask": torch.ones(1, 1, 1, 1),
         "packing": {
             "prefix_length": prefix,
@@ -100,7 +100,7 @@ def pack(rows: Sequence[list[int]], prefix: int) -> tuple[dict[str, Any], list[i
 
 
 def prefix_length(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with, one token at least left to each."""
+    """Number of tokens that all prompts share at their start, with at least one token left for each."""
     limit = min(map(len, prompts)) - 1
     return next(
         (place for place in range(limit) if any(prompt[place] != prompts[0][place] for prompt in prompts)), limit
@@ -108,12 +108,12 @@ def prefix_length(prompts: Sequence[list[int]]) -> int:
 
 
 def shared_prefix_length(examples: Sequence[dict[str, Any]]) -> int:
-    """How many tokens all rows begin with.
+    """Number of tokens that all rows share at their start.
 
-    The token before a row's first supervised one stays with its row: its logits are that row's.
+    The token before a row's first supervised token stays in the row, because its logits belong to that row.
     """
     first = examples[0]["input_ids"]
-    # Looked for in each batch, not read off the template: where all texts of a batch begin alike, that is shared too.
+    # Found per batch, not read from the template: if all texts of a batch start alike, that part is shared too.
     limit = min(_first_supervised(example) - 1 for example in examples)
     for position in range(limit):
         if any(example["input_ids"][position] != first[position] for example in examples):
@@ -126,7 +126,7 @@ def _first_supervised(example: dict[str, Any]) -> int:
 
 
 class PaddedCollator:
-    """Pads rows on the left, so that the supervised tokens of all rows stand in the same last columns.
+    """Pad rows on the left, so that the supervised tokens of all rows are in the same last columns.
 
     Rows 5 6 8 2 (id 4) and 5 6 7 9 2 (id 7), each with loss on its last two tokens, pad id 0:
 
@@ -143,7 +143,7 @@ class PaddedCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         length = max(len(example["input_ids"]) for example in examples)
-        # Left padding lines the completions up in the last columns, so that one slice of logits serves all rows.
+        # Left padding aligns the completions in the last columns, so that one slice of logits serves all rows.
         supervised = max(len(example["labels"]) - _first_supervised(example) for example in examples)
         padding = [length - len(example["input_ids"]) for example in examples]
         rows = list(zip(examples, padding, strict=True))
@@ -151,7 +151,7 @@ class PaddedCollator:
         return {
             "input_ids": torch.tensor([[self.pad_token_id] * pad + row["input_ids"] for row, pad in rows]),
             "attention_mask": mask,
-            # Counted from a row's own first token; transformers would count the padding too.
+            # Counted from the row's first token; transformers would count the padding too.
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
             "logits_to_keep": torch.arange(length - supervised - 1, length - 1),
             "labels": torch.tensor([row["labels"][-supervised:] for row, _ in rows]),
@@ -160,5 +160,5 @@ class PaddedCollator:
 
 
 def token_count(batch: dict[str, Any]) -> int | torch.Tensor:
-    """Tokens in a batch of either form, padding left out."""
+    """Number of tokens in a batch of either layout, without padding."""
     return batch["input_ids"].numel() if "packing" in batch else batch["attention_mask"].sum()

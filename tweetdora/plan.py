@@ -1,4 +1,4 @@
-"""What a training run is, checked and shown before it starts."""
+"""The plan of a training run: checked and shown before the run starts."""
 
 import math
 import os
@@ -18,62 +18,62 @@ from tweetdora.errors import ResourceError
 from tweetdora.records import RunRecord
 from tweetdora.tracking import wandb_mode
 
-# Below both an adapter hardly leaves its start: README's own recipe for another task once trained 3 steps at 3e-5, and
-# answered after it as before.
+# Below both limits, an adapter barely changes: README's own recipe for another task once trained 3 steps at 3e-5, and
+# the answers stayed the same.
 _FEW_STEPS, _LOW_RATE = 50, 1e-4
 
 
 def check_disk(training: TrainConfig, trainable: int) -> None:
-    """Refuse to start where the checkpoints will not fit.
+    """Refuse to start if the checkpoints will not fit on the disk.
 
-    A checkpoint is the adapter and AdamW's two moments in float32; one more than --save_total_limit exists while a
-    new one is written.
+    A checkpoint holds the adapter and AdamW's two moments in float32. While a new checkpoint is written, one more than
+    --save_total_limit exists.
 
     Raises:
-        ResourceError: too little room, or the folder cannot be written.
+        ResourceError: too little disk space, or the folder is not writable.
     """
-    # Without a limit the checkpoints of a long run cannot be counted here; ten show whether the disk is a small one.
-    # 50 MB for the rest: trainer_state, plots, and W&B's files, of which nobody knows the size beforehand.
+    # Without a limit, the checkpoints of a long run cannot be counted here; space for ten detects a nearly full disk.
+    # 50 MB for the rest: trainer_state, plots, and W&B's files, whose size is unknown beforehand.
     needed = trainable * 4 * 3 * ((training.save_total_limit or 10) + 1) + 50_000_000
     try:
         os.makedirs(training.output_dir, exist_ok=True)
         free = shutil.disk_usage(training.output_dir).free
-        writable = os.access(training.output_dir, os.W_OK)  # said now, not at the first checkpoint
+        writable = os.access(training.output_dir, os.W_OK)  # fail now, not at the first checkpoint
     except OSError as error:
-        raise ResourceError(f"--output_dir {training.output_dir} cannot be made: {error}") from error
+        raise ResourceError(f"--output_dir {training.output_dir} cannot be created: {error}") from error
     if not writable:
         raise ResourceError(f"--output_dir {training.output_dir} is not writable; choose another folder.")
     if free < needed:
         raise ResourceError(
             f"--output_dir {training.output_dir}: {free / 1e6:,.0f} MB free, but adapter, checkpoints and plots need "
-            f"about {needed / 1e6:,.0f} MB. Make room, choose another folder, or lower --save_total_limit."
+            f"about {needed / 1e6:,.0f} MB. Free disk space, choose another folder, or lower --save_total_limit."
         )
 
 
 def default_hub_model_id(task: TaskConfig, model: ModelConfig, training: TrainConfig) -> str | None:
-    """Where a run will be published unless push_to_hub.py is told otherwise."""
-    # Another recipe has no repository by default: a push without a flag would put it in the published model's place.
+    """The repository that push_to_hub.py uses for a run unless a flag names another; None if there is no default."""
+    # Other recipes have no default repository: a push without a flag would overwrite the published model.
     return training.hub_model_id or (PUBLISHED_REPO if is_published_run(task, model, training) else None)
 
 
 def count_steps(training: TrainConfig, num_examples: int) -> int:
-    """Optimizer steps of a run, as the Trainer counts them.
+    """Number of optimizer steps of a run, as the Trainer counts them.
 
-    The Trainer itself tells them only when it trains; the plan is shown before, and the record of a run that is killed
-    in its first step has them too.
+    The Trainer itself reports this number only once it trains. The plan is shown before that, and the record of a run
+    that is killed in its first step needs the number too.
     """
     if training.max_steps > 0:
         return training.max_steps
-    # Each process has a share of the examples; a last batch that is not full is a batch all the same.
+    # Each process gets a share of the examples; a last, partial batch counts as a batch.
     batches = num_examples / (training.world_size * training.per_device_train_batch_size)
     batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
-    # The last passes of an epoch make a step of their own, however few they are.
+    # The last passes of an epoch form one step, however few they are.
     steps_per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     return math.ceil(training.num_train_epochs * steps_per_epoch)
 
 
 def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
-    """The plan as a person reads it before the first step; `threads` are those of one process on the CPU."""
+    """Format the plan that is shown before the first step; `threads` is the number of CPU threads per process."""
     data, base, validation, adapter = run.train_data, run.base_model, run.validation_data, run.model
     on_cpu = training.device.type == "cpu"
     device = f"cpu, {threads} threads each" if on_cpu else torch.cuda.get_device_name(training.device)
@@ -89,7 +89,7 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
         ("training data", f"{data.num_examples:,} examples of {name}, {data.split}: {counts}"),
         (
             "tokens",
-            f"{data.tokens:,}, of which {data.supervised_tokens:,} carry loss; {data.truncated:,} texts truncated "
+            f"{data.tokens:,}, {data.supervised_tokens:,} of them supervised; {data.truncated:,} texts truncated "
             f"to --max_length {run.task.max_length}",
         ),
         (
@@ -110,14 +110,14 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
         ("tracker", _tracker_line(training)),
         ("run folder", training.output_dir),
     ]
-    # What a user would wonder about later: why one GPU idles, why the prompt is not where the template has its place.
+    # Answers to likely questions: why is one GPU idle, why is the prompt not in the template's system message?
     if training.visible_gpus > 1:
         number = training.visible_gpus
         lines.append(
-            ("note", f"{number} GPUs are visible, 1 is used: accelerate launch --multi_gpu train.py uses all")
+            ("note", f"{number} GPUs are visible, 1 is used: accelerate launch --multi_gpu train.py uses them all")
         )
     if run.prompt_format.system_in_user_turn:
-        lines.append(("note", "the chat template takes no system message: the prompt heads the user's turn"))
+        lines.append(("note", "the chat template has no system role: the system prompt starts the user's turn"))
     lines += [("note", f"{note.split}: {note.text}") for note in run.notes]
     if unnamed := _unnamed_words(run.task):
         lines.append(("note", f"the system prompt does not name {', '.join(unnamed)}"))
@@ -125,8 +125,8 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
         lines.append(
             (
                 "note",
-                f"{run.steps} steps at {training.learning_rate:g} teach next to nothing; give more examples, epochs, "
-                "or a higher --learning_rate",
+                f"{run.steps} steps at a learning rate of {training.learning_rate:g} will change almost nothing; use "
+                "more examples or epochs, or a higher --learning_rate",
             )
         )
     return "\n".join(f"  {label:<14} {text}" for label, text in lines)
@@ -138,7 +138,7 @@ def _unnamed_words(task: TaskConfig) -> list[str]:
 
 
 def _every(steps: float) -> str:
-    """How often something happens; below 1 the Trainer takes it for a share of all steps."""
+    """How often something happens; if below 1, the Trainer treats `steps` as a fraction of all steps."""
     return f"every {100 * steps:g} % of the steps" if steps < 1 else f"every {steps:g} steps"
 
 

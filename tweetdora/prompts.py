@@ -5,7 +5,7 @@
     tail        <|im_end|>\n<|im_start|>assistant\n
     completion  positive<|im_end|>
 
-Head, text and tail are the prompt. Loss is on the label word and on the stop token behind it, nothing else.
+Head, text and tail form the prompt. Only the label word and the stop token after it carry loss.
 """
 
 import bisect
@@ -24,10 +24,10 @@ from tweetdora.data import Examples, data_record, first_text_per_label
 from tweetdora.errors import InputError
 from tweetdora.records import PromptFormat, TrainDataRecord, chat_messages
 
-# Variables of templates that can leave a thought out; others do not know them.
+# Variables that turn thinking off in some templates; others ignore them.
 _WITHOUT_THOUGHT: dict[str, Any] = {"enable_thinking": False, "thinking": False}
 _OPEN_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*$")
-# Head and tail as they were trained; the user's last text between them, and what was answered, if anything was.
+# Head and tail as in training, with the user's last text between them, followed by the answer if there is one.
 _FROZEN = """{{%- set found = namespace(text="", answer=none) -%}}
 {{%- for message in messages -%}}
 {{%- set said = message["content"] -%}}
@@ -39,32 +39,32 @@ _FROZEN = """{{%- set found = namespace(text="", answer=none) -%}}
 {{%- set found.text = found.text.replace({prefix}, "", 1) -%}}{{%- endif -%}}
 {{{{- {head} }}}}{{{{- found.text | trim }}}}{{{{- {tail} }}}}
 {{%- if found.answer is not none -%}}{{{{- found.answer + {stop} }}}}{{%- endif -%}}"""
-IGNORE_INDEX = -100  # what torch.nn.functional.cross_entropy leaves out
+IGNORE_INDEX = -100  # ignored by torch.nn.functional.cross_entropy
 _TEXT_MARK = "THE-TEXT-STANDS-HERE"
 
 
 def read_prompt_format(
     tokenizer: PreTrainedTokenizerBase, task: TaskConfig, date: datetime.date | None = None
 ) -> PromptFormat:
-    """Read the format of prompts off the tokenizer's chat template, as it is on that date; None: today.
+    """Read the prompt format from the tokenizer's chat template as rendered on `date`, by default today.
 
-    The model is not to think: where a template opens a thought in front of an answer, or writes an empty one there,
-    the prompt closes it.
+    The model should not think. If the template opens a thought before an answer, or writes an empty one there, the
+    prompt closes it.
 
     Raises:
-        InputError: there is no chat template, it fails, or it does not leave the text as it is.
+        InputError: there is no chat template, it fails, or it changes the text.
     """
     template = _Template(tokenizer, task, date)
     system_in_user_turn = not template.takes_system_role()
     messages = chat_messages(task.system_prompt, _TEXT_MARK, system_in_user_turn)
     prompt = template.render(messages, True)
     if prompt.count(_TEXT_MARK) != 1:
-        raise InputError(f"the chat template of {tokenizer.name_or_path} does not repeat the user's text once.")
+        raise InputError(f"the chat template of {tokenizer.name_or_path} does not write the user's text exactly once.")
     answers = [_answer_in_template(template, messages, prompt, word) for word in task.label_words]
     openings = {opening for opening, _, _ in answers}
     if len(openings) > 1:
         raise InputError(
-            f"the chat template of {tokenizer.name_or_path} begins answers in {len(openings)} ways "
+            f"the chat template of {tokenizer.name_or_path} starts answers in {len(openings)} ways "
             f"({', '.join(map(repr, sorted(openings)))}); expected one."
         )
     head, tail = prompt.split(_TEXT_MARK)
@@ -73,14 +73,14 @@ def read_prompt_format(
 
 
 def writes_a_date(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> bool:
-    """Whether the chat template writes the date of the day on which it is asked."""
+    """True if the chat template writes the current date into the prompt."""
     dates = (datetime.date(2001, 2, 3), datetime.date(2034, 10, 21))
     first, second = (read_prompt_format(tokenizer, task, date) for date in dates)
     return first != second
 
 
 class _Template:
-    """A tokenizer's chat template, as the task uses it on a date: the named one, with its variables, not thinking."""
+    """The chat template that the task names, with the task's variables, thinking turned off, on a given date."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, date: datetime.date | None = None
@@ -90,27 +90,27 @@ class _Template:
         self.variables: dict[str, Any] = {**_WITHOUT_THOUGHT, **cast(dict, task.chat_template_kwargs or {})}
         if date is not None:
             self.source = _as_of(date, self.source)
-        # Templates of multimodal models may take a text as a list of parts only, and leave a plain one out.
+        # Some templates of multimodal models accept text only as a list of parts, and drop a plain string.
         self.in_parts = _TEXT_MARK not in self._try(in_parts=False) and _TEXT_MARK in self._try(in_parts=True)
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        """The chat as the template writes it.
+        """Render a chat with the template.
 
         Raises:
             InputError: the template fails.
         """
         try:
             return self._write(messages, add_generation_prompt, self.in_parts)
-        except Exception as error:  # a template is a program of somebody's: it may fail in any way
+        except Exception as error:  # a template is a third-party program: it may fail in any way
             roles = ", ".join(message["role"] for message in messages)
             said = " ".join(str(error).split())[:200]
             raise InputError(
                 f"the chat template of {self.tokenizer.name_or_path} fails for the roles {roles}: "
-                f"{type(error).__name__}: {said}. Choose another chat model, or mend its template."
+                f"{type(error).__name__}: {said}. Choose another chat model, or fix its template."
             ) from error
 
     def takes_system_role(self) -> bool:
-        """Whether the template shows a system message; some refuse the role, some leave it out without a word."""
+        """True if the template shows a system message; some templates reject the role, some silently drop it."""
         try:
             rendered = self.render(chat_messages(self.task.system_prompt, _TEXT_MARK, False))
         except InputError:
@@ -118,10 +118,10 @@ class _Template:
         return self.task.system_prompt.strip() in rendered
 
     def _try(self, in_parts: bool) -> str:
-        """A user's turn as the template writes it; nothing where it fails."""
+        """Render a user's turn; empty if the template fails."""
         try:
             return self._write([{"role": "user", "content": _TEXT_MARK}], False, in_parts)
-        except Exception:  # noqa: BLE001  (said in render, if the other form fails too)
+        except Exception:  # noqa: BLE001  (render reports it if the other form fails too)
             return ""
 
     def _write(self, messages: list[dict[str, str]], add_generation_prompt: bool, in_parts: bool) -> str:
@@ -139,10 +139,10 @@ class _Template:
 
 
 def _choose_template(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> str:
-    """The text of the template that is used, of several the one that --chat_template names.
+    """The source of the template to use; if there are several, the one that --chat_template names.
 
     Raises:
-        InputError: there is none, or it is not said which.
+        InputError: there is no template, or there are several and none was chosen.
     """
     templates, name = tokenizer.chat_template, task.chat_template
     if not templates:
@@ -153,12 +153,12 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> st
     if isinstance(templates, str):
         if name not in (None, "default"):
             raise InputError(
-                f"--chat_template {name}: {tokenizer.name_or_path} has one chat template, without a name. Leave the "
-                "flag out."
+                f"--chat_template {name}: {tokenizer.name_or_path} has only one chat template, without a name. Omit "
+                "the flag."
             )
         return templates
     if (name or "default") not in templates:
-        asked = f"--chat_template {name}: there is none of that name" if name else "none of them is called default"
+        asked = f"--chat_template {name} is not among them" if name else "none of them is called default"
         raise InputError(
             f"{tokenizer.name_or_path} has the chat templates {', '.join(sorted(templates))}; {asked}. Name one with "
             "--chat_template."
@@ -167,18 +167,18 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> st
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
-    """Leave the tokenizer with the template that is used alone: so it is saved, and nobody has to name it again.
+    """Keep only the chosen template in the tokenizer: it is saved that way, and nobody has to name it again.
 
     Raises:
-        InputError: there is none, or it is not said which.
+        InputError: there is no template, or there are several and none was chosen.
     """
     tokenizer.chat_template = _choose_template(tokenizer, task)
 
 
 def _as_of(date: datetime.date, template: str) -> str:
-    """The template with that date for today's: strftime_now, by which templates ask, is given its answers.
+    """The template with `date` in place of today's, by redefining strftime_now, which templates call for the date.
 
-    apply_chat_template takes no functions, so the answers are written in front, for each form of a date that is asked.
+    apply_chat_template accepts no functions, so a macro is put in front, with the result for each date format used.
     """
     forms = {form for _, form in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1", template)}
     answers = json.dumps({form: date.strftime(form) for form in forms})
@@ -191,22 +191,22 @@ def _as_of(date: datetime.date, template: str) -> str:
 def _answer_in_template(
     template: _Template, messages: list[dict[str, str]], prompt: str, word: str
 ) -> tuple[str, str, str]:
-    """What the template writes for the answer `word`: what opens it behind the prompt, word, and stop token.
+    """Split what the template writes after the prompt for the answer `word` into opening, completion and stop token.
 
-    The opening is the assistant's header, in templates whose generation prompt leaves it out, or an empty thought.
+    The opening is an empty thought, or the assistant's header if the template's generation prompt leaves it out.
     """
     tokenizer = template.tokenizer
     full = template.render([*messages, {"role": "assistant", "content": word}])
     thought = _OPEN_THOUGHT.search(prompt)
     if full.startswith(prompt):
         before, found, after = full[len(prompt) :].partition(word)
-    else:  # what the generation prompt opens, a thought above all, is left out of answers that are over
+    else:  # finished answers lack something that the generation prompt opens, most likely a thought
         _, found, after = full[max(full.rfind(word), 0) :].partition(word)
         before = f"\n</{thought[1]}>\n\n" if thought else ""
     if thought and f"</{thought[1]}>" not in before:
         raise InputError(
             f"the chat template of {tokenizer.name_or_path} opens {thought[0].strip()} for an answer and never closes "
-            "it; the label would be part of a thought. Choose a model that answers."
+            "it; the label would be part of a thought. Choose a model that can answer without thinking."
         )
     specials = _control_tokens(tokenizer).search(after)
     stop_token = specials[0] if specials else tokenizer.eos_token
@@ -217,22 +217,22 @@ def _answer_in_template(
         )
     # Llama 2 writes a space between word and stop token.
     written = word + (after[: specials.start()] if specials else "")
-    # White space belongs to the word: some tokenizers make one token of both.
+    # White space belongs to the word: some tokenizers merge both into one token.
     return ("", before + written, stop_token) if not before.strip() else (before, written, stop_token)
 
 
 def freeze_template(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, task: TaskConfig) -> bool:
-    """Give the tokenizer a template that writes this prompt for ever, if its own would not; whether it was given one.
+    """Replace the tokenizer's template by one that always writes this prompt, if its own does not; True if replaced.
 
-    Its own would not where it writes a date, thinks unless told otherwise, was given variables, takes content parts
-    only, or leaves the assistant's header out.
+    Its own does not if it writes a date, thinks by default, was given variables, accepts only content parts, or leaves
+    out the assistant's header.
     """
     messages = prompt_format.messages(task.system_prompt, _TEXT_MARK)
-    unnamed = replace(task, chat_template=None, chat_template_kwargs=None)  # as anybody uses what is published
+    unnamed = replace(task, chat_template=None, chat_template_kwargs=None)  # as users of the published model call it
     template, own = _Template(tokenizer, unnamed), None
     template.variables = {}
     if not template.in_parts:
-        with suppress(InputError):  # it may fail without a variable
+        with suppress(InputError):  # it may fail without its variables
             own = template.render(messages, True)
     if own == prompt_format.head + _TEXT_MARK + prompt_format.tail and not writes_a_date(tokenizer, unnamed):
         return False
@@ -245,17 +245,18 @@ def freeze_template(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFor
 
 
 class PromptTokenizer:
-    """Token ids of prompts and completions: the same function for training, evaluation and publishing.
+    """Tokenise prompts and completions, with the same code for training, evaluation and publishing.
 
-    The ids are those of the rendered template tokenised as one text, with two exceptions. Text between the template's
-    own special tokens is data: a special token spelled out in a tweet is taken apart into ordinary tokens. And the
-    completion's ids are appended to the prompt's, so that the border between them is where generation starts.
+    The ids are those of the rendered template tokenised as one text, with two exceptions. First, text between the
+    template's own special tokens is data: a special token spelled out in a tweet is split into ordinary tokens.
+    Second, the completion's ids are appended to the prompt's, so that the boundary between them is where generation
+    starts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.format = prompt_format
-        # Added tokens are cut out of a text before anything else is tokenised, so tokenising may begin and end at one.
+        # Tokenizers split a text at added tokens before anything else, so parts can be tokenised up to or from one.
         self._control = _control_tokens(tokenizer)
         marks = [found.span() for found in self._control.finditer(prompt_format.head)]
         tail_mark = self._control.search(prompt_format.tail)
@@ -268,10 +269,10 @@ class PromptTokenizer:
         self._after_text = prompt_format.tail[:tail_start]
         self.tail_ids = self._ids(prompt_format.tail[tail_start:])
         self.stop_token_id = cast(int, tokenizer.convert_tokens_to_ids(prompt_format.stop_token))
-        # An unknown token has the id of <unk>, or None.
+        # The conversion above returns the id of <unk>, or None, for an unknown token.
         if prompt_format.stop_token not in tokenizer.get_vocab():
             raise InputError(
-                f"the stop token {prompt_format.stop_token!r} is no token of {tokenizer.name_or_path}; the prompt "
+                f"the stop token {prompt_format.stop_token!r} is not a token of {tokenizer.name_or_path}; the prompt "
                 "format belongs to another tokenizer."
             )
         self.completion_ids = [self._completion_ids(completion) for completion in prompt_format.completions]
@@ -281,12 +282,12 @@ class PromptTokenizer:
         self._room_for_text = self.max_prompt_length - around
         if self._room_for_text < 1:
             raise InputError(
-                f"--max_length {max_length} leaves no room for the text: the prompt around it has {around} tokens "
-                f"and the longest answer {completion_length}. Give a larger --max_length or a shorter --system_prompt."
+                f"--max_length {max_length} leaves no room for the text: the prompt around it has {around} tokens and "
+                f"the longest answer has {completion_length}. Use a larger --max_length or a shorter --system_prompt."
             )
 
     def prompt_ids(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-        """Token ids of the prompt for each text, up to where the answer begins, and how many texts had to be cut."""
+        """Token ids of each text's prompt, up to where the answer starts, and the number of truncated texts."""
         plain = [text for text in texts if self.is_plain(text)]
         encoded = iter(self._middle_ids(plain))
         prompts, cut = [], 0
@@ -299,7 +300,7 @@ class PromptTokenizer:
         return prompts, cut
 
     def is_plain(self, text: str) -> bool:
-        """Whether a text spells out no control token."""
+        """True if a text spells out no control token."""
         return not self._control.search(text)
 
     def _around(self, middle: list[int]) -> list[int]:
@@ -310,21 +311,21 @@ class PromptTokenizer:
         return self.tokenizer(framed, add_special_tokens=False)["input_ids"] if framed else []
 
     def _spelled_out_ids(self, text: str) -> list[int]:
-        """Ids of a text that spells out control tokens: cut each one open, so that it is no token any more."""
+        """Ids of a text that spells out control tokens; each one is split, so that it is no longer a token."""
         pieces, rest = [], text
         while found := self._control.search(rest):
             pieces.append(rest[: found.start() + 1])
             rest = rest[found.start() + 1 :]
         pieces = [*pieces, rest]
         pieces[0] = self._before_text + pieces[0]
-        pieces[-1] += self._after_text  # the same piece, if there is only one
+        pieces[-1] += self._after_text  # the same piece if there is only one
         return [token for piece in pieces for token in self._ids(piece)]
 
     def _cut(self, text: str) -> list[int]:
-        """The prompt of as many of the text's first tokens as fit."""
+        """The prompt with as many of the text's first tokens as fit."""
         ends = [0, *(end for _, end in self._offsets(text)[: self._room_for_text])]
-        # How many fit is searched for: where the text meets the template, and where control tokens are taken apart,
-        # there are more tokens than the text has by itself.
+        # Search for the number that fits: where the text meets the template, and where control tokens are split, there
+        # are more tokens than in the text alone.
         count = bisect.bisect_right(
             range(1, len(ends)), self.max_prompt_length, key=lambda n: len(self._up_to(text, ends[n]))
         )
@@ -337,7 +338,7 @@ class PromptTokenizer:
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
     def _completion_ids(self, completion: str) -> list[int]:
-        """Ids of a completion and the stop token, tokenised behind the tail where that leaves the tail's ids alone."""
+        """Ids of a completion and the stop token, tokenised after the tail if that does not change the tail's ids."""
         behind = self._ids(self.format.tail + completion)
         tail = self._ids(self.format.tail)
         apart = behind[len(tail) :] if behind[: len(tail)] == tail else self._ids(completion)
@@ -348,7 +349,7 @@ class PromptTokenizer:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Finds added tokens in a text; runs of spaces or line ends, which some tokenizers add, control nothing."""
+    """A pattern for added tokens; it skips runs of spaces or newlines, which some tokenizers add as tokens."""
     tokens = map(str, tokenizer.added_tokens_decoder.values())
     return re.compile(_any_of(token for token in tokens if token.strip()))
 
@@ -366,24 +367,24 @@ class TokenizedExamples:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all examples together."""
+        """Number of tokens in all examples."""
         return sum(len(feature["input_ids"]) for feature in self.features)
 
     @property
     def sequence_lengths(self) -> dict[str, int]:
-        """Tokens of the shortest example, the middle one, one longer than 95 % of the others, the longest."""
+        """Number of tokens in the shortest, the median, the 95th-percentile and the longest example."""
         lengths = sorted(len(feature["input_ids"]) for feature in self.features)
         places = {"shortest": 0.0, "median": 0.5, "95_percent": 0.95, "longest": 1.0}
         return {name: lengths[round(place * (len(lengths) - 1))] for name, place in places.items()}
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens that carry loss, of all examples together."""
+        """Number of tokens that carry loss in all examples."""
         return sum(label != IGNORE_INDEX for feature in self.features for label in feature["labels"])
 
 
 def train_data_record(examples: Examples, tokenized: TokenizedExamples, label_words: list[str]) -> TrainDataRecord:
-    """What a record says of the training examples."""
+    """The record of the training examples."""
     return TrainDataRecord(
         **asdict(data_record(examples, label_words)),
         tokens=tokenized.tokens,
@@ -403,7 +404,7 @@ def tokenize_examples(examples: Examples, prompt_tokenizer: PromptTokenizer) -> 
         labels     [-100, -100, -100, 8, 2]
 
     Raises:
-        InputError: an example would not end in the supervised stop token, or begins with more than one BOS token.
+        InputError: an example does not end in the supervised stop token, or starts with more than one BOS token.
     """
     prompts, truncated = prompt_tokenizer.prompt_ids(examples.texts)
     features = []
@@ -420,10 +421,10 @@ def tokenize_examples(examples: Examples, prompt_tokenizer: PromptTokenizer) -> 
 
 
 def check_example(feature: dict[str, Any], prompt_tokenizer: PromptTokenizer) -> None:
-    """Refuse an example whose last supervised token is not the stop token, or that holds BOS twice.
+    """Refuse an example whose last supervised token is not the stop token, or that starts with two BOS tokens.
 
-    A model that never sees its stop token supervised learns to go on after the answer, and a second BOS is one that
-    generation would not have.
+    Without a supervised stop token, the model would learn to continue after the answer. A second BOS would not be
+    there in generation.
     """
     bos = prompt_tokenizer.tokenizer.bos_token_id
     if feature["labels"][-1] != prompt_tokenizer.stop_token_id:
@@ -435,13 +436,13 @@ def check_example(feature: dict[str, Any], prompt_tokenizer: PromptTokenizer) ->
     doubled = bos is not None and feature["input_ids"][:2] == [bos, bos]
     if doubled:
         raise InputError(
-            f"example {feature['example_id']}: begins with two BOS tokens ({prompt_tokenizer.tokenizer.bos_token!r}); "
-            "expected one at most. The chat template writes one that the tokenizer adds too."
+            f"example {feature['example_id']} starts with two BOS tokens ({prompt_tokenizer.tokenizer.bos_token!r}); "
+            "expected at most one. The chat template and the tokenizer both add one."
         )
 
 
 def show_example(feature: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """One example as text, its supervised tokens between 【 and 】."""
+    """One example as text, with each supervised token between 【 and 】."""
     ids, labels = feature["input_ids"], feature["labels"]
     first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
     supervised = "".join(f"【{tokenizer.decode([token])}】" for token in ids[first:])
@@ -449,10 +450,10 @@ def show_example(feature: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def stop_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase, stop_token_id: int) -> list[int]:
-    """Every id at which generation ends: the template's stop token, the tokenizer's and the generation config's eos.
+    """Every id that ends generation: the template's stop token, the tokenizer's EOS and the generation config's EOS.
 
     A generation config often names another id than the one that the chat template writes (transformers issue 23530
-    and many others); waiting for that one alone lets the answer run on.
+    and many others). If generation waited only for that id, the answer would not end.
     """
     configured = model.generation_config.eos_token_id
     ids = {stop_token_id, tokenizer.eos_token_id}

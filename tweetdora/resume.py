@@ -1,4 +1,4 @@
-"""Going on with an interrupted run: from which checkpoint, and only as the run that it was."""
+"""Resume an interrupted run: choose its checkpoint, and refuse to continue it as a different run."""
 
 import contextlib
 import dataclasses
@@ -15,22 +15,22 @@ from tweetdora.files import held_lock
 from tweetdora.hub import pin_revision
 from tweetdora.records import RunRecord, run_status
 
-# What a resumed run may have otherwise, where the user says so, and what that does to it. All else makes another run:
-# its adapter would be neither the one that was begun nor the one that the new settings give.
-_ROUNDING = "sums are taken in another order, so the last digits differ; dropout, if there is any, drops other values"
+# What may differ in a resumed run if the user allows it, and the effect. Any other difference makes it another run,
+# whose adapter would match neither the old settings nor the new ones.
+_ROUNDING = "sums are taken in another order, so the last digits differ; dropout, if any, drops other values"
 MAY_DIFFER = {
     **{f"training.{name}": _ROUNDING for name in ROUNDING_ARGUMENTS},
-    "code": "another state of this repository; what changed in it is not known here",
-    "packages": "other versions of libraries; what changed in them is not known here",
+    "code": "another state of this repository; the effect of its changes is unknown",
+    "packages": "other library versions; the effect of their changes is unknown",
 }
 
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """Where a run begins.
+    """Where a run starts.
 
-    `checkpoint` is None for a new run; `saved` is the record that lies in the checkpoint; `notes` are lines for the
-    user, one for each damaged checkpoint that is passed over.
+    `checkpoint` is None for a new run; `saved` is the record stored in the checkpoint; `notes` are lines for the user,
+    such as one for each damaged checkpoint that was skipped.
     """
 
     checkpoint: str | None = None
@@ -40,10 +40,10 @@ class ResumePlan:
 
 @contextlib.contextmanager
 def only_training_in(folder: str, is_main_process: bool) -> Iterator[None]:
-    """Hold a lock on a run folder while it is trained in; of several processes the first holds it.
+    """Hold a lock on a run folder during training; with several processes, the main process holds it.
 
     Raises:
-        InputError: another process on this machine trains in it.
+        InputError: another process on this machine is training in it.
     """
     if not is_main_process:
         yield
@@ -56,18 +56,18 @@ def only_training_in(folder: str, is_main_process: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Commits:
-    """The commits on the Hub that everything is loaded from; None for what is local."""
+    """The Hub commits that base and data set are loaded from; None for local ones."""
 
     base: str | None
     data: str | None
 
 
 def plan_resume(training: TrainConfig) -> ResumePlan:
-    """Find the checkpoint to go on from, if the run is to go on.
+    """Find the checkpoint to resume from, if the run is to be resumed.
 
     Raises:
-        InputError: the run folder is taken, there is nothing to go on from, or something that is allowed to differ
-            cannot be.
+        InputError: the run folder already holds a run, there is nothing to resume from, or --allow_mismatch names
+            something that must not differ.
     """
     if unknown := sorted(set(training.allow_mismatch) - MAY_DIFFER.keys()):
         raise InputError(f"--allow_mismatch {' '.join(unknown)}: expected some of {', '.join(MAY_DIFFER)}.")
@@ -79,11 +79,11 @@ def plan_resume(training: TrainConfig) -> ResumePlan:
     if status == "finished":
         raise InputError(f"the run in {folder} is finished; there is nothing to resume. Choose another --output_dir.")
     if asked in ("true", "True"):
-        # A kill before the first checkpoint costs those steps only; a scheduler that restarts the same command needs
-        # no second case.
+        # A run that was killed before its first checkpoint loses only those steps, so it starts over. A scheduler can
+        # then always restart the same command.
         if status and not all_checkpoints(folder):
             return ResumePlan(
-                notes=[f"note: the run in {folder} was stopped before its first checkpoint; it begins again."]
+                notes=[f"note: the run in {folder} was stopped before its first checkpoint; it starts over."]
             )
         checkpoint, notes = _newest_checkpoint(folder)
         return ResumePlan(checkpoint, saved_run(checkpoint), notes)
@@ -92,10 +92,10 @@ def plan_resume(training: TrainConfig) -> ResumePlan:
 
 
 def _check_folder_is_free(folder: str, status: str | None) -> None:
-    """Refuse to begin a run where there is one: its checkpoints and records would be mixed with the new one's."""
+    """Refuse to start a run in a folder that already holds one: their checkpoints and records would be mixed."""
     if status or all_checkpoints(folder):
         resume = {"finished": "Choose", "diverged": "Lower --learning_rate and choose"}.get(
-            status or "", "Go on with it by --resume_from_checkpoint true, or choose"
+            status or "", "Resume it with --resume_from_checkpoint true, or choose"
         )
         raise InputError(
             f"--output_dir {folder} already holds a run ({status or 'unfinished'}). {resume} another "
@@ -104,17 +104,17 @@ def _check_folder_is_free(folder: str, status: str | None) -> None:
 
 
 def _newest_checkpoint(folder: str) -> tuple[str, list[str]]:
-    """The newest checkpoint that is whole, and what is to be said of newer ones."""
+    """The newest intact checkpoint, and a note for each newer, damaged one."""
     checkpoint, damaged = last_whole_checkpoint(folder)
     if checkpoint is None:
         found = "; ".join(f"{path} is damaged, {damage}" for path, damage in damaged.items())
         raise InputError(
-            f"--resume_from_checkpoint true: found no {'whole ' if found else ''}checkpoint in {folder}"
-            f"{f' ({found})' if found else ''}. Leave the flag out to start anew (and delete the folder if it holds "
-            "an unfinished run)."
+            f"--resume_from_checkpoint true: found no {'intact ' if found else ''}checkpoint in {folder}"
+            f"{f' ({found})' if found else ''}. To start over, omit the flag (and delete the folder if it holds an "
+            "unfinished run)."
         )
     return checkpoint, [
-        f"note: {path} is damaged and passed over ({damage}); going on from {checkpoint}."
+        f"note: skipped {path}, which is damaged ({damage}); resuming from {checkpoint}."
         for path, damage in damaged.items()
     ]
 
@@ -126,19 +126,20 @@ def _check_named_checkpoint(checkpoint: str, folder: str, status: str | None) ->
         raise InputError(
             f"--resume_from_checkpoint {checkpoint}: {damage}. Name another, or give `true` for the newest."
         )
-    # Another run's checkpoint may begin this one, as a fork; then its own folder must be empty.
+    # A run may start from another run's checkpoint, as a fork; then its own folder must be empty.
     elsewhere = os.path.dirname(os.path.abspath(checkpoint)) != os.path.abspath(folder)
     if elsewhere and (status or all_checkpoints(folder)):
         raise InputError(
-            f"--resume_from_checkpoint {checkpoint} is of another run than --output_dir {folder}, which holds one "
-            "already. Choose an empty --output_dir."
+            f"--resume_from_checkpoint {checkpoint} belongs to another run than --output_dir {folder}, which already "
+            "holds one. Choose an empty --output_dir."
         )
 
 
 def pin_commits(task: TaskConfig, model: ModelConfig, saved: RunRecord | None) -> Commits:
-    """The commits of base and data set: those that the run was begun with, whatever the Hub has now.
+    """The commits of base and data set: for a resumed run those it was started with, whatever the Hub has now.
 
-    A run that goes on under other names is refused later, by check_same_run; what they name is looked up here.
+    If the run is resumed with another base or data set, its current commit is looked up here, and check_same_run later
+    refuses the run.
     """
     base, data = (model.model_name_or_path, model.model_revision), (task.dataset_name, task.dataset_revision)
     kept_base = kept_data = None
@@ -151,10 +152,10 @@ def pin_commits(task: TaskConfig, model: ModelConfig, saved: RunRecord | None) -
 
 
 def continue_record(saved: RunRecord, planned: RunRecord, allowed: Sequence[str]) -> tuple[RunRecord, list[str]]:
-    """The planned run's record, going on where the interrupted run's was; and what is otherwise and was allowed.
+    """The planned run's record, which continues the interrupted run's; and the mismatches that were allowed.
 
     Raises:
-        InputError: it is another run.
+        InputError: it is a different run.
     """
     mismatches = check_same_run(saved, planned, allowed)
     record = dataclasses.replace(
@@ -168,7 +169,7 @@ def continue_record(saved: RunRecord, planned: RunRecord, allowed: Sequence[str]
 
 
 def check_same_run(saved: RunRecord, planned: RunRecord, allowed: Sequence[str] = ()) -> list[str]:
-    """Refuse to resume a run under other settings, data, base or code; the mismatches that were allowed by name.
+    """Refuse to resume a run with other settings, data, base or code; return the mismatches that `allowed` names.
 
     Raises:
         InputError: names every setting that differs and was not allowed.
@@ -180,24 +181,25 @@ def check_same_run(saved: RunRecord, planned: RunRecord, allowed: Sequence[str] 
         if kind is not None and kind in allowed:
             mismatches.append(f"{text} ({MAY_DIFFER[kind]})")
         else:
-            refused.append(text + (f" (--allow_mismatch {kind} goes on all the same)" if kind else ""))
+            refused.append(text + (f" (--allow_mismatch {kind} resumes anyway)" if kind else ""))
     if refused:
         raise InputError(
             "--resume_from_checkpoint: this is not the run that was interrupted. " + "; ".join(refused) + ". "
-            "Give the settings of the first command, or start anew in another --output_dir."
+            "Use the settings of the first command, or start a new run in another --output_dir."
         )
     return mismatches
 
 
 def find_mismatches(saved: RunRecord, planned: RunRecord) -> Iterator[tuple[str, Any, Any]]:
-    """Name, old and new value of all that makes a run's result and is not the same."""
+    """Name, old value and new value of everything that affects a run's result and has changed."""
     for part in ("task", "model", "training", "base_model", "train_data", "prompt_format"):
         yield from _unequal(f"{part}.", vars(getattr(saved, part)), vars(getattr(planned, part)))
-    # The commit alone does not tell: code that is not committed trains too.
+    # The commit alone is not enough: uncommitted changes affect training too.
     code_before, code_now = (_code(run) for run in (saved, planned))
     if code_before != code_now:
         yield "code", code_before, code_now
-    # How many examples are validated changes no weight, so it may differ; other ones would make the curve two curves.
+    # The number of validation examples affects no weights, so it may differ. The same number of other examples would
+    # join two different curves into one.
     before, now = saved.validation_data, planned.validation_data
     if before and now and before.num_examples == now.num_examples and before.sha256 != now.sha256:
         yield "validation_data.sha256", before.sha256, now.sha256

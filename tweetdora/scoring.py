@@ -1,9 +1,9 @@
-"""How likely each label word is as the answer to a text: its tokens and the stop token, behind the prompt.
+"""Score how likely each label word, followed by the stop token, is as the answer to a prompt.
 
-Generation asks for one answer, and an untuned model often names no label word at all. The likelihood of every label
-word can be asked of any model: the label is the most likely one, and the likelihoods, made to add up to 1, are its
-probabilities. The system prompt is computed once for a batch, as in training and generation; the tokens of all label
-words stand as one tree behind each prompt, and prompts and trees are computed in one pass:
+Generation gives one answer, and an untuned model often names no label word at all. The likelihood of every label word
+can be computed for any model: the most likely one is the label, and the likelihoods, normalized to sum to 1, are the
+probabilities. The system prompt is computed once per batch, as in training and generation. The tokens of all label
+words form one tree after each prompt, and prompts and trees are computed in one pass:
 
     prompt ─┬─ not ── good ── <stop>
             └─ good ── <stop>
@@ -24,18 +24,18 @@ from tweetdora.attention import ATTENTION
 from tweetdora.packing import pack, prefix_length
 from tweetdora.prompts import PromptTokenizer
 
-_ROUNDING = 0.1  # of a log-likelihood: what follows an equally likely first token may differ by so much
+_ROUNDING = 0.1  # largest difference of log-likelihoods that counts as rounding if the first tokens are equally likely
 
 
 @dataclass(frozen=True)
 class CompletionTree:
-    """The tokens of completions behind which another token is to be predicted, each beginning only once.
+    """The tokens of completions that are followed by another token; common beginnings are stored once.
 
     For the completions 8 2, 9 5 2 and 9 6 2:
 
         tokens   [8, 9, 5, 6]
         parents  [-1, -1, 1, 1]           places in `tokens`; -1 is the prompt
-        paths    [[(-1, 8), (0, 2)],      for each completion the place behind which each of its tokens is predicted
+        paths    [[(-1, 8), (0, 2)],      for each completion, the place that predicts each token, and the token
                   [(-1, 9), (1, 5), (2, 2)],
                   [(-1, 9), (1, 6), (3, 2)]]
     """
@@ -46,14 +46,14 @@ class CompletionTree:
 
     @property
     def depths(self) -> list[int]:
-        """How far behind the prompt's last token each token stands, from 1."""
+        """The distance of each token from the prompt's last token, from 1."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent < 0 else depths[parent] + 1)
         return depths
 
     def ancestors(self) -> torch.Tensor:
-        """Which tokens (columns) each token (rows) has on its way, itself included; of shape (K, K)."""
+        """Which tokens (columns) are on the path from the root to each token (rows), itself included; (K, K)."""
         seen = torch.eye(len(self.tokens), dtype=torch.bool)
         for place, parent in enumerate(self.parents):
             if parent >= 0:
@@ -62,7 +62,7 @@ class CompletionTree:
 
 
 def make_tree(completions: Sequence[Sequence[int]]) -> CompletionTree:
-    """The tree of completions, each of which ends in a stop token."""
+    """Build the tree of completions that each end in a stop token."""
     places: dict[tuple[int, ...], int] = {(): -1}
     tokens: list[int] = []
     parents: list[int] = []
@@ -85,13 +85,13 @@ def make_tree(completions: Sequence[Sequence[int]]) -> CompletionTree:
 def score_packed(
     model: PreTrainedModel, prompts: list[list[int]], completions: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-likelihood (N, C) of each completion behind each prompt, and of its first token alone.
+    """Log-likelihood (N, C) of each completion after each prompt, and of its first token alone.
 
     Both in float32 on the CPU; one pass of the model.
     """
     tree = make_tree(completions)
     logits = model(**send_to_device(pack_with_trees(prompts, tree), model.device), use_cache=False).logits[0]
-    logits = logits.view(1 + len(tree.tokens), len(prompts), -1)  # behind the prompt, then behind each token
+    logits = logits.view(1 + len(tree.tokens), len(prompts), -1)  # after the prompt, then after each token
     columns: dict[tuple[int, int], torch.Tensor] = {}
     for place in range(-1, len(tree.tokens)):
         tokens = [token for behind, token in _steps(tree) if behind == place]
@@ -103,11 +103,11 @@ def score_packed(
 
 
 def pack_with_trees(prompts: list[list[int]], tree: CompletionTree) -> dict[str, Any]:
-    """A packed batch of N prompts, and behind them the K tokens of a tree for each.
+    """Pack N prompts, followed by a tree of K tokens for each, into one batch.
 
-    `packing` has besides what pack() puts there: tree (K, K), see CompletionTree.ancestors; and seen (N, P + L), which
-    of a row's padded places are tokens. logits_to_keep names each prompt's last token, then the trees' tokens, all
-    rows' first ones before the second ones.
+    In addition to the entries from pack(), `packing` has tree (K, K), see CompletionTree.ancestors, and seen
+    (N, P + L), which is True where a padded position holds a token. logits_to_keep names each prompt's last token,
+    then the trees' tokens: the first token of every row, then the second of every row, and so on.
     """
     prefix = prefix_length(prompts)
     batch, starts = pack(prompts, prefix)
@@ -126,7 +126,7 @@ def pack_with_trees(prompts: list[list[int]], tree: CompletionTree) -> dict[str,
 
 
 def _steps(tree: CompletionTree) -> list[tuple[int, int]]:
-    """What is predicted, and behind which place; each once."""
+    """The distinct pairs of a place in the tree and a token predicted there."""
     return list(dict.fromkeys(step for path in tree.paths for step in path))
 
 
@@ -140,7 +140,7 @@ def _log_probabilities(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
 def score_padded(
     model: PreTrainedModel, prompts: list[list[int]], completions: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by ordinary passes, one for each completion: for models that the other way does not fit."""
+    """The same as score_packed by ordinary passes, one per completion, for models that do not support packing."""
     length = max(map(len, prompts))
     sums, firsts = [], []
     for completion in completions:
@@ -163,11 +163,11 @@ def score_padded(
 
 
 def choose_labels(sums: torch.Tensor, firsts: torch.Tensor, first_tokens: Sequence[int]) -> torch.Tensor:
-    """The label id (N,) of each row: the most likely one, and where rounding has made two alike the one greedy takes.
+    """The label id (N,) of each row: the most likely label, or greedy generation's choice if rounding made a tie.
 
-    In bf16 neighbouring logits are up to 0.125 apart, so first tokens are often equally likely to the last bit; greedy
-    generation then takes the one of the smallest id, and so does this (17 of 800 tweets of the quickstart). `firsts`
-    (N, C) are the log-likelihoods of the label words' first tokens alone.
+    In bf16, neighbouring logits are up to 0.125 apart, so first tokens are often exactly equally likely. Greedy
+    generation then takes the one with the smallest id, and so does this function (17 of 800 tweets of the quickstart).
+    `firsts` (N, C) are the log-likelihoods of the label words' first tokens alone.
     """
     best = sums.argmax(-1, keepdim=True)
     alike = (firsts == firsts.gather(1, best)) & (sums.gather(1, best) - sums < _ROUNDING)
@@ -178,7 +178,7 @@ def choose_labels(sums: torch.Tensor, firsts: torch.Tensor, first_tokens: Sequen
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-likelihoods (N, C) of the label words, label ids (N,), how many texts were truncated, and the seconds."""
+    """Log-likelihoods (N, C) of the label words, label ids (N,), the number of truncated texts, and the seconds."""
 
     log_likelihoods: torch.Tensor
     labels: torch.Tensor
@@ -187,7 +187,7 @@ class Scores:
 
     @property
     def probabilities(self) -> torch.Tensor:
-        """The likelihoods, made to add up to 1 over the labels; (N, C) in float64."""
+        """The likelihoods, normalized to sum to 1 over the labels; (N, C) in float64."""
         return self.log_likelihoods.double().softmax(-1)
 
 
@@ -199,10 +199,10 @@ def score_all(
     batch_size: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Scores:
-    """Score each label word and its stop token behind the prompt of each text.
+    """Score each label word and its stop token after the prompt of each text.
 
-    Prompts of like length are batched together. With several processes each scores a share of the texts, and all of
-    them get all scores.
+    Prompts of similar length are batched together. With several processes, each scores a share of the texts, and all
+    of them get all scores.
     """
     started = time.perf_counter()
     completions = prompt_tokenizer.completion_ids

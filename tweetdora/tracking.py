@@ -1,4 +1,4 @@
-"""Weights & Biases: one run per training, offline when there is no login, never a prompt."""
+"""Weights & Biases: one run per training, offline if there is no login, and never a login prompt."""
 
 import logging
 import netrc
@@ -17,26 +17,26 @@ from tweetdora.records import TrackerRecord
 
 log = logging.getLogger(__name__)
 _MODES = ("online", "offline", "disabled", "shared")
-_OTHER_NAMES = {"dryrun": "offline", "run": "online"}  # W&B's own, of earlier days
+_OTHER_NAMES = {"dryrun": "offline", "run": "online"}  # W&B's former names
 UNPARSED_NAME = "unparsed"
-# How long a server that does not answer may keep a training from its start, and its end from being told.
+# How long an unresponsive server may delay the start of a training, and the upload of its end.
 _INIT_SECONDS, _FINISH_SECONDS = 30.0, 60.0
 SAMPLE_ROWS = 50  # rows of the table of generations
 
 
 def wandb_mode() -> tuple[str, str]:
-    """online, offline, shared or disabled, and the reason; the environment decides, else whether there is a login.
+    """Return online, offline, shared or disabled, and the reason: the environment, or whether a login exists.
 
     Raises:
-        InputError: WANDB_MODE is no mode of W&B's.
+        InputError: WANDB_MODE is not a mode of W&B.
     """
     if is_wandb_disabled():
-        return "disabled", "WANDB_DISABLED says so"
+        return "disabled", "WANDB_DISABLED is set"
     if mode := os.environ.get("WANDB_MODE"):
         mode = _OTHER_NAMES.get(mode, mode)
         if mode not in _MODES:
-            raise InputError(f"WANDB_MODE is {mode!r}; expected one of {', '.join(_MODES)}, or no such variable.")
-        return mode, "WANDB_MODE says so"
+            raise InputError(f"WANDB_MODE is {mode!r}; expected one of {', '.join(_MODES)}, or leave it unset.")
+        return mode, "WANDB_MODE is set"
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "online", "the environment holds a W&B login"
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -45,12 +45,12 @@ def wandb_mode() -> tuple[str, str]:
         if login is not None and login[2]:
             return "online", f"there is a login for {host}"
     except (OSError, netrc.NetrcParseError):
-        pass  # no readable netrc file is no login
+        pass  # without a readable netrc file there is no login
     return "offline", "no W&B login was found (wandb login, or WANDB_API_KEY)"
 
 
 def is_wandb_disabled() -> bool:
-    """Whether the user has switched W&B off for transformers, which has a variable of its own for it."""
+    """True if the user has disabled W&B through WANDB_DISABLED, transformers' own variable."""
     return os.environ.get("WANDB_DISABLED", "").upper() in ENV_VARS_TRUE_VALUES
 
 
@@ -59,9 +59,9 @@ def start_wandb(
 ) -> TrackerRecord:
     """Open the W&B run that the Trainer's callback then uses.
 
-    `tracker`, what an earlier call returned, continues that run where it lies, whatever the environment says now.
+    `tracker`, the result of an earlier call, continues that run in its own project, whatever the environment says now.
 
-    A server that cannot be reached stops no training: the run is kept offline then, and a line says so.
+    If the server cannot be reached, training continues: the run is stored offline, and a warning is logged.
     """
     mode, _ = wandb_mode()
     settings: dict[str, Any] = {
@@ -77,14 +77,16 @@ def start_wandb(
         ),
     }
     try:
-        run = wandb.init(mode=cast(Any, mode), **settings)  # whatever WANDB_MODE says
+        run = wandb.init(mode=cast(Any, mode), **settings)  # overrides WANDB_MODE
     except wandb.Error as error:
         if mode == "offline":
             raise
         reason = " ".join(str(error).split())[:200]
-        wandb.teardown()  # its service holds the id of the run that it could not begin
+        wandb.teardown()  # its service still holds the id of the run that it could not start
         mode, run = "offline", wandb.init(mode="offline", **settings)
-        log.warning("note: W&B does not take the run (%s). It is kept here; %s sends it.", reason, _sync(run))
+        log.warning(
+            "note: W&B cannot start the run (%s). It is stored locally; upload it with %s.", reason, _sync(run)
+        )
     url = run.url if mode == "online" else None
     return TrackerRecord(id=run.id, mode=mode, url=url, project=run.project, entity=run.entity or None)
 
@@ -107,7 +109,7 @@ def log_generations(
 
 
 def finish_wandb(summary: dict[str, Any] | None = None, exit_code: int = 0) -> None:
-    """Close the open W&B run, if there is one."""
+    """Close the open W&B run, if any."""
     if wandb.run is None:
         return
     run = wandb.run
@@ -116,7 +118,11 @@ def finish_wandb(summary: dict[str, Any] | None = None, exit_code: int = 0) -> N
         wandb.finish(exit_code=exit_code)
     except TimeoutError:
         waited = f"{_FINISH_SECONDS:.0f} s"
-        log.warning("note: W&B did not take all of the run in %s. It is whole here; %s sends it.", waited, _sync(run))
+        log.warning(
+            "note: W&B did not upload the whole run in %s. It is complete locally; upload it with %s.",
+            waited,
+            _sync(run),
+        )
 
 
 def _sync(run: Any) -> str:

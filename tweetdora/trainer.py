@@ -1,4 +1,4 @@
-"""The Trainer: loss on completions only, validation by generation, and checkpoints that are whole or not there."""
+"""The Trainer: loss on completions only, validation by generation, and atomic checkpoints."""
 
 import os
 import time
@@ -34,19 +34,19 @@ from tweetdora.packing import PackedCollator, PaddedCollator, token_count
 from tweetdora.progress import ProgressBar, ProgressLines
 from tweetdora.prompts import IGNORE_INDEX, PromptTokenizer, tokenize_examples
 
-# Validation metrics that go to the log and the tracker while training.
+# Validation metrics that are logged and tracked during training.
 LOGGED_SCORES = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_match", "eos_rate")
 
 
 class ClassificationTrainer(Trainer):
-    """transformers' Trainer for examples of prompt and completion.
+    """transformers' Trainer for prompt-completion examples.
 
-    - The logits are computed only for the columns that carry loss, and in float32.
-    - The loss is a sum over supervised tokens divided by their number in the whole optimizer step, over all processes
-      and accumulation steps, so that the split of a batch does not change it.
+    - Logits are computed only for the columns that carry loss, and the loss in float32.
+    - The loss is the sum over supervised tokens divided by their number in the whole optimizer step, over all
+      processes and accumulation steps, so it does not depend on how a batch is split.
     - evaluate() answers the validation examples by generation.
-    - A checkpoint holds the adapter, not the base, and is whole or not there (checkpoints.py).
-    - A validation that a signal cut off, or that a stop skipped, is made up for when the run goes on.
+    - A checkpoint holds the adapter, not the base, and is written atomically (checkpoints.py).
+    - A validation that a signal cut off, or that a stop skipped, is repeated when the run is resumed.
     """
 
     args: TrainConfig
@@ -79,19 +79,19 @@ class ClassificationTrainer(Trainer):
         self.add_callback(RunMissedEvaluation(self))
         # compute_loss divides by the supervised tokens of the whole step, so accumulation must not divide again.
         self.loss_is_scaled_for_ga = True
-        # When the run would have begun had it never been interrupted; None before the first step.
+        # When the run would have started if it had never been interrupted; None before the first step.
         self._started: float | None = None
         self._window_started, self._window_examples = 0.0, 0
         self._window_tokens: int | torch.Tensor = 0
-        self.step_example_ids: list[torch.Tensor] = []  # this process's, of the optimizer step that is under way
+        self.step_example_ids: list[torch.Tensor] = []  # this process's, in the current optimizer step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
-        """The batches of one optimizer step, and the supervised tokens in them, over all processes.
+        """The batches of one optimizer step, and the number of supervised tokens in them over all processes.
 
-        The Trainer's own count leaves out the first column of the labels, which holds no loss in its layout; in that
-        of these collators it does.
+        The Trainer's own count skips the first column of the labels, which carries no loss in its layout. In these
+        collators' layout it does.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches)
@@ -101,8 +101,8 @@ class ClassificationTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One forward and backward pass; examples and tokens are counted for the log."""
-        if self._started is None:  # the first step, not what was set up before it
+        """Run one forward and backward pass, and count examples and tokens for the log."""
+        if self._started is None:  # the clock starts at the first step, after the setup
             self._window_started = time.perf_counter()
             self._started = self._window_started - training_seconds(self.state.log_history)
         self._window_examples += len(inputs["example_ids"])
@@ -132,7 +132,7 @@ class ClassificationTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def _check_finite(self, loss_sum: torch.Tensor, example_ids: torch.Tensor) -> None:
-        """Refuse a loss that is not finite, in all processes at once: one alone would leave the others waiting."""
+        """Refuse a loss that is not finite, in all processes at once: if only one stopped, the others would hang."""
         broken = not torch.isfinite(loss_sum)
         if self.accelerator.num_processes > 1:
             broken = bool(self.accelerator.reduce(torch.tensor(int(broken), device=loss_sum.device)))
@@ -153,10 +153,10 @@ class ClassificationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss and generations of the validation examples, each process a share of them."""
+        """Compute loss and generations of the validation examples, with a share for each process."""
         examples, stop = self.validation_examples, self._stop_on_signal()
         if examples is None:
-            raise AssertionError("without validation examples the Trainer does not validate")
+            raise AssertionError("the Trainer does not validate without validation examples")
         indices = list(range(len(examples)))
         with self.accelerator.split_between_processes(indices) as share:
             loss_parts = self._loss_parts(share)
@@ -176,28 +176,28 @@ class ClassificationTrainer(Trainer):
             raise EvaluationStopped
         found = [
             generation for generation in self.last_generations if generation is not None
-        ]  # all: it went to its end
+        ]  # all of them, because it was not stopped
         scores = compute_metrics(examples.labels, found, self.task.label_words)
         metrics = {"loss": loss_sum / tokens, **{name: getattr(scores, name) for name in LOGGED_SCORES}}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=len(examples))
 
     def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
-        """Answer and score the validation examples; cut off by a signal, ask for a checkpoint and the end instead."""
+        """Answer and score the validation examples; if a signal cuts this off, request a checkpoint and a stop."""
         try:
             return super().evaluate(*arguments, **more)
         except EvaluationStopped:
             self.control.should_save = self.control.should_training_stop = True
-            self.control.should_evaluate = False  # or it would be made again at the end of the epoch
+            self.control.should_evaluate = False  # or it would run again at the end of the epoch
             return {}
 
     def _stop_on_signal(self) -> StopOnSignal | None:
-        """The callback whose signal cuts a validation off, if there is one."""
+        """The callback that cuts off a validation on a signal, if there is one."""
         callbacks = self.callback_handler.callbacks
         return next((callback for callback in callbacks if isinstance(callback, StopOnSignal)), None)
 
     def evaluation_is_due(self) -> bool:
-        """Whether the validation that belongs to the last step has not been made."""
+        """True if the last step should have been validated but was not."""
         step, state = self.state.global_step, self.state
         if self.args.eval_strategy == IntervalStrategy.NO or not step or step < (self.args.eval_delay or 0):
             return False
@@ -206,7 +206,7 @@ class ClassificationTrainer(Trainer):
 
     @torch.no_grad()
     def _loss_parts(self, share: Sequence[int]) -> list[tuple[float, int]]:
-        """Loss sum and supervised tokens of each batch of this process's validation examples."""
+        """Loss sum and number of supervised tokens for each batch of this process's validation examples."""
         self.model.eval()
         size, parts = self.args.per_device_eval_batch_size, []
         for start in range(0, len(share), size):
@@ -218,11 +218,11 @@ class ClassificationTrainer(Trainer):
         return parts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the seconds of the whole run to each line, and the speed since the last line to the training lines."""
+        """Log a line, with the seconds of the whole run; training lines also get the speed since the last line."""
         now = time.perf_counter()
         if self._started is not None:
             logs["seconds"] = round(now - self._started, 2)
-        if "train_loss" in logs:  # the Trainer's own is the mean since the last resume
+        if "train_loss" in logs:  # the Trainer's own covers only the steps since the last resume
             logs["train_loss"] = mean_loss(self.state.log_history)
         if "loss" in logs:
             seconds = now - self._window_started
@@ -234,23 +234,23 @@ class ClassificationTrainer(Trainer):
         self._window_started, self._window_examples, self._window_tokens = time.perf_counter(), 0, 0
 
     def restore_finished(self, checkpoint: str) -> None:
-        """Take adapter and history of a checkpoint after which there is nothing left to train."""
+        """Load adapter and history of a checkpoint that has no training steps left."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         if self.evaluation_is_due():
             self.evaluate()
-        # The Trainer's last line, which comes after the checkpoint.
+        # The Trainer's last line, which it logs after the last checkpoint.
         self.log({"total_flos": self.state.total_flos, "train_loss": mean_loss(self.state.log_history)})
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where the Trainer writes a checkpoint: beside, not in its place."""
+        """The folder where the Trainer writes a checkpoint before it is renamed into place."""
         return os.path.join(self.args.output_dir, SAVING_DIR)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside, then, when all processes have written their part, put it in its place.
+        """Write a checkpoint to a temporary folder; once all processes have written their part, rename it into place.
 
         Raises:
-            ResourceError: it could not be written; those before it are as they were.
+            ResourceError: it could not be written; earlier checkpoints are unchanged.
         """
         if self.args.should_save:
             clear_unfinished(self.args.output_dir)
@@ -260,13 +260,13 @@ class ClassificationTrainer(Trainer):
         self._write(lambda: publish_checkpoint(folder, step, keep) if self.args.should_save else None)
 
     def _write(self, action: Callable[[], Any]) -> None:
-        """Let each process do its part of a save; where one fails, all of them stop, and what is there of it goes."""
+        """Run each process's part of a save; if one fails, all of them stop and the unfinished files are removed."""
         failures: list[str] = []
         try:
             action()
         except torch.OutOfMemoryError:
             raise
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError of a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
             failures = [" ".join(str(error).split())[:200]]
         failures = gather_object(failures)
         if failures:
@@ -275,12 +275,12 @@ class ClassificationTrainer(Trainer):
             raise ResourceError(self._not_saved(failures[0]))
 
     def _not_saved(self, said: str) -> str:
-        """What is to be said of a checkpoint that could not be written."""
+        """The error message for a checkpoint that could not be written."""
         folder, (last, _) = self.args.output_dir, last_whole_checkpoint(self.args.output_dir)
-        kept = f"{last} is whole" if last else "there is none before it"
+        kept = f"{last} is intact" if last else "there is no earlier one"
         return (
-            f"the checkpoint of step {self.state.global_step} could not be written to {folder} ({said}); {kept}. Make "
-            "room or mend the folder's rights, then give the same command with --resume_from_checkpoint true."
+            f"the checkpoint of step {self.state.global_step} could not be written to {folder} ({said}); {kept}. Free "
+            "disk space or fix the folder's permissions, then repeat the command with --resume_from_checkpoint true."
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -290,7 +290,7 @@ class ClassificationTrainer(Trainer):
 
 
 def supervised_loss_sum(model: nn.Module | PeftModel, batch: dict[str, Any]) -> torch.Tensor:
-    """Sum of the cross-entropy over the supervised tokens of a collated batch of either form, in float32."""
+    """Sum of the cross-entropy over the supervised tokens of a collated batch of either layout, in float32."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "example_ids")}
     logits = model(**inputs, use_cache=False).logits  # (1, K, V) packed, (B, K, V) padded
     return nn.functional.cross_entropy(
@@ -315,5 +315,5 @@ def mean_loss(log_history: Sequence[dict[str, float]]) -> float:
 
 
 def training_seconds(log_history: Sequence[dict[str, float]]) -> float:
-    """Seconds that a run has trained for by its last log line, without the pauses between its resumptions."""
+    """Seconds of training up to a run's last log line, without the time between an interruption and its resume."""
     return max((line.get("seconds", 0.0) for line in log_history), default=0.0)

@@ -1,4 +1,4 @@
-"""The parts of a training between its flags and its end: load, describe, train, save."""
+"""The stages of a training after its flags are parsed: load, record, train, save."""
 
 import contextlib
 import dataclasses
@@ -68,7 +68,7 @@ from tweetdora.trainer import ClassificationTrainer, mean_loss, training_seconds
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a training is made of."""
+    """Everything that a training needs: model, tokenizers and examples."""
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -85,35 +85,35 @@ def load(
     state: PartialState,
     saved: RunRecord | None = None,
 ) -> tuple[Loaded, RunRecord]:
-    """Examples, tokenizer and model; and the record of the run so far, which says what they are.
+    """Load examples, tokenizer and model, and create the run's record, which describes them.
 
-    `saved` is the record of the run that is gone on with.
+    `saved` is the record of the run that is being resumed.
     """
     check_prompt(task)
     name = model_config.model_name_or_path
-    with state.main_process_first():  # the others find it in the cache
+    with state.main_process_first():  # the other processes then read from the cache
         train_examples = load_examples(task, "train", commits.data)
         validation_examples = None
         if training.max_eval_samples:
             validation_examples = load_examples(task, "validation", commits.data).head(training.max_eval_samples)
-        # evaluate.py will want it; said now, not after the training.
+        # evaluate.py will need it; if it is missing, fail now and not after the training.
         test_examples = load_examples(task, "test", commits.data)
         tokenizer = load_tokenizer(name, commits.base)
     check_trainable(train_examples, task)
     validation = {"validation": validation_examples} if validation_examples else {}
     splits = {"train": train_examples, **validation, "test": test_examples}
     prompt_format = trained_format(tokenizer, task, saved) or read_prompt_format(tokenizer, task)
-    use_template(tokenizer, task)  # so it is saved
+    use_template(tokenizer, task)  # the tokenizer is saved with it
     prompt_tokenizer = PromptTokenizer(tokenizer, prompt_format, task.max_length)
     check_label_words(prompt_tokenizer, task)
     check_budget(prompt_tokenizer, task, training)
     tokenized = tokenize_examples(train_examples, prompt_tokenizer)
     with state.main_process_first():
         base = load_base(name, commits.base, DTYPES[training.precision], training.device)
-    base_model = base_identity(base, name, commits.base)  # before the adapter, which adds parameters
+    base_model = base_identity(base, name, commits.base)  # before attach_adapter, which adds parameters
     check_ids_fit(base, tokenizer, (token for feature in tokenized.features for token in feature["input_ids"]))
     check_positions(base, tokenized)
-    set_seed(training.seed)  # before the adapter's random start
+    set_seed(training.seed)  # before the adapter's random initialization
     model = attach_adapter(base, model_config)
     adapter_start = [(name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad]
     run = RunRecord(
@@ -142,10 +142,10 @@ def load(
 
 
 def check_prompt(task: TaskConfig) -> None:
-    """Refuse a system prompt that asks for other words than the label words: a base would never answer with them.
+    """Refuse a system prompt that asks for other words than the label words: a base would never answer with these.
 
     Raises:
-        InputError: with the line to add.
+        InputError: includes a --system_prompt to use.
     """
     words = [normalize_label(word) for word in task.label_words]
     asked = normalize_label(task.system_prompt)
@@ -153,21 +153,21 @@ def check_prompt(task: TaskConfig) -> None:
     if others or not any(word in asked for word in words):
         which = f"{task.system_prompt[:60]!r}, which names none of"
         if task.system_prompt == SYSTEM_PROMPT:
-            which = f"the published run's, which asks for {', '.join(LABEL_WORDS)} and not for"
+            which = f"the published run's, which asks for {', '.join(LABEL_WORDS)} instead of"
         line = make_system_prompt(task.label_words)
         raise InputError(
-            f"--system_prompt is {which} --label_words {' '.join(task.label_words)}. Leave it out, or give one that "
-            f"names them, such as --system_prompt {shlex.quote(line)}"
+            f"--system_prompt is {which} --label_words {' '.join(task.label_words)}. Omit it, or use one that names "
+            f"them, such as --system_prompt {shlex.quote(line)}"
         )
 
 
 def check_label_words(prompt_tokenizer: PromptTokenizer, task: TaskConfig) -> None:
-    """Refuse label words that are not found in what the model is trained to write.
+    """Refuse label words that cannot be found in the completions that the model is trained to write.
 
-    A tokenizer may normalise what it takes, or have no token for a letter: then a perfect model would score 0.
+    A tokenizer may normalise its input, or have no token for a letter: then a perfect model would score 0.
 
     Raises:
-        InputError: names the word, and what becomes of it.
+        InputError: names the word, and what the tokenizer turns it into.
     """
     parse = LabelParser(task.label_words)
     for number, (word, ids) in enumerate(zip(task.label_words, prompt_tokenizer.completion_ids, strict=True)):
@@ -175,67 +175,67 @@ def check_label_words(prompt_tokenizer: PromptTokenizer, task: TaskConfig) -> No
         if parse(written) != number:
             raise InputError(
                 f"--label_words: {word!r} becomes {written!r} in the tokens of "
-                f"{prompt_tokenizer.tokenizer.name_or_path}, in which it is not found again. Choose another word."
+                f"{prompt_tokenizer.tokenizer.name_or_path}, where it is no longer found. Choose another word."
             )
 
 
 def check_positions(base: PreTrainedModel, tokenized: TokenizedExamples) -> None:
-    """Refuse examples beyond the last position that the model has learned.
+    """Refuse examples that are longer than the model's position limit.
 
     Raises:
-        InputError: names the length, and what the model has.
+        InputError: names the length and the limit.
     """
     positions = getattr(base.config, "max_position_embeddings", None)
     longest = tokenized.sequence_lengths["longest"]
     if positions is not None and longest > positions:
         raise InputError(
-            f"the longest example has {longest} tokens, but {base.name_or_path} has learned {positions} positions. "
-            f"Give --max_length {positions} or less."
+            f"the longest example has {longest} tokens, but {base.name_or_path} supports only {positions} positions. "
+            f"Use --max_length {positions} or less."
         )
 
 
 def check_budget(prompt_tokenizer: PromptTokenizer, task: TaskConfig, training: TrainConfig) -> None:
-    """Refuse a --max_new_tokens in which an answer does not fit: validation would call the right ones wrong.
+    """Refuse a --max_new_tokens that is too small for some label word: validation would count right answers as wrong.
 
     Raises:
-        InputError: names the longest label word and what it needs.
+        InputError: names the longest label word and the number of tokens it needs.
     """
     lengths = [len(ids) for ids in prompt_tokenizer.completion_ids]
     if max(lengths) > training.max_new_tokens:
         word = task.label_words[lengths.index(max(lengths))]
         raise InputError(
             f"--max_new_tokens is {training.max_new_tokens}, but {word!r} and its stop token are {max(lengths)} "
-            f"tokens. Give --max_new_tokens {max(lengths)} or more, or shorter --label_words."
+            f"tokens. Use --max_new_tokens {max(lengths)} or more, or shorter --label_words."
         )
 
 
 def trained_format(
     tokenizer: PreTrainedTokenizerBase, task: TaskConfig, saved: RunRecord | None
 ) -> PromptFormat | None:
-    """The prompt that a run was begun with, if the template differs from it in the day's date only."""
+    """The prompt format that a run was started with, if the template differs from it only in the date."""
     if saved is None:
         return None
-    begun = datetime.date.fromisoformat(saved.created[:10])  # in UTC; where the run began it may have been another day
+    begun = datetime.date.fromisoformat(saved.created[:10])  # in UTC; the local date may have differed by a day
     dates = [begun + datetime.timedelta(days=days) for days in (0, -1, 1)]
     same = any(read_prompt_format(tokenizer, task, date) == saved.prompt_format for date in dates)
     return saved.prompt_format if same else None
 
 
 def check_optimizer(training: TrainConfig, model: PeftModel) -> None:
-    """Refuse an optimizer that cannot be made, before the tracker is started and a run recorded.
+    """Refuse an optimizer that cannot be created, before the tracker starts and the run is recorded.
 
     Raises:
-        InputError: names the flag, and what the Trainer says.
+        InputError: names the flag and quotes the Trainer's error.
     """
     try:
         ClassificationTrainer.get_optimizer_cls_and_kwargs(training, cast(PreTrainedModel, model))
-    except Exception as error:  # above all a package that is missing
+    except Exception as error:  # most likely a missing package
         name = getattr(training.optim, "value", training.optim)
         raise InputError(f"--optim {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def make_trainer(task: TaskConfig, training: TrainConfig, loaded: Loaded, stop: StopOnSignal) -> ClassificationTrainer:
-    """The trainer, with its callbacks."""
+    """Create the trainer with its callbacks."""
     check_optimizer(training, loaded.model)
     trainer = ClassificationTrainer(
         task=task,
@@ -252,7 +252,7 @@ def make_trainer(task: TaskConfig, training: TrainConfig, loaded: Loaded, stop: 
 
 
 def begin_record(run: RunRecord, training: TrainConfig) -> RunRecord:
-    """Open the W&B run, if one is asked for, and write the record of a run that has started."""
+    """Open the W&B run, if requested, and write the record of a run that has started."""
     if "wandb" in training.report_to:
         config = dataclasses.asdict(run)
         run = dataclasses.replace(run, tracker=start_wandb(training.output_dir, run.name, config, tracker=run.tracker))
@@ -260,7 +260,7 @@ def begin_record(run: RunRecord, training: TrainConfig) -> RunRecord:
 
 
 def write_run(run: RunRecord, run_dir: str) -> RunRecord:
-    """Write a run's record; it is returned."""
+    """Write a run's record and return it."""
     write_record(os.path.join(run_dir, RUN_FILE), run)
     return run
 
@@ -269,14 +269,17 @@ def run_trainer(trainer: ClassificationTrainer, checkpoint: str | None, run: Run
     """Train to the end or to a stop.
 
     Raises:
-        DivergedError: the training diverged; the record says so.
+        DivergedError: the training diverged; the record's status says so.
         ResourceError: a checkpoint could not be written.
     """
     try:
-        if checkpoint and checkpoint_step(checkpoint) >= run.steps:  # stopped between its last step and its end
+        if (
+            checkpoint and checkpoint_step(checkpoint) >= run.steps
+        ):  # stopped after its last step, before it was finished
             trainer.restore_finished(checkpoint)
         else:
-            with contextlib.suppress(EvaluationStopped):  # before the first step; its checkpoint is the one resumed
+            # Stopped in a validation before the first step: the checkpoint that was resumed is still the newest.
+            with contextlib.suppress(EvaluationStopped):
                 trainer.train(resume_from_checkpoint=checkpoint)
     except UserError as error:
         if state.is_main_process:
@@ -287,12 +290,12 @@ def run_trainer(trainer: ClassificationTrainer, checkpoint: str | None, run: Run
 
 
 def is_unfinished(trainer: ClassificationTrainer) -> bool:
-    """Whether steps, or the last validation, are left to do."""
+    """True if steps or the last validation remain to be done."""
     return trainer.state.global_step < trainer.state.max_steps or trainer.evaluation_is_due()
 
 
 def save_run(trainer: ClassificationTrainer, run: RunRecord, peak_memory: dict[str, int]) -> RunRecord:
-    """Write adapter, tokenizer, curves, and last the record that declares the run finished."""
+    """Write adapter, tokenizer and training plot, and finally the record that marks the run as finished."""
     run_dir, history = trainer.args.output_dir, trainer.state.log_history
     adapter_dir = os.path.join(run_dir, ADAPTER_DIR)
     save_adapter(trainer.model, adapter_dir)
