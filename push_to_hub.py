@@ -32,7 +32,14 @@ from tweetdora.errors import UserError
 from tweetdora.evaluation import format_results
 from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.leaks import check_contents
-from tweetdora.model_card import check_records, check_skill, front_matter, plan_publication, render_card
+from tweetdora.model_card import (
+    check_records,
+    check_skill,
+    eval_results_file,
+    front_matter,
+    plan_publication,
+    render_card,
+)
 from tweetdora.modeling import load_tokenizer
 from tweetdora.portable import check_portable, make_portable, model_type
 from tweetdora.prompts import PromptTokenizer
@@ -236,6 +243,10 @@ def complete(
         answers = reference.outputs.generations
         text = render_card(records, publication, config.dtype, check, answers, model_type(folder), conversions)
         stream.write(text)
+    if (results := eval_results_file(records)) is not None:
+        os.makedirs(os.path.join(folder, ".eval_results"))
+        with open(os.path.join(folder, ".eval_results", "tweetdora.yaml"), "w", encoding="utf-8") as stream:
+            stream.write(results)
     make_portable(folder)  # the card and the plots too
     check_portable(folder)
     check_contents(folder, publication.hub_model_id)

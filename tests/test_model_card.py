@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from sample_records import WORDS, sample_evaluation, sample_predictions, sample_run
 from test_seeds import flipped, write_kept
 
@@ -21,14 +22,17 @@ from tweetdora.model_card import (
     check_license,
     check_records,
     check_skill,
+    eval_results_file,
     fence,
     inline_code,
+    plan_publication,
     render_card,
     table_cell,
 )
 from tweetdora.records import (
     BaseModelCard,
     Comparison,
+    DatasetCard,
     EvaluationRecord,
     PredictionRecord,
     RunRecord,
@@ -75,9 +79,10 @@ def test_the_headline_is_the_mean_over_seeds_where_there_are_several(records, tm
     card = render_card(replace(plain, sisters=sisters), publication, "float32", CHECK, generations)
     assert mean == "0.850" and f"{np.std(values, ddof=1):.3f}" == "0.050"
     assert (
-        "macro-F1 went from **0.061** (95 % interval [0.111, 0.889]) to **0.850**, the mean of 3 trainings with seeds "
+        "macro-F1 rose from **0.061** (95 % interval [0.111, 0.889]) to **0.850**, the mean of 3 trainings with seeds "
         f"42, 43 and 44 (standard deviation 0.050; 95 % interval over examples and seeds [{low}, {high}]). This model "
-        f"is the one with seed {plain.run.training.seed}: 0.465 ([0.111, 0.889]). Numbers below are its own.\n\n## Use"
+        f"is the one with seed {plain.run.training.seed}: 0.465 ([0.111, 0.889]). The numbers below are its own.\n\n"
+        "## Labels and intended use\n"
     ) in card
     found = {result.metric_name: result.metric_value for result in ModelCard(card).data.eval_results}
     assert found["macro-F1"] == 0.4646, "the Hub's metadata are the model's own"
@@ -110,7 +115,7 @@ def test_metadata_parses_back_to_the_records(records):
 @pytest.mark.parametrize(
     "line",
     [
-        "On 5 examples of cardiffnlp/tweet_eval (sentiment), test, answered by greedy generation, macro-F1 went from "
+        "On 5 examples of cardiffnlp/tweet_eval (sentiment), test, by greedy generation, macro-F1 rose from "
         "**0.061** (95 % interval [0.111, 0.889]) to **0.465** ([0.111, 0.889]).",
         "| base (OuteAI/Lite-Oute-1-300M-Instruct) | 0.061 | [0.111, 0.889] | 0.375 | [0.222, 0.778] | 0.333 |",
         "| **fine-tuned** (this model) | **0.465** | [0.111, 0.889] | 0.375 | [0.222, 0.778] | 0.333 |",
@@ -119,25 +124,30 @@ def test_metadata_parses_back_to_the_records(records):
         "| base | 16.7% | 50.0% | 75.0% |",
         "| fine-tuned | 80.0% | 50.0% | 75.0% |",
         "| good | 3 | 0.500 | 0.500 | 0.400 | [0.234, 0.679] | 0.400 |",
-        "The difference in macro-F1 is +0.404 (95 % interval [+0.200, +0.600], paired). 3 examples became right and 1 "
-        "became wrong (McNemar's exact test, p = 0.62).",
+        "The paired difference in macro-F1 is +0.404 (95 % interval [+0.200, +0.600]): 3 examples fixed, 1 broken "
+        "(McNemar's exact test, p = 0.62).",
         "| trainable parameters | 448,000 of 1,000,000 (44.800%) |",
-        "| steps | 625 of 16 examples, one pass over the training examples |",
+        "| steps | 625 steps, 16 examples each: one pass over the training examples |",
         "| learning rate | 3e-05, linear |",
-        "| loss | on the answer and its stop token only: 20,000 of 830,000 tokens; mean over training 0.612 |",
+        "| loss | only on the answer and its stop token, 20,000 of 830,000 tokens; training mean 0.612 |",
         "| time | 12.6 minutes on 2 cores of Fast CPU |",
         "| peak memory | 2.7 GB of one process's memory |",
         "| `train` | 10,000 | 4,000 | 6,000 |",
         "7 texts were truncated to fit 512 tokens.",
-        "31 of 32 answers equal token for token, largest difference of a logit 4.6e-05.",
+        "31 of 32 answers are equal token for token, and the largest logit difference is 4.6e-05.",
+        "\n# Lite-Oute-1-300M-Instruct fine-tuned on cardiffnlp/tweet_eval (sentiment)\n",
+        "The labels are `bad`, `good`. [The data set's card](https://huggingface.co/datasets/cardiffnlp/tweet_eval)",
+        "- **Intended use**: labelling texts like those of [cardiffnlp/tweet_eval]",
+        "- **Out of scope**: decisions about individual people;",
         "- The weakest label is bad: 25% of its examples are found (recall 0.250).",
         "- 1 of 2 examples labelled bad are answered good (50.0%).\n"
         "- 1 of 3 examples labelled good are answered bad (33.3%).",
         "- 1 of 5 answers name no label word, such as `` The `tweet` ``.",
         "| 5 to 1,500 | 2 | 0.000 | [0.000, 0.658] |",
-        "a training example has 51 to 1,024 tokens, in the median 81; 95 % have at most 96.",
+        "a training example has 51 to 1,024 tokens (median 81); 95 % have at most 96.",
         "| bad | so \\*sad\\* |\n| good | joy |",
-        f"configuration `sentiment`, revision `{'b' * 40}`. The base model is revision `{'a' * 40}`.",
+        f"configuration `sentiment`, revision `{'b' * 40}`.\n- **Base model**: [OuteAI/Lite-Oute-1-300M-Instruct]",
+        f"OuteAI/Lite-Oute-1-300M-Instruct), revision `{'a' * 40}`; licence apache-2.0.\n",
         "TweetEval's official score for sentiment",
         "stops at `<|im_end|>`",
         "drops DoRA's magnitude vectors",
@@ -150,13 +160,15 @@ def test_the_card_says(records, line):
 
 def test_no_placeholder_no_none_no_double_blank_line(records):
     card = render(records)
-    assert not re.search(r"None|More Information Needed|\{\{|\}\}|\{%|undefined", card)
+    words = card.partition("## Citation")[0]  # BibTeX has double braces
+    assert not re.search(r"None|More Information Needed|\{\{|\}\}|\{%|undefined", words)
     assert "\n\n\n" not in card and card.endswith("\n") and not re.search(r"[ \t]\n", card)
 
 
 def test_samples_are_the_first_right_and_the_first_wrong_of_each_label():
-    chosen = [(row["label"], row["text"], row["wrong"]) for row in choose_samples(sample_predictions(), WORDS)]
-    assert chosen == [
+    chosen, left_out = choose_samples(sample_predictions(), WORDS)
+    assert left_out == {}
+    assert [(row["label"], row["text"], row["wrong"]) for row in chosen] == [
         ("bad", "awful", False),
         ("bad", "first\nbad | row", True),
         ("good", "fine", False),
@@ -195,14 +207,14 @@ def test_a_missing_fact_leaves_its_sentence_out(records):
     for absent in (
         "license",
         "language:",
-        "The base model is revision",
+        f"revision `{'a' * 40}`",
         "at commit",
         "were truncated",
         "magnitude",
         "`validation`",
     ):
         assert absent not in card
-    assert "LoRA adapter" in card and "\n\n\n" not in card
+    assert "fine-tuned with LoRA" in card and "@inproceedings{hu2022lora," in card and "\n\n\n" not in card
 
 
 def test_local_folders_do_not_pass_for_hub_ids(records, tmp_path):
@@ -231,9 +243,9 @@ def test_a_data_file_is_one_although_it_is_not_there_any_more(records):
 
 
 def test_a_run_that_went_on_otherwise_says_so(records):
-    assert "went on otherwise" not in render(records)
+    assert "Resumed with" not in render(records)
     records["run"]["mismatches"] = ["code: was 'a|b', now 'c' (another state)"]
-    expected = "- The run was interrupted and went on otherwise: code: was 'a\\|b', now 'c' (another state).\n- "
+    expected = "- Resumed with a changed setting: code: was 'a\\|b', now 'c' (another state).\n- "
     assert expected in render(records)
 
 
@@ -248,7 +260,7 @@ def test_the_limits_hold_what_was_noted_on_the_data_and_what_was_corrected(recor
     records["evaluation"]["corrections"] = ["test_split: was 'test', now 'holdout[:5]'"]
     limits = render(records).partition("## Limits\n")[2]
     assert (
-        "- Measured with other data than the run names: test\\_split: was 'test', now 'holdout\\[:5\\]'.\n" in limits
+        "- Evaluated on other data than the recipe names: test\\_split: was 'test', now 'holdout\\[:5\\]'.\n" in limits
     )
     assert "- `train`: 3 rows were skipped: 3 with no text.\n" in limits
     assert "- `holdout[:5]`: 2 of 5 texts stand in the train split too.\n" in limits
@@ -297,7 +309,7 @@ def test_the_code_generates_as_many_tokens_as_the_run_was_trained_for(records, a
     records["run"]["max_new_tokens"], records["evaluation"]["max_new_tokens"] = 64, 5
     text = render(records, adapter_only=adapter_only)
     assert "max_new_tokens=64" in text and "max_new_tokens=5" not in text
-    assert "those that the model ended within 5 tokens" in text
+    assert "answers that end within 5 tokens" in text
 
 
 def test_the_weakest_label_is_one_that_has_examples(records):
@@ -317,7 +329,7 @@ def test_a_local_base_is_named_after_its_folder(records):
     text = render(records)
     assert ModelCard(text).data.base_model is None
     assert made(records).run.base_display_name == "Tiny-Instruct"
-    assert "`Tiny-Instruct` fine-tuned with" in text
+    assert "`Tiny-Instruct`, fine-tuned with" in text and "\n# Tiny-Instruct fine-tuned on" in text
 
 
 def test_a_local_base_that_is_a_conversion_says_of_what_and_by_way_of_what(records):
@@ -325,7 +337,8 @@ def test_a_local_base_that_is_a_conversion_says_of_what_and_by_way_of_what(recor
     text = render(records)
     assert ModelCard(text).data.base_model == made(records).run.base_display_name == "owner/Tiny-Instruct"
     link = "[owner/Tiny-Instruct](https://huggingface.co/owner/Tiny-Instruct)"
-    assert f"{link}, here converted from `Tiny.Q4_1.gguf` and so not equal to the original, fine-tuned" in text
+    said = f"revision `{'a' * 40}`, here converted from `Tiny.Q4_1.gguf` and therefore not identical to the original"
+    assert f"- **Base model**: {link}, {said}" in text
 
 
 @pytest.mark.parametrize("folder", ["out/publish", "publish", "runs/small/publish"])
@@ -420,6 +433,64 @@ def test_the_usage_snippet_is_python(records):
     assert '"Say \\"bad\\" or \\"good\\"."' in snippet and 'model_id = "owner/small-dora"' in snippet
 
 
+# Labels, sources, and what is not shown
+
+
+def test_labels_licences_and_papers_come_from_the_cards_of_data_set_and_base(records):
+    records["run"]["dataset_card"] = asdict(
+        DatasetCard("cc-by-4.0", "https://arxiv.org/abs/1", "@misc{tweets, title={T}}", "Below 0 is *bad*, else good.")
+    )
+    records["run"]["base_model_card"] |= {"license": ["mit", "gpl"], "paper": "https://arxiv.org/abs/2"}
+    text = render(records, license="mit", repository_url="https://git.example/tweetdora")
+    assert "The data set's card describes them:\n\n> Below 0 is \\*bad\\*, else good.\n" in text
+    assert f"revision `{'b' * 40}`; licence cc-by-4.0; [paper](https://arxiv.org/abs/1).\n" in text
+    assert "; licence mit, gpl; [paper](https://arxiv.org/abs/2).\n" in text
+    assert "Trained with [tweetdora](https://git.example/tweetdora) at commit `" in text
+    citations = text.partition("## Citation\n\n```bibtex\n")[2]
+    assert re.findall(r"^@\w+\{(\w+),", citations, re.MULTILINE) == ["liu2024dora", "tweets", "base_model"]
+    address = "  url   = {https://huggingface.co/OuteAI/Lite-Oute-1-300M-Instruct}\n}\n```"
+    assert citations.rstrip().endswith(address)
+
+
+def test_insults_and_personal_data_are_passed_over_and_counted(records):
+    """Examples 2 and 1, the only right ones, are not shown; another that is right is."""
+    lines = records["predictions"]
+    lines[2]["text"], lines[1]["text"] = "you idiot", "write to me@example.org"
+    lines.append({**copy.deepcopy(lines[1]), "text": "grand", "example_id": 5})
+    lines[0]["base"]["text"] = "call 555 123 4567"  # an answer is shown too
+    chosen, left_out = choose_samples(made(records).predictions, WORDS)
+    assert [(row["label"], row["text"]) for row in chosen] == [("good", "grand"), ("good", "so-so")]
+    assert left_out == {"personal data": 2, "insult": 1}
+    records["run"]["train_data"]["first_texts"] = {"bad": "so @somebody_else", "good": "joy"}
+    text = render(records)
+    for hidden in ("idiot", "example.org", "somebody", "4567"):
+        assert hidden not in text
+    assert "The rule skipped 2 with personal data and 1 with insults (by a short English word list" in text
+    widget = ModelCard(text).data.to_dict()["widget"]
+    assert [example["messages"][1]["content"] for example in widget] == ["grand"]
+
+
+def test_the_user_can_name_the_samples(records):
+    chosen, left_out = choose_samples(sample_predictions(), WORDS, [4, 1])
+    assert ([row["text"] for row in chosen], left_out) == (["nice", "fine"], {})
+    text = render(records, sample_ids=[4, 1])
+    assert "\nChosen by the publisher; ✗ marks a wrong answer" in text and "awful |" not in text
+    assert [example["example_title"] for example in ModelCard(text).data.to_dict()["widget"]] == ["good"]
+    with pytest.raises(InputError, match=r"--sample_ids 9: the evaluation has no such example"):
+        plan_publication(made(records), PushConfig(dry_run=True, sample_ids=[1, 9]), "out")
+
+
+def test_a_model_without_mistakes_has_no_weakest_label(records):
+    metrics = records["evaluation"]["finetuned"]
+    for word in WORDS:
+        metrics["per_label"][word]["recall"] = 1.0
+    metrics["confusion_matrix"] = [[2, 0, 0], [0, 3, 0]]
+    for line in records["predictions"]:
+        line["finetuned"] = {**line["finetuned"], "text": line["label"], "predicted": line["label"]}
+    text = render(records)
+    assert "weakest" not in text and "### Where it fails\n\nOn these 5 examples:\n\n- no mistakes.\n" in text
+
+
 # Metadata
 
 
@@ -445,6 +516,15 @@ def test_the_base_models_own_licence_goes_on_the_card(records):
     data = ModelCard(render(records, license="other")).data.to_dict()
     assert {name: data[name] for name in fields} == fields
     assert "license_name" not in ModelCard(render(records, license="mit")).data.to_dict()
+
+
+def test_the_newer_format_of_results_holds_macro_f1(records):
+    (entry,) = parse_eval_result_entries(yaml.safe_load(eval_results_file(made(records))))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("cardiffnlp/tweet_eval", "sentiment", 0.4646)
+    assert (entry.dataset_revision, entry.date) == ("b" * 40, records["evaluation"]["created"])
+    assert entry.notes == "macro-F1 by greedy generation, test, n = 5, 95 % [0.111, 0.889]"
+    records["evaluation"]["data"] |= {"name": "tweets.csv", "local": True}
+    assert eval_results_file(made(records)) is None, "the data set is not on the Hub"
 
 
 def test_the_widget_shows_right_answers_with_the_prompt(records):
@@ -545,7 +625,7 @@ def test_every_number_on_the_card_stands_in_the_records(records):
     with open(TEMPLATE, encoding="utf-8") as stream:
         own = numbers(re.sub(r"\{\{.*?\}\}|\{%.*?%\}", " ", stream.read()))
     divided = {"44.800%", "12.6", "2.7", "50.0%", "33.3%"}  # parameters, minutes, gigabytes, shares of mistakes
-    text = render(records).split("\n---\n", 1)[1]
+    text = render(records).split("\n---\n", 1)[1].partition("## Citation")[0]
     recorded = written([*records.values(), asdict(CHECK), {"r": len(WORDS)}])
     strange = numbers(text) - recorded - own - divided
     assert strange == set()

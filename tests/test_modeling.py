@@ -35,12 +35,12 @@ from tweetdora.modeling import (
     load_tokenizer,
     merge,
     read_adapter_config,
-    read_base_card,
     save_adapter,
     save_merged,
     trainable_parameters,
 )
 from tweetdora.records import BaseModelCard, BaseModelRecord
+from tweetdora.source_cards import read_base_card
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 40, 41, 42, 43, 9, 10], [3, 50, 51, 42, 60, 9, 10]])

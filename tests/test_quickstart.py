@@ -16,7 +16,7 @@ from quickstart import __main__ as quickstart
 from quickstart import fetch, model, tweets
 from quickstart.fetch import Archive, QuickstartError
 from quickstart.tweets import Tweet
-from tweetdora.modeling import read_base_card
+from tweetdora.source_cards import read_base_card
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 GOOD = b"the right bytes"

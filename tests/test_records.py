@@ -205,7 +205,7 @@ def test_a_run_of_the_version_before_that_was_stopped_is_read_as_unfinished(tmp_
     (tmp_path / "run.json").write_text(json.dumps({"record_version": 2, **old}))
     with pytest.raises(InputError, match="is interrupted, not finished. Go on with"):
         read_run(str(tmp_path))
-    with pytest.raises(InputError, match="has record version 2; this code reads version 6. Use the state of"):
+    with pytest.raises(InputError, match="has record version 2; this code reads version 7. Use the state of"):
         read_record(RunRecord, str(tmp_path / "run.json"), oldest_version=RECORD_VERSION)
 
 
@@ -329,7 +329,7 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
 @pytest.mark.parametrize("version", [0, 1, RECORD_VERSION + 1, None, "4"])
 def test_a_record_of_another_version_is_refused(version, run_dir):
     change(run_dir, record_version=version)
-    message = f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3, 4, 5 and 6. Use the"
+    message = f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3, 4, 5, 6 and 7. Use the"
     with pytest.raises(InputError, match=message):
         read_run(str(run_dir))
 
@@ -377,12 +377,20 @@ def in_version_3(record: Any) -> dict[str, Any]:
 
 def without_what_came_in_5(old: dict[str, Any]) -> dict[str, Any]:
     """A record as version 4 wrote it."""
-    old = without_what_came_in_6(old)
+    old = without_what_came_in_6(without_what_came_in_7(old))
     for name in ("base_measured", "space"):
         old.pop(name, None)
     old.get("task", {}).pop("balance_labels", None)
     old.get("model", {}).pop("use_rslora", None)
     return {**old, "record_version": 4}
+
+
+def without_what_came_in_7(old: dict[str, Any]) -> dict[str, Any]:
+    """A record as version 6 wrote it."""
+    old.pop("dataset_card", None)
+    for name in ("paper", "citation"):
+        old.get("base_model_card", {}).pop(name, None)
+    return {**old, "record_version": 6}
 
 
 def without_what_came_in_6(old: dict[str, Any]) -> dict[str, Any]:
@@ -393,8 +401,14 @@ def without_what_came_in_6(old: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_of_version_6_is_read(record, tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps(without_what_came_in_7(plain(record))))
+    assert read_record(type(record), str(tmp_path / "record.json")) == record
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 def test_a_record_of_version_5_is_read(record, tmp_path):
-    (tmp_path / "record.json").write_text(json.dumps(without_what_came_in_6(plain(record))))
+    (tmp_path / "record.json").write_text(json.dumps(without_what_came_in_6(without_what_came_in_7(plain(record)))))
     assert read_record(type(record), str(tmp_path / "record.json")) == record
 
 

@@ -454,7 +454,7 @@ def test_a_finished_run_is_measured_on_other_data_and_the_card_says_so(finished,
     ]
     assert main_of("push_to_hub.py")([str(folder), "--dry_run", "true", "--check_samples", "1"]) == 0
     card = (folder / "publish/README.md").read_text()
-    assert "- Measured with other data than the run names: text\\_column: was 'text', now 'tweet'." in card
+    assert "- Evaluated on other data than the recipe names: text\\_column: was 'text', now 'tweet'." in card
     assert "- `train`: 1 rows were skipped: 1 with no label." in card and "`train` | 8 | 4 | 0 | 4 |" in card
 
 
@@ -502,4 +502,4 @@ def test_the_real_small_model_end_to_end(tmp_path):
     card, adapter = (folder / "publish/README.md").read_text(), read(folder / "publish/adapter/adapter_config.json")
     assert adapter["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card
-    assert "here converted from `SmolLM2-135M-Instruct.Q4_1.gguf` and so not equal to the original" in card
+    assert "here converted from `SmolLM2-135M-Instruct.Q4_1.gguf` and therefore not identical to the original" in card

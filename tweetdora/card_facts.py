@@ -6,6 +6,7 @@ on a card.
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ from tweetdora.records import (
     read_predictions,
     read_record,
 )
+from tweetdora.screening import unsuitable
 from tweetdora.seeds import Group, summarise
 
 _METHOD_NAMES = {"dora": "DoRA", "lora": "LoRA"}
@@ -50,9 +52,28 @@ _PUBLISHED = (
     ("LoRA model of the same owner", "its card", "0.51", ""),
 )
 _SAMPLES_RULE = (
-    "For each label, the first example of the split that the model answers rightly and the first that it answers "
-    "wrongly (✗), in the split's order; a line break in an answer is shown as ⏎."
+    "For each label, the first example that the model answers correctly and the first that it answers incorrectly "
+    "(✗), in the order of the split; ⏎ stands for a line break."
 )
+_CHOSEN_SAMPLES_RULE = "Chosen by the publisher; ✗ marks a wrong answer, ⏎ stands for a line break."
+_CITATIONS = {
+    "dora": """@inproceedings{liu2024dora,
+  title     = {{DoRA}: Weight-Decomposed Low-Rank Adaptation},
+  author    = {Liu, Shih-Yang and Wang, Chien-Yi and Yin, Hongxu and Molchanov, Pavlo and Wang, Yu-Chiang Frank and
+               Cheng, Kwang-Ting and Chen, Min-Hung},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2402.09353}
+}""",
+    "lora": """@inproceedings{hu2022lora,
+  title     = {{LoRA}: Low-Rank Adaptation of Large Language Models},
+  author    = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and
+               Wang, Shean and Wang, Lu and Chen, Weizhu},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2022},
+  url       = {https://arxiv.org/abs/2106.09685}
+}""",
+}
 _SHOWN_MISTAKES, _SHOWN_UNPARSED = 3, 3
 
 
@@ -120,6 +141,8 @@ class Publication:
     license: str | None
     commands: list[str]
     adapter_only: bool = False
+    sample_ids: Sequence[int] = ()
+    repository_url: str | None = None
 
     @property
     def model_id(self) -> str:
@@ -143,8 +166,10 @@ def card_facts(
     """
     run, evaluation = records.run, records.evaluation
     git, words = run.environment.git, run.task.label_words
+    chosen, left_out = choose_samples(records.predictions, words, publication.sample_ids)
     return {
-        "title": title(run, publication.hub_model_id),
+        "name": title(run, publication.hub_model_id),
+        "title": f"{folder_name(run.base_display_name)} fine-tuned on {run.train_data.display_name}",
         "model_id": publication.model_id,
         "adapter_only": publication.adapter_only,
         **_task_facts(run, evaluation),
@@ -153,8 +178,11 @@ def card_facts(
         **_training_facts(run, records.result),
         **_data_facts(run, evaluation),
         "example": _example(run, records.predictions, generations),
-        "samples_rule": _SAMPLES_RULE,
-        "samples": choose_samples(records.predictions, words),
+        "samples_rule": _CHOSEN_SAMPLES_RULE if publication.sample_ids else _SAMPLES_RULE,
+        "samples": chosen,
+        "left_out": left_out,
+        "citations": _citations(run),
+        "repository_url": publication.repository_url,
         "dtype": dtype,
         "read_by": read_by,
         "gguf": next((found for found in conversions if found.format.startswith("GGUF")), None),
@@ -282,12 +310,11 @@ def _failure_facts(records: Records, words: list[str]) -> dict[str, Any]:
     weakest = min(present, key=lambda word: metrics.per_label[word].recall)
     answers = [row.finetuned for row in records.predictions if row.finetuned]
     unparsed = [answer.text for answer in answers if answer.predicted is None]
+    recall = metrics.per_label[weakest].recall
     return {
-        "weakest": {
-            "word": weakest,
-            "recall": f"{metrics.per_label[weakest].recall:.3f}",
-            "recall_percent": f"{metrics.per_label[weakest].recall:.0%}",
-        },
+        "weakest": {"word": weakest, "recall": f"{recall:.3f}", "recall_percent": f"{recall:.0%}"}
+        if recall < 1
+        else None,
         "mistakes": _mistakes(metrics.confusion_matrix, words),
         "by_length": [
             {
@@ -299,7 +326,7 @@ def _failure_facts(records: Records, words: list[str]) -> dict[str, Any]:
             for band in metrics.by_length
         ],
         "unparsed_finetuned": f"{len(unparsed):,}" if unparsed else None,
-        "unparsed_answers": unparsed[:_SHOWN_UNPARSED],
+        "unparsed_answers": [answer for answer in unparsed if not unsuitable(answer)][:_SHOWN_UNPARSED],
     }
 
 
@@ -345,9 +372,12 @@ def _data_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
     return {
         "data": [_data_row(data) for data in (train, *validation, evaluation.data)],
         "dataset_link": _dataset_link(train),
+        "dataset_url": f"https://huggingface.co/datasets/{train.hub_id}" if train.hub_id else None,
         "dataset_config": train.config,
         "dataset_revision": train.revision,
-        "first_texts": train.first_texts,
+        "first_texts": {word: text for word, text in train.first_texts.items() if not unsuitable(text)},
+        "dataset_card": run.dataset_card,
+        "base_card": run.base_model_card,
         "supervised_tokens": f"{train.supervised_tokens:,}",
         "tokens": f"{train.tokens:,}",
         "sequence_lengths": {name: f"{count:,}" for name, count in train.sequence_lengths.items()},
@@ -393,25 +423,55 @@ def _label_rows(records: Records, words: list[str]) -> list[dict[str, str]]:
     return rows
 
 
-def choose_samples(predictions: list[PredictionRecord], words: list[str]) -> list[dict[str, Any]]:
-    """The examples that _SAMPLES_RULE names."""
-    chosen = []
-    for word in words:
-        of_label = [(row, row.finetuned) for row in predictions if row.label == word and row.finetuned]
-        for wrong in (False, True):
-            found = next((pair for pair in of_label if (pair[1].predicted != word) == wrong), None)
-            if found is not None:
-                row, answer = found
-                texts = {"text": row.text, "base": row.base.text, "finetuned": answer.text}
-                chosen.append({**texts, "label": word, "wrong": wrong})
-    return chosen
+def choose_samples(
+    predictions: list[PredictionRecord], words: list[str], sample_ids: Sequence[int] = ()
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Return the examples that the user named, or those that _SAMPLES_RULE names, and how many it passed over and why.
+
+    Raises:
+        InputError: there is no example of that id.
+    """
+    if sample_ids:
+        by_id = {row.example_id: row for row in predictions}
+        if unknown := [number for number in sample_ids if number not in by_id]:
+            raise InputError(
+                f"--sample_ids {unknown[0]}: the evaluation has no such example. predictions.jsonl lists the ids."
+            )
+        return [_sample(by_id[number]) for number in sample_ids], {}
+    chosen, left_out = {}, Counter[str]()
+    wanted = {(word, wrong) for word in words for wrong in (False, True)}
+    for row in predictions:
+        if not wanted:
+            break
+        sample = _sample(row)
+        kind = (row.label, sample["wrong"])
+        if kind in wanted:
+            if reason := unsuitable(sample["text"], sample["base"], sample["finetuned"]):
+                left_out[reason] += 1
+            else:
+                chosen[kind] = sample
+                wanted.remove(kind)
+    return [chosen[kind] for word in words for kind in ((word, False), (word, True)) if kind in chosen], dict(left_out)
 
 
-def widget_examples(run: RunRecord, predictions: list[PredictionRecord]) -> list[dict[str, Any]]:
-    """For the page's widget: the first exact, right answer of each label, with the prompt that led to it."""
+def _sample(row: PredictionRecord) -> dict[str, Any]:
+    """An example with the answers of base and fine-tuned model."""
+    answer = row.finetuned or row.base
+    texts = {"text": row.text, "base": row.base.text, "finetuned": answer.text}
+    return {**texts, "label": row.label, "wrong": answer.predicted != row.label}
+
+
+def widget_examples(
+    run: RunRecord, predictions: list[PredictionRecord], sample_ids: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """For the page's widget: each label's first exact, right answer that may be shown, with the prompt that led to it.
+
+    Of the samples that the user named, if there are any.
+    """
     examples = []
+    shown = [row for row in predictions if (row.example_id in sample_ids if sample_ids else not unsuitable(row.text))]
     for word in run.task.label_words:
-        right = (row for row in predictions if row.finetuned and row.label == row.finetuned.text == word)
+        right = (row for row in shown if row.finetuned and row.label == row.finetuned.text == word)
         if (row := next(right, None)) is not None:
             messages = run.prompt_format.messages(run.task.system_prompt, row.text)
             examples.append({"example_title": word, "messages": messages, "output": {"text": word}})
@@ -419,9 +479,10 @@ def widget_examples(run: RunRecord, predictions: list[PredictionRecord]) -> list
 
 
 def _example(run: RunRecord, predictions: list[PredictionRecord], generations: Sequence[str]) -> dict[str, Any]:
-    """The first example with an exact, right answer of the saved model; the first of all where there is none."""
+    """The first example that may be shown and has an exact, right answer of the saved model; otherwise the first."""
     answered = list(zip(predictions, generations, strict=False))  # those of the first examples only
-    row, answer = next((pair for pair in answered if pair[0].label == pair[1]), answered[0])
+    shown = [pair for pair in answered if not unsuitable(pair[0].text)] or answered
+    row, answer = next((pair for pair in shown if pair[0].label == pair[1]), shown[0])
     messages = run.prompt_format.messages(run.task.system_prompt, row.text)
     return {"messages": messages, "answer": answer}
 
@@ -435,6 +496,20 @@ def _dataset_link(data: TrainDataRecord) -> str:
     if data.hub_id:
         return f"[{data.hub_id}](https://huggingface.co/datasets/{data.hub_id})"
     return f"`{folder_name(data.name)}`"
+
+
+def _citations(run: RunRecord) -> str:
+    """BibTeX of the method, the data set and the base model; of those whose card has none, its address."""
+    sources = [
+        ("dataset", run.dataset_card.citation, run.train_data.hub_id, "https://huggingface.co/datasets/"),
+        ("base_model", run.base_model_card.citation, run.base_hub_id, "https://huggingface.co/"),
+    ]
+    entries = [_CITATIONS[run.model.method]]
+    for key, citation, hub_id, address in sources:
+        if citation is None and hub_id is not None:
+            citation = f"@misc{{{key},\n  title = {{{hub_id}}},\n  url   = {{{address}{hub_id}}}\n}}"
+        entries += [citation] if citation else []
+    return "\n\n".join(entries)
 
 
 def _epochs(passes: float) -> str:

@@ -797,6 +797,13 @@ class PushConfig:
     allow_chance_level: bool = field(
         default=False, metadata={"help": "Publish a model that is no better than guessing."}
     )
+    sample_ids: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Example ids of the samples on the card. If unset, a rule chooses them."},
+    )
+    repository_url: str | None = field(
+        default=None, metadata={"help": "Web address of your copy of this repository, for a link on the card."}
+    )
     license: str | None = field(
         default=None, metadata={"help": "Licence on the card; none: the base model's, where its card names one."}
     )
@@ -811,6 +818,8 @@ class PushConfig:
             raise InputError(f"--hub_model_id is {self.hub_model_id!r}; expected owner/name.")
         if self.adapter_only and self.dtype != "float32":
             raise InputError(f"--adapter_only true: an adapter is float32; leave --dtype {self.dtype} out.")
+        if self.repository_url is not None and not self.repository_url.startswith(("https://", "http://")):
+            raise InputError(f"--repository_url is {self.repository_url!r}; expected a web address, https://….")
         if self.space is not None and self.space.count("/") != 1:
             raise InputError(f"--space is {self.space!r}; expected owner/name.")
         if self.space and (self.create_pr or self.revision):

@@ -12,7 +12,7 @@ from huggingface_hub import get_token
 
 from tweetdora.errors import InputError
 
-_KINDS = (".safetensors", ".json", ".md", ".png", ".gguf", ".onnx", ".onnx_data")
+_KINDS = (".safetensors", ".json", ".md", ".png", ".gguf", ".onnx", ".onnx_data", ".yaml")
 _BY_NAME = ("chat_template.jinja", "Modelfile")
 # Secrets by their form. A W&B key of the old form, 40 hexadecimal digits, looks like a git commit: only by its value.
 _FORMS = {

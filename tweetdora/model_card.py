@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from tweetdora.card_facts import Publication, Records, card_facts, title, widget_examples
+from tweetdora.card_facts import Publication, Records, card_facts, choose_samples, title, widget_examples
 from tweetdora.config import PushConfig
 from tweetdora.errors import InputError
 from tweetdora.evaluation import no_better_than_guessing
@@ -59,7 +59,7 @@ def render_card(
     # escaping for HTML: each filter below escapes for the place in Markdown where it is used.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters.update(
-        cell=table_cell, code=inline_code, columns=keep_columns, pystr=_python_string, fence=fence
+        words=_as_list, cell=table_cell, code=inline_code, columns=keep_columns, pystr=_python_string, fence=fence
     )
     with open(TEMPLATE, encoding="utf-8") as stream:
         template = environment.from_string(stream.read())
@@ -127,7 +127,10 @@ def plan_publication(records: Records, config: PushConfig, folder: str) -> Publi
             "nobody else has to put an adapter on. Leave the flag out; the merged model is whole."
         )
     commands = [run.command, records.evaluation.command, command_line()]
-    return Publication(hub_model_id, folder, license, commands, config.adapter_only)
+    more: dict[str, Any] = {"sample_ids": config.sample_ids, "repository_url": config.repository_url}
+    publication = Publication(hub_model_id, folder, license, commands, config.adapter_only, **more)
+    choose_samples(records.predictions, run.task.label_words, config.sample_ids)  # an unknown id is refused now
+    return publication
 
 
 def check_license(license: str | list[str] | None, card: BaseModelCard) -> str | None:
@@ -186,10 +189,30 @@ def front_matter(records: Records, publication: Publication) -> str:
         metrics=["f1", "recall", "accuracy"],
         pipeline_tag="text-generation",
         tags=[run.model.method, "peft", "text-classification", "conversational", "tweetdora"],
-        widget=widget_examples(run, records.predictions) or None,
+        widget=widget_examples(run, records.predictions, publication.sample_ids) or None,
         eval_results=results,
     )
     return to_yaml(metadata.to_dict())
+
+
+def eval_results_file(records: Records) -> str | None:
+    """Return macro-F1 in the Hub's newer format, .eval_results/*.yaml; None if the data set is not on the Hub.
+
+    The Hub shows it on the page of a data set that is registered as a benchmark; model-index is for everything else.
+    """
+    data, metrics = records.evaluation.data, records.finetuned
+    if data.hub_id is None:
+        return None
+    low, high = metrics.intervals.macro_f1
+    entry = EvalResultEntry(
+        dataset_id=data.hub_id,
+        task_id=data.config or "default",
+        dataset_revision=data.revision,
+        value=round(metrics.macro_f1, 4),
+        date=records.evaluation.created,
+        notes=f"macro-F1 by greedy generation, {data.split}, n = {metrics.num_examples}, 95 % [{low:.3f}, {high:.3f}]",
+    )
+    return to_yaml(eval_result_entries_to_yaml([entry])) + "\n"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -211,13 +234,17 @@ _Dumper.add_implicit_resolver(
 )
 
 
-def to_yaml(metadata: dict[str, Any]) -> str:
+def to_yaml(metadata: Any) -> str:
     """A card's metadata as YAML; each text is read back as that text by YAML 1.1 and 1.2."""
     return yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
 
 
 def _python_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+def _as_list(words: str | list[str]) -> str:
+    return words if isinstance(words, str) else ", ".join(words)
 
 
 def table_cell(text: str) -> str:

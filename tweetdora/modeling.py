@@ -1,6 +1,5 @@
 """Base model and adapter: load, attach, merge, and save for vanilla transformers."""
 
-import dataclasses
 import errno
 import os
 import re
@@ -9,10 +8,8 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-import yaml
-from huggingface_hub import ModelCard, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
@@ -38,7 +35,6 @@ from tweetdora.files import file_sha256
 from tweetdora.records import (
     ADAPTER_WEIGHTS,
     TASK_FILE,
-    BaseModelCard,
     BaseModelRecord,
     PublishedTask,
     read_record,
@@ -167,28 +163,6 @@ def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | Non
         parameters=model.num_parameters(),
         weights_sha256=sha256,
     )
-
-
-def read_base_card(name_or_path: str, revision: str | None) -> BaseModelCard:
-    """Licence, languages and origin from the model's own card; empty if there is no readable card."""
-    try:
-        path = os.path.join(name_or_path, "README.md")
-        if not os.path.isdir(name_or_path):
-            path = hf_hub_download(name_or_path, "README.md", revision=revision)
-        elif not os.path.isfile(path):
-            return BaseModelCard()  # ModelCard.load would treat the path as a Hub id
-        card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError, LocalEntryNotFoundError):
-        return BaseModelCard()
-    found = {item.name: card.get(item.name) or None for item in dataclasses.fields(BaseModelCard)}
-    return BaseModelCard(**{name: _as_words(value) for name, value in found.items()})
-
-
-def _as_words(value: Any) -> Any:
-    """A card's value as a string or a list of strings: YAML parses some as numbers or dates."""
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    return value if value is None else str(value)
 
 
 def check_ids_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:

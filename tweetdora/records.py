@@ -24,7 +24,7 @@ from tweetdora.device import Hardware
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256, read_json, write_json
 
-RECORD_VERSION = 6
+RECORD_VERSION = 7
 RUN_FILE = "run.json"
 TASK_FILE = "task.json"
 ADAPTER_DIR = "adapter"
@@ -139,6 +139,18 @@ class BaseModelCard:
     language: str | list[str] | None = None
     converted_from: str | None = None
     converted_file: str | None = None
+    paper: str | None = None
+    citation: str | None = None  # its first BibTeX entry
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """What the data set's own card says, as far as it has one; `labels` is its text that names all labels."""
+
+    license: str | list[str] | None = None
+    paper: str | None = None
+    citation: str | None = None
+    labels: str | None = None
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,7 @@ class RunRecord:
     validation_data: DataRecord | None
     steps: int
     environment: Environment
+    dataset_card: DatasetCard = dataclasses.field(default_factory=DatasetCard)
     notes: list[DataNote] = dataclasses.field(default_factory=list)
     mismatches: list[str] = dataclasses.field(default_factory=list)  # what was otherwise when the run was resumed
     tracker: TrackerRecord | None = None
@@ -656,6 +669,8 @@ def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Recor
         value = _from_version_4(kind, value)
     if version <= 5:
         value = _from_version_5(kind, value)
+    if version <= 6:
+        value = _from_version_6(kind, value)
     return decode(kind, value, path)
 
 
@@ -847,6 +862,14 @@ _NEW_IN_TASK = {
 
 
 _NEW_IN_5: dict[str, dict[str, Any]] = {"task": {"balance_labels": False}, "model": {"use_rslora": False}}
+
+
+def _from_version_6(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 6 with what has come since."""
+    if kind is RunRecord:
+        card = {"paper": None, "citation": None, **value["base_model_card"]}
+        return {"dataset_card": dataclasses.asdict(DatasetCard()), **value, "base_model_card": card}
+    return value
 
 
 def _from_version_5(kind: type, value: dict[str, Any]) -> dict[str, Any]:

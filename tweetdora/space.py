@@ -111,7 +111,7 @@ def about_run(run_dir: str, split: str = "test") -> dict[str, Any]:
 
 
 def _about(model: str, name: str, records: Records) -> dict[str, Any]:
-    samples = choose_samples(records.predictions, records.run.task.label_words)
+    samples = choose_samples(records.predictions, records.run.task.label_words)[0]
     examples = [{"text": row["text"]} for row in samples]
     return {"model": model, "title": name, "notes": _notes(records), "examples": examples}
 

@@ -35,7 +35,6 @@ from tweetdora.modeling import (
     check_ids_fit,
     load_base,
     load_tokenizer,
-    read_base_card,
     save_adapter,
     trainable_parameters,
 )
@@ -62,6 +61,7 @@ from tweetdora.records import (
     write_record,
 )
 from tweetdora.resume import Commits
+from tweetdora.source_cards import read_base_card, read_dataset_card
 from tweetdora.tracking import finish_wandb, start_wandb
 from tweetdora.trainer import ClassificationTrainer, mean_loss, training_seconds
 
@@ -136,6 +136,7 @@ def load(
         validation_data=data_record(validation_examples, task.label_words) if validation_examples else None,
         steps=count_steps(training, len(train_examples)),
         environment=environment(),
+        dataset_card=read_dataset_card(task.dataset_name, commits.data, task.label_words, task.label_values),
         notes=notes_on_splits(splits, task.label_words),
     )
     return Loaded(model, tokenizer, prompt_tokenizer, tokenized, validation_examples), run
