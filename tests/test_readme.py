@@ -204,7 +204,7 @@ def likelihood_line(name: str, found: Any) -> str:
     low, high = found.intervals.macro_f1
     shown = {"base": "base", "finetuned": "fine-tuned"}[name]
     scores = f"{found.macro_f1:.3f} | [{low:.3f}, {high:.3f}] | {found.macro_recall:.3f} | {found.accuracy:.3f}"
-    return f"| {shown}, the likeliest label word | {scores} | | |"
+    return f"| {shown}, most likely label word | {scores} | | |"
 
 
 def test_the_table_of_the_experiment_is_the_records():

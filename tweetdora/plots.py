@@ -130,7 +130,7 @@ def plot_reliability(models: dict[str, LikelihoodMetrics], path: str, title: str
     """
     title = drawable(title)
     with plt.rc_context(_style([title])):
-        figure, axis = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+        figure, axis = plt.subplots(figsize=(7.4, 3.4), layout="constrained")
         axis.plot([0, 1], [0, 1], ":", color=_GREY, label="perfectly calibrated")
         for (name, found), colour in zip(models.items(), (_GREY, _ORANGE), strict=False):
             total = sum(part.num_examples for part in found.bins)
@@ -143,7 +143,7 @@ def plot_reliability(models: dict[str, LikelihoodMetrics], path: str, title: str
             axis.scatter(confidence, accuracy, sizes, color=colour, alpha=0.6)
         axis.set(xlabel="probability of the most likely label", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.03))
         axis.set_title(title)
-        axis.legend(frameon=False, loc="upper left", fontsize=9)
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
         figure.savefig(path)
         plt.close(figure)
 
