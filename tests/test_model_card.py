@@ -294,7 +294,7 @@ def test_a_model_that_is_no_better_than_guessing_says_so(records):
     ("flags", "refused"), [({}, True), ({"dry_run": True}, False), ({"allow_chance_level": True}, False)]
 )
 def test_a_model_that_is_no_better_than_guessing_is_not_published_unless_asked_for(records, flags, refused):
-    message = "is not above that of uniform guessing, 0.501. Train with .* publish it all the same with --allow_chance"
+    message = "is not above that of uniform guessing, 0.501. Train with .* publish it anyway with --allow_chance"
     if refused:
         with pytest.raises(InputError, match=message):
             check_skill(made(records), PushConfig(**flags))

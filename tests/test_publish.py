@@ -415,7 +415,7 @@ def test_what_cannot_end_well_is_said_before_the_merge(push, trained: Desk, tmp_
 
 
 def test_an_adapter_alone_has_no_repository_by_default(push):
-    with pytest.raises(InputError, match="^an adapter alone needs one of its own; give --hub_model_id"):
+    with pytest.raises(InputError, match="^an adapter needs its own repository; give --hub_model_id"):
         runpy.run_path(str(PUSH))["main"](["--adapter_only", "true", *ANYHOW])
 
 

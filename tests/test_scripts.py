@@ -256,10 +256,10 @@ def test_dry_run_shows_plan_and_row_and_leaves_nothing(teachable_dir, data_dir, 
         ),
         (lambda f: flip(f / "adapter/adapter_model.safetensors"), "its SHA-256 differs"),
         (lambda f: write(f / "evaluation/test.json", adapter_sha256="0"), "its adapter is '0'"),
-        (lambda f: shutil.rmtree(f / "evaluation"), "Measure first: python evaluate.py"),
+        (lambda f: shutil.rmtree(f / "evaluation"), "Evaluate it first: python evaluate.py"),
         (
             lambda f: (f / "evaluation/test/predictions.jsonl").unlink(),
-            "predictions.jsonl is missing. Measure first: python evaluate.py",
+            "predictions.jsonl is missing. Evaluate it first: python evaluate.py",
         ),
         (
             lambda f: cut(f / "evaluation/test/predictions.jsonl"),

@@ -323,7 +323,7 @@ def test_a_loss_that_is_nan_stops_the_training_and_names_step_and_rows(laborator
     with pytest.raises(
         DivergedError,
         match=r"^the loss is nan in step 1, training examples \[(\d, ){4}\d\]. "
-        r"Start anew in another --output_dir with a lower --learning_rate.$",
+        r"Start again in another --output_dir with a lower --learning_rate.$",
     ):
         trainer.train()
 
@@ -333,14 +333,15 @@ def test_advice_after_a_divergence_is_what_can_be_done(precision_name, also, tmp
     """A resumed run must have the same settings; a checkpoint is spoken of only if there is one."""
     monkeypatch.setattr(device, "has_bf16", lambda device_type: True)
     training = TrainConfig(output_dir=str(tmp_path), precision=precision_name, report_to=[])
-    start = f"Start anew in another --output_dir with a lower --learning_rate{also}"
+    start = f"Start again in another --output_dir with a lower --learning_rate{also}"
     assert after_divergence(training) == f"{start}."
     beside = tmp_path / SAVING_DIR / "checkpoint-20"
     beside.mkdir(parents=True)
     (beside / "trainer_state.json").write_text("{}")
     publish_checkpoint(str(tmp_path), 20, keep=None)
     assert (
-        after_divergence(training) == f"{start}; the adapter in {tmp_path}/checkpoint-20 is from before it, and good."
+        after_divergence(training)
+        == f"{start}; the adapter in {tmp_path}/checkpoint-20 is from before that step, and intact."
     )
 
 

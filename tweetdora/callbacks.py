@@ -1,4 +1,4 @@
-"""Beside the training: a line for each checkpoint, missed validations, stops by signal or NaN, generations to W&B."""
+"""Trainer callbacks: a log line per checkpoint, missed validations, stops on signals and NaN, generations to W&B."""
 
 import signal
 from types import FrameType
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 
 
 class EvaluationStopped(RuntimeError):
-    """A signal came while the validation examples were being answered."""
+    """A signal arrived during validation."""
 
 
 def after_divergence(training: TrainConfig) -> str:
-    """What can be done about a run that diverged; resumed, it must have the same settings, and diverges again."""
+    """Advice for a run that diverged. Resuming does not help: with the same settings it diverges again."""
     precision = "" if training.precision == "fp32" else " or with --precision fp32"
     checkpoint, _ = last_whole_checkpoint(training.output_dir)
-    good = f"; the adapter in {checkpoint} is from before it, and good" if checkpoint else ""
-    return f"Start anew in another --output_dir with a lower --learning_rate{precision}{good}."
+    good = f"; the adapter in {checkpoint} is from before that step, and intact" if checkpoint else ""
+    return f"Start again in another --output_dir with a lower --learning_rate{precision}{good}."
 
 
 class _TrainerCallback(TrainerCallback):
-    """A callback that looks at more of its trainer than it is handed."""
+    """A callback that needs its trainer, not only the state."""
 
     def __init__(self, trainer: "ClassificationTrainer") -> None:
         self.trainer = trainer
 
 
 class LogBeforeCheckpoint(TrainerCallback):
-    """A training line for each checkpoint and for the end: no step is missing from the lines of a resumed run."""
+    """Log at each checkpoint and at the end, so that the log of a resumed run covers every step."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for the line. A checkpoint may also follow from a validation, if a signal cuts that off."""
+        """Request a log line. A validation may also end in a checkpoint, if a signal interrupts it."""
         if control.should_save or control.should_evaluate or control.should_training_stop:
             control.should_log = True
         return control
@@ -52,15 +52,15 @@ class LogBeforeCheckpoint(TrainerCallback):
 
 
 class RunMissedEvaluation(_TrainerCallback):
-    """A resumed run begins with the validation that the interruption cost it, and is then as one never stopped."""
+    """Start a resumed run with the validation that the interruption skipped, to match an uninterrupted run."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Validate, if it is due.
+        """Validate if a validation is due.
 
         Raises:
-            EvaluationStopped: a signal cut it off again; it stays due, and no step is made.
+            EvaluationStopped: a signal interrupted it again; it stays due, and no step is made.
         """
         if self.trainer.evaluation_is_due():
             self.trainer.evaluate()
@@ -69,7 +69,7 @@ class RunMissedEvaluation(_TrainerCallback):
 
 
 class StopOnNonFiniteGradient(_TrainerCallback):
-    """A loss can be finite and its gradient not: the weights, and the next checkpoint, would be NaN."""
+    """Stop before a non-finite gradient turns the weights, and the next checkpoint, into NaN."""
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,7 +93,7 @@ class StopOnNonFiniteGradient(_TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once."""
+    """On Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second signal stops at once."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -102,7 +102,7 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take over the signals for the time of the training."""
+        """Handle the signals during training."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._note)
 
@@ -115,33 +115,33 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for a checkpoint and the end."""
+        """Request a checkpoint and the end of training."""
         if self.agree(args) and state.global_step < state.max_steps:  # after the last step there is nothing to stop
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
         return control
 
     def agree(self, args: TrainingArguments) -> bool:
-        """Whether a signal has come to any process; all of them must ask at the same place."""
-        if args.world_size > 1:  # a signal may have reached one process only, or one process a step earlier
+        """True if any process received a signal. Collective: every process must call it at the same point."""
+        if args.world_size > 1:  # a signal may reach one process only, or one process a step earlier
             number = int(gather(torch.tensor([self.signal_number or 0], device=args.device)).max())
-            self.signal_number = number or self.signal_number  # one may have come while this was gathered
+            self.signal_number = number or self.signal_number  # one may have arrived during the gathering
         return self.signal_number is not None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
 
 class LogGenerations(_TrainerCallback):
-    """After each validation: confusion matrix and sample generations to W&B."""
+    """Send a confusion matrix and sample generations to W&B after each validation."""
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log what the last validation generated."""
+        """Log the generations of the last validation."""
         examples = self.trainer.validation_examples
         if wandb.run is not None and examples is not None:
             found = [generation for generation in self.trainer.last_generations if generation is not None]

@@ -1,7 +1,7 @@
-"""What the model card says, as texts for model_card_template.md, each taken from the records of a run.
+"""The facts of a model card, formatted for model_card_template.md and taken from the records of a run.
 
-The template holds words and layout, this module numbers as they are shown: a number that is not in a record cannot get
-on a card.
+The template holds words and layout; this module formats the numbers. A number that is not in a record cannot get on a
+card.
 """
 
 import dataclasses
@@ -79,9 +79,9 @@ _SHOWN_MISTAKES, _SHOWN_UNPARSED = 3, 3
 
 @dataclass(frozen=True)
 class Records:
-    """What train.py and evaluate.py left of one run, both finished.
+    """The records of one finished run and its evaluation.
 
-    `result`, `finetuned` and `difference` are those of the two records, which for other runs may be None.
+    `result`, `finetuned` and `difference` repeat fields of these records, which may be None for other runs.
     """
 
     run: RunRecord
@@ -93,37 +93,37 @@ class Records:
     sisters: Group | None = None  # the run and those that differ from it in the seed alone
 
     def examples(self) -> Examples:
-        """The examples that were measured, as the predictions hold them: the data set itself need not be at hand."""
+        """Return the evaluated examples from the predictions, so that the data set is not needed."""
         words = self.evaluation.label_words
         labels = [words.index(row.label) if row.label in words else -1 for row in self.predictions]
         return make_examples([row.text for row in self.predictions], labels)
 
 
 def make_records(run: RunRecord, evaluation: EvaluationRecord, predictions: list[PredictionRecord]) -> Records:
-    """The records of a run together.
+    """Combine the records of a run.
 
     Raises:
-        InputError: the evaluation is not that of a finished run.
+        InputError: the evaluation is not of a finished run.
     """
     if run.result is None or evaluation.finetuned is None or evaluation.difference is None:
         raise InputError(
-            f"the evaluation is of a {evaluation.kind}; expected one of the run. Run evaluate.py on the run folder."
+            f"the evaluation is of a {evaluation.kind}; expected one of a run. Run evaluate.py on the run folder."
         )
     return Records(run, run.result, evaluation, evaluation.finetuned, evaluation.difference, predictions)
 
 
 def evaluation_path(run_dir: str, split: str) -> str:
-    """Where evaluate.py leaves what it measured of a run."""
+    """Return the path of a run's evaluation record."""
     return os.path.join(run_dir, "evaluation", f"{split}.json")
 
 
 def read_records(run: RunRecord, run_dir: str, split: str) -> Records:
-    """The run's record with what evaluate.py left of it.
+    """Read the run's evaluation and combine it with the run's record.
 
     Raises:
-        InputError: the run was not evaluated on that split, or its files are not whole.
+        InputError: the run was not evaluated on that split, or its files are incomplete.
     """
-    again = f"Measure first: python evaluate.py {run_dir} --split {split}"
+    again = f"Evaluate it first: python evaluate.py {run_dir} --split {split}"
     path = evaluation_path(run_dir, split)
     try:
         evaluation = read_record(EvaluationRecord, path)
@@ -134,7 +134,7 @@ def read_records(run: RunRecord, run_dir: str, split: str) -> Records:
 
 @dataclass(frozen=True)
 class Publication:
-    """What is made of the run: under which name, from which commands, merged or the adapter alone."""
+    """What is published of a run: its name, the commands that made it, merged model or adapter alone."""
 
     hub_model_id: str | None
     folder: str
@@ -146,7 +146,7 @@ class Publication:
 
     @property
     def model_id(self) -> str:
-        """What a user loads; the folder where nothing is published."""
+        """The id that a user loads; the folder if nothing is published."""
         return self.hub_model_id or self.folder
 
 
@@ -159,10 +159,10 @@ def card_facts(
     read_by: str,
     conversions: Sequence[Conversion] = (),
 ) -> dict[str, Any]:
-    """Every value that the template shows, formatted.
+    """Return every value that the template shows, formatted.
 
-    `read_by` is portable.supported_versions', `conversions` are the model's other formats; `check` is what comparing
-    the saved model, of number format `dtype`, showed; `generations` what it wrote for the first examples.
+    `read_by` comes from portable.supported_versions; `conversions` are the model's other formats; `check` is the
+    comparison of the saved model, in `dtype`, with the trained one; `generations` are its first answers.
     """
     run, evaluation = records.run, records.evaluation
     git, words = run.environment.git, run.task.label_words
@@ -201,7 +201,7 @@ def card_facts(
 
 
 def _notes(run: RunRecord, evaluation: EvaluationRecord) -> list[dict[str, str]]:
-    """What the records note on the data; of the split that was measured, what its own record notes."""
+    """Return the notes on the data; those on the evaluated split come from its own record."""
     of_the_run = [note for note in run.notes if note.split != evaluation.split]
     names = {"train": run.train_data.split, evaluation.split: evaluation.data.split}
     if run.validation_data and evaluation.split != "validation":
@@ -211,28 +211,27 @@ def _notes(run: RunRecord, evaluation: EvaluationRecord) -> list[dict[str, str]]
 
 
 def title(run: RunRecord, hub_model_id: str | None) -> str:
-    """The model's name without its owner."""
+    """Return the model's name without its owner."""
     return hub_model_id.rsplit("/", 1)[-1] if hub_model_id else run.name
 
 
 def recipe(run: RunRecord) -> dict[str, Any]:
-    """The settings of a run, defaults included, as train.py --config reads them; base and data by their commits."""
+    """Return the settings of a run, including defaults, for train.py --config; base and data are pinned to commits."""
     settings = {**vars(run.task), **vars(run.model), **vars(run.training)}
     settings |= {"model_revision": run.base_model.revision, "dataset_revision": run.train_data.revision}
-    del settings["world_size"]  # accelerate launch --num_processes; the result does not hang on it
+    del settings["world_size"]  # accelerate launch --num_processes; the result does not depend on it
     plain = {name: without_folders(value) if isinstance(value, str) else value for name, value in settings.items()}
-    # A field whose default is not None has to say so where it is None (max_train_samples: all); the others are left
-    # out, as an empty key is no setting.
+    # Write None only where it is not the default (max_train_samples: all), as an empty key is no setting.
     defaults = {item.name: item.default for kind in (TaskConfig, ModelConfig) for item in dataclasses.fields(kind)}
     return {name: value for name, value in plain.items() if value is not None or defaults.get(name) is not None}
 
 
 def _task_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
-    """Base model, labels and prompt."""
+    """Return facts about base model, labels and prompt."""
     task, base, words, data = run.task, run.base_model, run.task.label_words, evaluation.data
     name, known_id = run.base_display_name, run.base_hub_id
     is_sentiment = (data.name, data.config) == _TWEETEVAL_SENTIMENT
-    # Others' scores are of the whole test split; beside a part of it, or another split, they would mislead.
+    # Others' scores are for the whole test split; next to a part of it, or another split, they would mislead.
     is_whole_test = evaluation.split == data.split == "test" and data.num_examples == _TWEETEVAL_TEST_EXAMPLES
     return {
         "base_name": name,
@@ -254,7 +253,7 @@ def _task_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
 
 
 def _result_facts(records: Records, words: list[str]) -> dict[str, Any]:
-    """What evaluate.py measured."""
+    """Return the scores."""
     evaluation, difference, data = records.evaluation, records.difference, records.evaluation.data
     majority = evaluation.baselines.majority
     return {
@@ -291,7 +290,7 @@ def _result_facts(records: Records, words: list[str]) -> dict[str, Any]:
 
 
 def _seed_texts(group: Group) -> dict[str, str]:
-    """The macro-F1 over runs that differ in the seed alone."""
+    """Return macro-F1 over runs that differ only in the seed."""
     found = summarise(group)
     *first, last = map(str, group.seeds)
     return {
@@ -304,9 +303,9 @@ def _seed_texts(group: Group) -> dict[str, str]:
 
 
 def _failure_facts(records: Records, words: list[str]) -> dict[str, Any]:
-    """Where the tuned model goes wrong: between which labels, at which lengths, and what names no label word."""
+    """Return where the fine-tuned model fails: labels it confuses, text lengths, answers without a label word."""
     metrics = records.finetuned
-    present = [word for word in words if metrics.per_label[word].support]  # the others have no recall
+    present = [word for word in words if metrics.per_label[word].support]  # recall is undefined without examples
     weakest = min(present, key=lambda word: metrics.per_label[word].recall)
     answers = [row.finetuned for row in records.predictions if row.finetuned]
     unparsed = [answer.text for answer in answers if answer.predicted is None]
@@ -331,7 +330,7 @@ def _failure_facts(records: Records, words: list[str]) -> dict[str, Any]:
 
 
 def _mistakes(matrix: list[list[int]], words: list[str]) -> list[dict[str, str]]:
-    """The most frequent wrong label words."""
+    """Return the most frequent confusions."""
     found = [
         (count, word, words[column], sum(row))
         for number, (word, row) in enumerate(zip(words, matrix, strict=True))
@@ -345,7 +344,7 @@ def _mistakes(matrix: list[list[int]], words: list[str]) -> list[dict[str, str]]
 
 
 def _training_facts(run: RunRecord, result: TrainingResult) -> dict[str, Any]:
-    """Settings of the adapter and of the training, and what it took."""
+    """Return the settings of adapter and training, and what training took."""
     training, trainable = run.training, run.adapter.trainable_parameters
     return {
         "settings": run.model,
@@ -366,7 +365,7 @@ def _training_facts(run: RunRecord, result: TrainingResult) -> dict[str, Any]:
 
 
 def _data_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
-    """The examples that were trained on, validated and measured."""
+    """Return facts about the training, validation and evaluation data."""
     train = run.train_data
     validation = [run.validation_data] if run.validation_data else []
     return {
@@ -426,7 +425,7 @@ def _label_rows(records: Records, words: list[str]) -> list[dict[str, str]]:
 def choose_samples(
     predictions: list[PredictionRecord], words: list[str], sample_ids: Sequence[int] = ()
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Return the examples that the user named, or those that _SAMPLES_RULE names, and how many it passed over and why.
+    """Return the samples that the user named or _SAMPLES_RULE chooses, and how many the rule skipped for which reason.
 
     Raises:
         InputError: there is no example of that id.
@@ -455,7 +454,7 @@ def choose_samples(
 
 
 def _sample(row: PredictionRecord) -> dict[str, Any]:
-    """An example with the answers of base and fine-tuned model."""
+    """Return an example with the answers of base and fine-tuned model."""
     answer = row.finetuned or row.base
     texts = {"text": row.text, "base": row.base.text, "finetuned": answer.text}
     return {**texts, "label": row.label, "wrong": answer.predicted != row.label}
@@ -464,9 +463,9 @@ def _sample(row: PredictionRecord) -> dict[str, Any]:
 def widget_examples(
     run: RunRecord, predictions: list[PredictionRecord], sample_ids: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
-    """For the page's widget: each label's first exact, right answer that may be shown, with the prompt that led to it.
+    """Return examples for the page's widget: for each label the first exact, correct answer that may be shown.
 
-    Of the samples that the user named, if there are any.
+    If the user named samples, only these are used.
     """
     examples = []
     shown = [row for row in predictions if (row.example_id in sample_ids if sample_ids else not unsuitable(row.text))]
@@ -479,8 +478,8 @@ def widget_examples(
 
 
 def _example(run: RunRecord, predictions: list[PredictionRecord], generations: Sequence[str]) -> dict[str, Any]:
-    """The first example that may be shown and has an exact, right answer of the saved model; otherwise the first."""
-    answered = list(zip(predictions, generations, strict=False))  # those of the first examples only
+    """Return the first example that may be shown and that the saved model answers exactly right; else the first."""
+    answered = list(zip(predictions, generations, strict=False))  # only the first examples have answers
     shown = [pair for pair in answered if not unsuitable(pair[0].text)] or answered
     row, answer = next((pair for pair in shown if pair[0].label == pair[1]), shown[0])
     messages = run.prompt_format.messages(run.task.system_prompt, row.text)
@@ -522,14 +521,14 @@ def _duration(seconds: float) -> str:
 
 
 def _warmup(steps: float) -> str | None:
-    """The Trainer reads a number below 1 as a share of all steps (transformers 5.23)."""
+    """Format the warm-up; the Trainer reads a number below 1 as a fraction of all steps (transformers 5.23)."""
     if not steps:
         return None
     return f"{steps:g} warm-up steps" if steps >= 1 else f"warm-up over the first {steps * 100:g} % of the steps"
 
 
 def _hardware(run: RunRecord) -> str:
-    """What the run computed on, one GPU for each process; the machine may have more."""
+    """Return the hardware that the run used, one GPU per process; the machine may have more."""
     hardware = run.environment.hardware
     if run.device == "cuda":
         return f"{run.training.world_size} x {hardware.gpus[0]}"
@@ -537,9 +536,9 @@ def _hardware(run: RunRecord) -> str:
 
 
 def _peak_memory(run: RunRecord, result: TrainingResult) -> str:
-    """The peak of the process that used most."""
+    """Return the peak memory of the process that used most."""
     peak = result.peak_memory_bytes
-    if run.device == "cuda":  # what the process has beside the GPU says little of what a reader needs
+    if run.device == "cuda":  # a reader needs the GPU's memory, not the process's
         used = max(size for name, size in peak.items() if name != "process")
         return f"{used / 1e9:.1f} GB of one GPU's memory"
     return f"{peak['process'] / 1e9:.1f} GB of one process's memory"

@@ -1,4 +1,4 @@
-"""The model card: model_card_template.md, filled with card_facts.py's texts, and metadata that the Hub reads."""
+"""Render the model card: model_card_template.md with the facts of card_facts.py, and the metadata for the Hub."""
 
 import difflib
 import html
@@ -21,13 +21,13 @@ from tweetdora.provenance import command_line
 from tweetdora.records import BaseModelCard, Comparison, Conversion, folder_name
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
-# At the top of the repository; of an installed package beside the scripts (pyproject.toml).
+# At the top of the repository, or next to the scripts of an installed package (pyproject.toml).
 _PLACES = [
     os.path.join(folder, "model_card_template.md") for folder in (os.path.dirname(_PACKAGE), f"{_PACKAGE}/scripts")
 ]
 TEMPLATE = next(filter(os.path.isfile, _PLACES), _PLACES[0])
 SOURCES = os.path.dirname(TEMPLATE)
-# What the Hub knows (huggingface.co/docs/hub/repositories-licenses); its validator refuses any other.
+# The licences that the Hub accepts (huggingface.co/docs/hub/repositories-licenses).
 LICENSES = """
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
     afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
@@ -50,13 +50,13 @@ def render_card(
     model_type: str | None = None,
     conversions: Sequence[Conversion] = (),
 ) -> str:
-    """The whole card as text, metadata in front; its code loads the Hub's model, or the folder where there is none.
+    """Render the whole card, metadata first. Its code loads the model from the Hub, or from the folder if unpublished.
 
-    `model_type` is that of the saved configuration, `conversions` are its other formats; `check` is what comparing the
-    saved model, of number format `dtype`, showed; `generations` what it wrote for the first examples.
+    `model_type` is that of the saved configuration; `conversions` are the model's other formats; `check` is the
+    comparison of the saved model, in `dtype`, with the trained one; `generations` are its first answers.
     """
-    # StrictUndefined: a name that the template has and card_facts has not is an error, not a gap in a sentence. No
-    # escaping for HTML: each filter below escapes for the place in Markdown where it is used.
+    # StrictUndefined: a name that card_facts does not define is an error, not a gap in a sentence. No HTML escaping:
+    # each filter below escapes for the place in Markdown where it is used.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters.update(
         words=_as_list, cell=table_cell, code=inline_code, columns=keep_columns, pystr=_python_string, fence=fence
@@ -66,18 +66,18 @@ def render_card(
     read_by = supported_versions(model_type)
     facts = card_facts(records, publication, dtype, check, generations, read_by, conversions)
     text = template.render(**facts, metadata=front_matter(records, publication))
-    ModelCard(text)  # parses its own metadata back, or raises
+    ModelCard(text)  # parses the metadata, or raises
     return text
 
 
 def check_records(records: Records) -> None:
-    """Refuse records that are not of one and the same run.
+    """Refuse records of different runs.
 
     Raises:
         InputError: names what differs.
     """
     run, evaluation, found = records.run, records.evaluation, records.examples()
-    # The hash ties the predictions to the measurement: a line that was changed by hand would show on the card.
+    # The hash ties the predictions to the evaluation: a line changed by hand would otherwise show on the card.
     pairs = (
         ("adapter", run.adapter.sha256, evaluation.adapter_sha256),
         ("base model", run.base_model, evaluation.base_model),
@@ -95,36 +95,36 @@ def check_records(records: Records) -> None:
 
 
 def check_skill(records: Records, config: PushConfig) -> str | None:
-    """Refuse to publish a model that is no better than guessing, unless that is asked for; a sentence if it is none.
+    """Refuse to publish a model that is no better than guessing, unless a flag allows it; return a warning or None.
 
     Raises:
-        InputError: says what it scores.
+        InputError: gives its score.
     """
     found = no_better_than_guessing(records.evaluation)
     if found is not None and not config.allow_chance_level and not config.dry_run:
         raise InputError(
-            f"{found} Train with more examples or a higher --learning_rate, or publish it all the same with "
+            f"{found} Train with more examples or a higher --learning_rate, or publish it anyway with "
             "--allow_chance_level true."
         )
     return found
 
 
 def plan_publication(records: Records, config: PushConfig, folder: str) -> Publication:
-    """What is to be made of the run.
+    """Decide what to publish of the run.
 
     Raises:
-        InputError: a flag is missing or does not go with the run.
+        InputError: a flag is missing or does not fit the run.
     """
     run = records.run
     hub_model_id = config.hub_model_id or (None if config.adapter_only else run.hub_model_id)
     if hub_model_id is None and not config.dry_run:
-        why = "an adapter alone needs one of its own" if config.adapter_only else "the run names no repository"
+        why = "an adapter needs its own repository" if config.adapter_only else "the run names no repository"
         raise InputError(f"{why}; give --hub_model_id owner/name, or --dry_run true.")
     license = check_license(config.license or run.base_model_card.license, run.base_model_card)
     if config.adapter_only and run.base_model.weights_sha256:
         raise InputError(
-            f"--adapter_only true: the base model of this run is the folder {run.base_model.name_or_path}, which "
-            "nobody else has to put an adapter on. Leave the flag out; the merged model is whole."
+            f"--adapter_only true: the base model of this run is the local folder {run.base_model.name_or_path}, "
+            "which nobody else has. Leave the flag out to publish the merged model."
         )
     commands = [run.command, records.evaluation.command, command_line()]
     more: dict[str, Any] = {"sample_ids": config.sample_ids, "repository_url": config.repository_url}
@@ -134,10 +134,10 @@ def plan_publication(records: Records, config: PushConfig, folder: str) -> Publi
 
 
 def check_license(license: str | list[str] | None, card: BaseModelCard) -> str | None:
-    """The licence, unless the Hub does not know it, or it is of a kind that it asks a name of.
+    """Return the licence if the Hub accepts it.
 
     Raises:
-        InputError: names the nearest ones that are known.
+        InputError: the Hub does not know it; the message names similar ones. Or it needs a name and a link.
     """
     if license is None:
         return None
@@ -145,19 +145,19 @@ def check_license(license: str | list[str] | None, card: BaseModelCard) -> str |
         near = difflib.get_close_matches(str(license).lower(), LICENSES, n=3, cutoff=0.4)
         raise InputError(
             f"the Hub knows no licence {license!r}; expected one of its identifiers"
-            f"{', such as ' + ', '.join(near) if near else ''} (huggingface.co/docs/hub/repositories-licenses). Give "
+            f"{', such as ' + ', '.join(near) if near else ''} (huggingface.co/docs/hub/repositories-licenses). Set "
             "it with --license."
         )
     if license == "other" and not (card.license_name and card.license_link):
         raise InputError(
-            "the licence is `other`, which on the Hub needs license_name and license_link, and the base model's card "
-            "gives none. Give an identifier with --license."
+            "the licence is `other`, which on the Hub needs license_name and license_link, but the base model's card "
+            "gives neither. Set an identifier with --license."
         )
     return license
 
 
 def front_matter(records: Records, publication: Publication) -> str:
-    """The metadata as YAML. What is not known, or is a local folder and so no Hub id, is left out."""
+    """Return the metadata as YAML, without unknown values and local folders, which have no Hub id."""
     run, data, card = records.run, records.evaluation.data, records.run.base_model_card
     dataset = data.hub_id
     metrics = (("f1", "macro_f1", "macro-F1"), ("recall", "macro_recall", "macro recall"))
@@ -216,17 +216,17 @@ def eval_results_file(records: Records) -> str | None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes YAML that means the same in version 1.1, which Python reads, and 1.2, which the Hub reads."""
+    """Write YAML that means the same in version 1.1, which Python reads, and 1.2, which the Hub reads."""
 
 
 def _as_scalar(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # In double quotes every character that a version takes for a line break, or not, is written as an escape.
+    # Inside double quotes, characters that only one version treats as a line break are escaped.
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _as_scalar)
-# Plain texts that are numbers in 1.2 only (core schema, section 10.3.2), such as 1e3 and 0o14, are quoted as well.
+# Also quote plain texts that are numbers only in 1.2 (core schema, section 10.3.2), such as 1e3 and 0o14.
 _Dumper.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|0o[0-7]+|0x[0-9a-fA-F]+"),
@@ -235,7 +235,7 @@ _Dumper.add_implicit_resolver(
 
 
 def to_yaml(metadata: Any) -> str:
-    """A card's metadata as YAML; each text is read back as that text by YAML 1.1 and 1.2."""
+    """Return a card's metadata as YAML; YAML 1.1 and 1.2 read every text back unchanged."""
     return yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
 
 
@@ -248,19 +248,19 @@ def _as_list(words: str | list[str]) -> str:
 
 
 def table_cell(text: str) -> str:
-    """Text as one cell of a Markdown table: no markup, no column or line breaks."""
+    """Escape text for one cell of a Markdown table: no markup, no column or line breaks."""
     escaped = html.escape(text, quote=False)
     escaped = re.sub(r"([\\`*_{}\[\]#|~])", r"\\\1", escaped)
     return re.sub(r"\s+", " ", escaped).strip()
 
 
 def keep_columns(text: str) -> str:
-    """Inline code inside a table: a bar would begin the next column."""
+    """Escape inline code inside a table, where a bar would start the next column."""
     return text.replace("|", "\\|")
 
 
 def inline_code(text: str) -> str:
-    """Text as inline code, whatever it holds; a line break is shown as a sign."""
+    """Return any text as inline code; a sign stands for a line break."""
     if not text.strip():
         return "(empty)"
     shown = re.sub(r"\s", " ", text.replace("\n", "⏎"))
@@ -269,7 +269,7 @@ def inline_code(text: str) -> str:
 
 
 def fence(text: str, language: str = "") -> str:
-    """Text as a block of code, whatever it holds."""
+    """Return any text as a code block."""
     marks = "`" * max(3, _longest_ticks(text) + 1)
     return f"{marks}{language}\n{text.rstrip()}\n{marks}"
 

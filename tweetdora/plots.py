@@ -1,4 +1,4 @@
-"""Plots of a run: curves of the training, and confusion matrices and calibration of base and fine-tuned model."""
+"""Plots: training curves, confusion matrices, calibration, and comparisons of runs."""
 
 import functools
 import itertools
@@ -61,7 +61,7 @@ def drawable(text: str) -> str:
 
 
 def plot_training(log_history: Sequence[dict[str, Any]], path: str, title: str) -> None:
-    """Training and validation loss over steps; beside it, where they were measured, validation macro-F1 and rates."""
+    """Plot training and validation loss over steps and, if there are validations, macro-F1 and rates next to it."""
     train = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     validation = [entry for entry in log_history if "eval_loss" in entry]
     title = drawable(title)
@@ -94,16 +94,16 @@ def _curve(
         steps, values = zip(*points, strict=True)
         marker = {} if "o" in style or len(points) > 1 else {"marker": "o"}  # a line through one point has no length
         axis.plot(steps, values, style, color=colour, label=label, linewidth=width, markersize=4, **marker)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 2.85
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # no step 2.85
 
 
 def confusion_title(model: str, macro_f1: float) -> str:
-    """The title of a confusion matrix; `model` is "base" or "finetuned"."""
+    """Return the title of a confusion matrix; `model` is "base" or "finetuned"."""
     return f"{SHOWN_NAMES[model]}: macro-F1 {macro_f1:.3f}"
 
 
 def plot_confusion(matrix: Sequence[Sequence[int]], label_words: Sequence[str], path: str, title: str) -> None:
-    """Counts by label (rows) and answer (columns, the last for unparsed), coloured by the share of the row."""
+    """Plot counts by label (rows) and answer (columns; the last is unparsed), coloured by their share of the row."""
     counts = np.asarray(matrix)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     words, title = [drawable(word) for word in label_words], drawable(title)
@@ -124,9 +124,9 @@ def plot_confusion(matrix: Sequence[Sequence[int]], label_words: Sequence[str], 
 
 
 def plot_reliability(models: dict[str, LikelihoodMetrics], path: str, title: str) -> None:
-    """Accuracy over the probability of the most likely label, for each model by its name; a point for each bin.
+    """Plot accuracy over the probability of the most likely label, one line per model and one point per bin.
 
-    The larger a point, the more examples it stands for.
+    A larger point stands for more examples.
     """
     title = drawable(title)
     with plt.rc_context(_style([title])):
@@ -154,10 +154,10 @@ def plot_groups(
     title: str,
     x: str | None,
 ) -> None:
-    """Groups of runs: name, value of the setting `x`, macro-F1 of each run, mean, 95 % interval.
+    """Plot groups of runs: name, value of the setting `x`, macro-F1 of each run, mean, 95 % interval.
 
-    With `x` a line for each name over the setting, on a logarithmic axis where it is a number that grows by factors;
-    without, a row for each group, the best one on top.
+    With `x`, one line per name over the setting, on a logarithmic axis if its values span a factor of 8 or more.
+    Without `x`, one row per group, the best on top.
     """
     title, groups = drawable(title), [(drawable(name), *others) for name, *others in groups]
     with plt.rc_context(_style([title, *(group[0] for group in groups)])):
@@ -170,7 +170,7 @@ def plot_groups(
 def plot_bars(
     bars: Sequence[tuple[str, float, tuple[float, float] | None, str]], path: str, title: str, label: str
 ) -> None:
-    """Horizontal bars from top to bottom: name, value, 95 % interval or None, and kind, see BAR_COLOURS."""
+    """Plot horizontal bars, top to bottom: name, value, 95 % interval or None, and kind (a key of BAR_COLOURS)."""
     title, names = drawable(title), [drawable(bar[0]) for bar in bars]
     with plt.rc_context(_style([title, *names])):
         figure, axis = plt.subplots(figsize=(7, 0.8 + 0.36 * len(bars)), layout="constrained")
