@@ -330,14 +330,17 @@ def test_a_truth_value_of_a_recipe_gives_way_to_the_flag(recipe):
         (["--label_words", "yes", " "], r"--label_words is \['yes', ' '\]; expected at least two words"),
         (
             ["--label_values", "0", "4"],
-            "--label_values has 2 values and --label_words 3 words; give one value for eac",
+            "--label_values has 2 values and --label_words 3 words; give one value per wo",
         ),
-        (["--max_train_samples", "-1"], "--max_train_samples is -1; give a positive number, or 0 for all"),
+        (["--max_train_samples", "-1"], "--max_train_samples is -1; expected a positive number, or 0 for all"),
         (["--r", "0"], "--r is 0 and --lora_alpha 16; both must be 1 or more"),
         (["--lora_alpha", "0"], "--r is 8 and --lora_alpha 0; both must be 1 or more"),
         (["--lora_dropout", "1"], "--lora_dropout is 1.0; expected 0 or more, and below 1"),
         (["--lora_dropout", "-0.1"], "--lora_dropout is -0.1; expected 0 or more"),
-        (["--push_to_hub", "true"], "--push_to_hub is not train.py's: train first, then python push_to_hub.py"),
+        (
+            ["--push_to_hub", "true"],
+            "--push_to_hub is not supported by train.py: train first, then publish with python push_to_hub.py",
+        ),
         (["--hub_token", "hf_secret"], "--hub_token: a token in a flag ends up in logs; set HF_TOKEN or run"),
         (["--max_eval_samples", "-1"], "--max_eval_samples is -1; expected 0 or more"),
         (["--max_new_tokens", "0"], "--max_new_tokens is 0; expected 1 or more"),
@@ -351,11 +354,11 @@ def test_a_truth_value_of_a_recipe_gives_way_to_the_flag(recipe):
         (["--save_steps", "-5"], "--save_steps is -5.0; expected a number above 0"),
         (
             ["--eval_strategy", "epoch"],
-            "--eval_strategy: --max_eval_samples .0: none. and --eval_steps ask for validation",
+            "--eval_strategy is set by --max_eval_samples .0: no validation. and --eval_steps",
         ),
         (["--seed", "-1"], "--seed is -1; expected 0 to 4294967295"),
         (["--data_seed", "4294967296"], "--data_seed is 4294967296; expected 0 to 4294967295"),
-        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha: .* Add --batching padded"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha scales .* Add --batching padded"),
         (
             ["--hub_model_id", "me"],
             "--hub_model_id is 'me'; expected owner/name, such as liuhailin0123/llm-course-hw3",
@@ -374,27 +377,33 @@ def test_a_setting_that_cannot_be_is_refused(argv, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--label_smoothing_factor", "0.1"], "is 0.1, which does not fit here: the loss is plain cross-entropy"),
+        (["--label_smoothing_factor", "0.1"], "is 0.1, which is not supported: the loss is plain cross-entropy"),
         (
             ["--average_tokens_across_devices", "false"],
             "is False, .*: the loss is always the mean over the answer tok",
         ),
         (
             ["--auto_find_batch_size", "true"],
-            "is True, .*: a step always takes --global_batch_size examples; where memory",
+            "is True, .*: a step always takes --global_batch_size examples; if memory",
         ),
-        (["--accelerator_config", '{"split_batches": true}'], "is '.*', .*: how processes share the examples follows"),
+        (
+            ["--accelerator_config", '{"split_batches": true}'],
+            "is '.*', .*: --global_batch_size determines how processes share",
+        ),
         (["--metric_for_best_model", "loss"], "is 'loss', .*: the adapter is that of the last step"),
         (["--load_best_model_at_end", "true"], "is True, .*: the adapter is that of the last step"),
-        (["--save_only_model", "true"], "is True, .*: a run cannot go on from a checkpoint without its optimizer"),
-        (["--ignore_data_skip", "true"], "is True, .*: a resumed run would see examples twice and others never"),
+        (["--save_only_model", "true"], "is True, .*: a run cannot resume from a checkpoint without its optimizer"),
+        (["--ignore_data_skip", "true"], "is True, .*: a resumed run would see some examples twice and others never"),
         (["--use_liger_kernel", "true"], "is True, .*: it replaces layers of the model"),
-        (["--bf16_full_eval", "true"], "is True, .*: validation computes in --precision"),
-        (["--fp16_full_eval", "true"], "is True, .*: validation computes in --precision"),
-        (["--fsdp", "full_shard"], "is 'full_shard', .*: adapter and checkpoints are written from a whole model in"),
+        (["--bf16_full_eval", "true"], "is True, .*: validation uses --precision"),
+        (["--fp16_full_eval", "true"], "is True, .*: validation uses --precision"),
+        (
+            ["--fsdp", "full_shard"],
+            "is 'full_shard', .*: adapter and checkpoints are written from a complete model in",
+        ),
         (
             ["--deepspeed", "zero.json"],
-            "is 'zero.json', .*: adapter and checkpoints are written from a whole model in",
+            "is 'zero.json', .*: adapter and checkpoints are written from a complete model in",
         ),
     ],
 )
@@ -407,8 +416,8 @@ def test_a_flag_of_the_trainer_that_does_something_else_here_is_refused_with_the
     ("argv", "message"),
     [
         (["--save_strategy", "best"], "--save_strategy best: the adapter is that of the last step"),
-        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type reduce_lr_on_plateau follows the val"),
-        (["--lr_scheduler_type", "greedy"], "--lr_scheduler_type greedy follows the validations"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type reduce_lr_on_plateau depends on val"),
+        (["--lr_scheduler_type", "greedy"], "--lr_scheduler_type greedy depends on validations"),
     ],
 )
 def test_what_follows_the_validations_is_refused(argv, message):
@@ -419,7 +428,7 @@ def test_what_follows_the_validations_is_refused(argv, message):
 @pytest.mark.parametrize("trackers", [["foo"], ["wandb", "foo"], ["none", "wandb"], ["all", "none"]])
 def test_a_tracker_that_is_not_there_is_refused_with_those_that_are(trackers):
     message = (
-        rf"^--report_to is {' '.join(trackers)}; expected none, all, or some of the trackers that are installed here: "
+        rf"^--report_to is {' '.join(trackers)}; expected none, all, or some of the installed trackers: "
         r".*\bwandb\b.*\.$"
     )
     with pytest.raises(InputError, match=message):
@@ -479,7 +488,9 @@ def test_rows_of_a_pass_shrink_as_processes_are_added(monkeypatch):
     monkeypatch.setattr(TrainConfig, "world_size", 8)
     assert parse()[2].per_device_train_batch_size == 2
     assert parse("--gradient_accumulation_steps", "2")[2].per_device_train_batch_size == 1
-    message = "--global_batch_size 12 cannot be shared evenly by 8 processes x 1 accumulation steps; give a multiple o"
+    message = (
+        "--global_batch_size 12 cannot be divided evenly among 8 processes x 1 accumulation steps; expected a mult"
+    )
     with pytest.raises(InputError, match=message):
         parse("--global_batch_size", "12")
 
@@ -495,7 +506,9 @@ def test_a_contradicting_batch_size_is_refused_with_the_one_that_fits():
 
 @pytest.mark.parametrize(("size", "accumulation"), [("16", "3"), ("2", "4")])
 def test_a_global_batch_that_cannot_be_shared_is_refused(size, accumulation):
-    message = f"--global_batch_size {size} cannot be shared evenly by 1 processes x {accumulation} accumulation steps"
+    message = (
+        f"--global_batch_size {size} cannot be divided evenly among 1 processes x {accumulation} accumulation steps"
+    )
     with pytest.raises(InputError, match=f"{message}; give a multiple of {accumulation}"):
         parse("--global_batch_size", size, "--gradient_accumulation_steps", accumulation)
 
@@ -670,7 +683,7 @@ def test_help_shows_our_flags_and_hides_the_trainers_obscure_ones(capsys):
 def test_help_is_readable(capsys):
     text = help_text(capsys, "--help")
     assert "\nTrain.\n" in text
-    assert "slices such as train[:80%] work, and are taken unshuffled, in" in text
+    assert "Slices such as train[:80%] work; they keep the order." in text
     assert "--dry_run [bool]" in text and "--learning_rate float" in text
     for clutter in ("--no_", "--learning-rate", "string_to_bool", "LEARNING_RATE", "(default: None)", "==SUPPRESS=="):
         assert clutter not in text, clutter
@@ -690,7 +703,7 @@ def test_the_other_scripts_explain_their_target(capsys):
         parse_with_target(["--help"], EvaluateConfig, "Measure.", "Folder of a run.")
     text = capsys.readouterr().out
     assert re.search(r"target +Folder of a run. \(default: runs/llm-course-hw3-dora\)", text)
-    assert "Resamples behind the 95 % intervals. (default: 10000)" in text
+    assert "Bootstrap resamples for the 95 % intervals. (default: 10000)" in text
 
 
 # The way out of a script
@@ -861,7 +874,7 @@ def test_a_launch_that_asks_for_torch_compile_is_refused(monkeypatch):
     with pytest.raises(InputError, match=message):
         parse()
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
-    with pytest.raises(InputError, match="^--torch_compile is True, which does not fit here: each batch has another"):
+    with pytest.raises(InputError, match="^--torch_compile is True, which is not supported: every batch has another"):
         parse("--torch_compile", "true")
 
 

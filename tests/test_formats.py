@@ -124,9 +124,9 @@ def test_a_converter_that_does_not_run_is_no_converter(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"create_pr": True}, "--space goes with neither --create_pr nor --revision"),
-        ({"revision": "next"}, "--space goes with neither --create_pr nor --revision"),
-        ({"private": True}, "--space goes with no --private true: the page has no token"),
+        ({"create_pr": True}, "--space cannot be combined with --create_pr or --revision"),
+        ({"revision": "next"}, "--space cannot be combined with --create_pr or --revision"),
+        ({"private": True}, "--space cannot be combined with --private true: the page has no token"),
     ],
 )
 def test_a_page_is_for_what_everybody_can_load(flags, message):
