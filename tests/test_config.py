@@ -509,7 +509,7 @@ def test_a_global_batch_that_cannot_be_shared_is_refused(size, accumulation):
     message = (
         f"--global_batch_size {size} cannot be divided evenly among 1 processes x {accumulation} accumulation steps"
     )
-    with pytest.raises(InputError, match=f"{message}; give a multiple of {accumulation}"):
+    with pytest.raises(InputError, match=f"{message}; expected a multiple of {accumulation}"):
         parse("--global_batch_size", size, "--gradient_accumulation_steps", accumulation)
 
 
