@@ -205,7 +205,7 @@ def test_nested_values_are_refused(recipe, value):
 
 
 def test_an_unknown_key_is_refused_with_a_near_one(recipe):
-    message = "recipe.yaml: unknown key 'lerning_rate'. Did you mean learning_rate? The keys are the flags of train.py"
+    message = "recipe.yaml: unknown key 'lerning_rate'. Did you mean learning_rate? Keys are the flags of train.py"
     with pytest.raises(InputError, match=re.escape(message)):
         parse(*recipe("lerning_rate: 1"))
 
@@ -224,9 +224,9 @@ def test_what_is_no_setting_is_an_unknown_key(recipe, key):
         ("", "recipe.yaml: expected lines such as 'learning_rate: 3e-5', found NoneType"),
         ("- r", "recipe.yaml: expected lines such as 'learning_rate: 3e-5', found list"),
         ("r: four", "argument --r: invalid int value: 'four'"),
-        ("r: 4\nlora_alpha: 8\nr: 8", "recipe.yaml is not readable YAML: the key 'r' stands in it more than once"),
+        ("r: 4\nlora_alpha: 8\nr: 8", "recipe.yaml is not readable YAML: the key 'r' occurs more than once"),
         ("eval_strategy: no", 'eval_strategy holds False where a word is expected; put it in quotes, like "no"'),
-        ("config: other.yaml", "unknown key 'config'. The keys are the flags of train.py"),
+        ("config: other.yaml", "unknown key 'config'. Keys are the flags of train.py"),
     ],
 )
 def test_what_is_no_recipe_is_refused(recipe, text, message):
@@ -241,7 +241,7 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path):
 
 
 def test_a_second_recipe_is_refused(recipe):
-    with pytest.raises(InputError, match="--config is given 2 times .*; one recipe a run"):
+    with pytest.raises(InputError, match="--config is given 2 times .*; expected one recipe per run"):
         parse(*recipe("r: 4"), "--config", "recipes/quickstart.yaml")
 
 
@@ -284,7 +284,7 @@ def test_read_task_checks_the_recipe(recipe):
         (["--xyzzy"], r"unknown argument '--xyzzy' \(see .* --help\)"),
         (["--learning", "1"], "unknown argument '--learning'"),
         (["quickstart"], "unknown argument 'quickstart'"),
-        (["recipes/x.yaml"], "unexpected argument 'recipes/x.yaml'; .* --config recipes/x.yaml"),
+        (["recipes/x.yaml"], "unexpected argument 'recipes/x.yaml'; to use a recipe, write --config recipes/x.yaml"),
         (["--learning_rate", "fast"], "argument --learning_rate.*invalid float value: 'fast'"),
         (["--method", "qlora"], "argument --method: invalid choice: 'qlora'"),
         (["--dry_run", "maybe"], "argument --dry_run.*Truthy value expected: got maybe"),
@@ -776,7 +776,7 @@ def test_ctrl_c_is_a_message_and_the_shells_status_for_it(capsys, silenced):
 
     code, said = end_of(main, capsys)
     assert code == 130
-    assert said == "train.py: stopped by Ctrl-C; nothing that was finished before is lost.\n"
+    assert said == "train.py: stopped by Ctrl-C; everything finished before is kept.\n"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES])
@@ -906,7 +906,7 @@ def test_variables_of_the_template_stand_in_a_recipe_as_they_are(tmp_path):
 
 def test_a_mapping_is_refused_where_none_is_meant(tmp_path):
     (tmp_path / "recipe.yaml").write_text("text_column:\n  a: b\n")
-    with pytest.raises(InputError, match="text_column is .*; expected a plain value or a list of them"):
+    with pytest.raises(InputError, match="text_column is .*; expected a plain value or a list of plain values"):
         parse_train(["--config", str(tmp_path / "recipe.yaml")], "")
 
 

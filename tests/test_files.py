@@ -92,7 +92,7 @@ def test_a_missing_record_is_named(tmp_path):
 def test_a_broken_record_is_named(content, tmp_path):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(
-        InputError, match=rf"^{tmp_path}/run.json is not readable JSON \(.*\); it was changed or cut.$"
+        InputError, match=rf"^{tmp_path}/run.json is not readable JSON \(.*\); it was edited or truncated.$"
     ):
         read_json(str(tmp_path / "run.json"))
 

@@ -421,7 +421,7 @@ def test_an_adapter_alone_has_no_repository_by_default(push):
 
 def test_too_little_room_is_said_before_the_merge(push, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 1000))
-    assert "are needed for the model. Make room" in refused(push, f"{REPO}-never")
+    assert "are needed for the model. Free disk space" in refused(push, f"{REPO}-never")
     assert not (tmp_path / "publish").exists()
 
 

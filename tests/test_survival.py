@@ -206,7 +206,7 @@ def test_a_full_disk_during_evaluation_leaves_the_older_results(straight, tmp_pa
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     done = start(str(ROOT / "tests/small_files.py"), "1000", *words, folder=tmp_path)
     assert done.returncode == 3 and "Traceback" not in done.stdout
-    assert re.search(r"^evaluate.py: \[Errno 27\] File too large.*Make room, or name another", done.stdout, re.M)
+    assert re.search(r"^evaluate.py: \[Errno 27\] File too large.*Free disk space, or use another", done.stdout, re.M)
     (left,) = set(results.rglob("*.part"))
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file() and path != left} == before
 

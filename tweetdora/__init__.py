@@ -1,4 +1,4 @@
-"""What the scripts share. They import it before anything that imports torch."""
+"""The package behind the scripts. They import it before anything that imports torch."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -8,10 +8,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# OpenMP's threads wait for one another by spinning, by default for milliseconds. Where another program wants the cores
-# too, each wait then lasts as long as that program's turn, and a step takes many times as long. Spinning for
-# microseconds and then sleeping costs nothing visible on a quiet machine (LOG.md). Read when torch loads GNU OpenMP;
-# what the user has set stays.
+# OpenMP threads wait for each other by spinning, by default for milliseconds. If another program needs the cores, each
+# wait lasts as long as that program's time slice, and a step takes many times as long. Spinning for microseconds and
+# then sleeping costs nothing measurable on a quiet machine (LOG.md). torch reads this when it loads GNU OpenMP; the
+# user's own setting is kept.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -19,7 +19,7 @@ __all__ = ["Classifier", "Prediction"]
 
 
 def __getattr__(name: str) -> Any:
-    """Classifier and Prediction, imported when they are asked for: they import torch."""
+    """Import Classifier and Prediction on first use, because they import torch."""
     if name in __all__:
         from tweetdora import classifier
 

@@ -1,4 +1,4 @@
-"""Flags and recipes: how the settings of config.py are read.
+"""Read flags and recipes into the settings of config.py.
 
 A recipe is a flat YAML file of the same keys as the flags. Flags win over the recipe, the recipe over the defaults:
 
@@ -25,10 +25,10 @@ from transformers.utils import logging as transformers_logging
 from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, PredictConfig, TaskConfig, TrainConfig, flags_of
 from tweetdora.errors import InputError, ResourceError, UserError
 
-# A full disk, a user's quota or largest file, a folder that may only be read.
+# Full disk, exceeded quota or file size limit, read-only folder.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 Config = TypeVar("Config")
-# Flags that take a truth value or a word: YAML's true is meant as it stands.
+# Flags that accept a boolean or a word, for which YAML's true is passed on unchanged.
 _TRUE_OR_WORD = {"resume_from_checkpoint"}
 
 
@@ -40,7 +40,7 @@ def parse_train(argv: Sequence[str] | None, description: str) -> tuple[TaskConfi
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser([TaskConfig, ModelConfig, TrainConfig], description)
-    parser.add_argument("--help_all", action="store_true", help="Show every flag of the Trainer too, and exit.")
+    parser.add_argument("--help_all", action="store_true", help="Show all flags, including the Trainer's, and exit.")
     if "--help_all" in argv:
         argv = ["--help"]
     else:
@@ -54,7 +54,7 @@ def parse_train(argv: Sequence[str] | None, description: str) -> tuple[TaskConfi
 def parse_with_target(
     argv: Sequence[str] | None, config_class: type[Config], description: str, target_help: str
 ) -> tuple[Config, str]:
-    """Read the flags of a script that takes one folder (or model id): the flags, and the target."""
+    """Read the flags of a script that takes one folder or model id; return the flags and the target."""
     parser = _parser([config_class], description)
     parser.add_argument("target", nargs="?", default=DEFAULT_RUN_DIR, help=target_help)
     config, rest = parser.parse_strictly(argv)
@@ -62,10 +62,12 @@ def parse_with_target(
 
 
 def parse_predict(argv: Sequence[str] | None, description: str) -> tuple[PredictConfig, str, str | None]:
-    """Read the flags of predict.py: the flags, the model, and the input file; None: standard input."""
+    """Read the flags of predict.py; return the flags, the model and the input file (None for standard input)."""
     parser = _parser([PredictConfig], description)
-    parser.add_argument("model", help="Run folder, published model or adapter: a folder, or a Hub id.")
-    parser.add_argument("input", nargs="?", help="A .csv, .tsv, .jsonl, .parquet or .txt file; none: standard input.")
+    parser.add_argument("model", help="Run folder, or the folder or Hub id of a model or an adapter.")
+    parser.add_argument(
+        "input", nargs="?", help="A .csv, .tsv, .jsonl, .parquet or .txt file. Default: standard input."
+    )
     config, rest = parser.parse_strictly(argv)
     return config, rest.model, None if rest.input == "-" else rest.input
 
@@ -73,7 +75,7 @@ def parse_predict(argv: Sequence[str] | None, description: str) -> tuple[Predict
 def parse_with_paths(
     argv: Sequence[str] | None, config_class: type[Config], description: str, name: str, help_text: str
 ) -> tuple[Config, list[str]]:
-    """Read the flags of a script that takes files or folders, one or more, called `name` in its help."""
+    """Read the flags of a script that takes one or more paths, called `name` in its help."""
     parser = _parser([config_class], description)
     parser.add_argument("paths", nargs="+", metavar=name, help=help_text)
     config, rest = parser.parse_strictly(argv)
@@ -81,7 +83,7 @@ def parse_with_paths(
 
 
 def read_task(recipe_path: str | None) -> TaskConfig:
-    """The task that a recipe names; without a recipe the published one."""
+    """Return the task of a recipe, or the published task without one."""
     if recipe_path is None:
         return TaskConfig()
     parser = _parser([TaskConfig, ModelConfig, TrainConfig], "")
@@ -91,7 +93,7 @@ def read_task(recipe_path: str | None) -> TaskConfig:
 
 
 def with_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
-    """`argv` with the keys of its --config recipe in front as flags, so that one parser checks both and flags win.
+    """Return `argv` with the keys of its --config recipe in front as flags: one parser checks both, and flags win.
 
     >>> with_recipe(parser, ["--config", "r.yaml", "--r", "4"])    # r.yaml: "r: 16" and "target_modules: [q_proj]"
     ['--r=16', '--target_modules', 'q_proj', '--config', 'r.yaml', '--r', '4']
@@ -102,7 +104,9 @@ def with_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
     if given.config is None:
         return rest
     if len(given.config) > 1:
-        raise InputError(f"--config is given {len(given.config)} times ({', '.join(given.config)}); one recipe a run.")
+        raise InputError(
+            f"--config is given {len(given.config)} times ({', '.join(given.config)}); expected one recipe per run."
+        )
     path = given.config[0]
     recipe = read_yaml(path, f"--config {path}")
     fields = {action.dest: action for action in parser._actions}
@@ -111,16 +115,16 @@ def with_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:
         if key not in fields or key in ("help", "help_all", "config"):
             near = [name for name in difflib.get_close_matches(str(key), fields, n=1) if name != key]
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise InputError(f"{path}: unknown key {key!r}.{hint} The keys are the flags of train.py --help.")
+            raise InputError(f"{path}: unknown key {key!r}.{hint} Keys are the flags of train.py --help.")
         if value is None:
             if key not in _fields_that_take(type(None), parser):
-                raise InputError(f"{path}: {key} is empty (null); give a value, or leave the line out.")
+                raise InputError(f"{path}: {key} is empty (null); set a value or delete the line.")
             parser.set_defaults(**{key: None})
         elif isinstance(value, dict) and key in _fields_that_take(dict, parser):
             flags.append(f"--{key}={json.dumps(value)}")
         else:
             flags += _as_flags(path, key, value, fields[key])
-    # --config stands between, so that a stray word behind it does not become part of the recipe's last list.
+    # --config stays in between, so that a stray word after it does not join the recipe's last list.
     return [*flags, "--config", path, *rest]
 
 
@@ -128,8 +132,8 @@ def _as_flags(path: str, key: str, value: Any, action: argparse.Action) -> list[
     values = value if isinstance(value, list) else [value]
     for item in values:
         if item is None or isinstance(item, (dict, list)):
-            raise InputError(f"{path}: {key} is {value!r}; expected a plain value or a list of them.")
-        # YAML 1.1 reads an unquoted yes, no, on or off as a truth value.
+            raise InputError(f"{path}: {key} is {value!r}; expected a plain value or a list of plain values.")
+        # YAML 1.1 reads an unquoted yes, no, on or off as a boolean.
         if isinstance(item, bool) and action.type is not string_to_bool and action.dest not in _TRUE_OR_WORD:
             raise InputError(f'{path}: {key} holds {item} where a word is expected; put it in quotes, like "no".')
     return [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
@@ -141,17 +145,17 @@ def _fields_that_take(kind: type, parser: HfArgumentParser) -> set[str]:
 
 
 def read_yaml(path: str, shown: str) -> dict[str, Any]:
-    """A YAML file of keys and values, each key once; `shown` is what a message calls it.
+    """Read a YAML file of keys and values, each key once; messages call it `shown`.
 
     Raises:
-        InputError: it is not there, or is no such file.
+        InputError: the file is missing, or is not such a file.
     """
     try:
         with open(path, encoding="utf-8") as stream:
             recipe = yaml.load(stream, _UniqueKeys)  # a safe loader
     except FileNotFoundError:
         raise InputError(f"{shown}: there is no such file; recipes are in recipes/.") from None
-    except OSError as error:  # a folder, or a file that may not be read
+    except OSError as error:  # a folder, or no permission
         raise InputError(f"{shown} cannot be read ({error.strerror}); expected a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{shown} is not readable YAML: {error}") from None
@@ -161,25 +165,25 @@ def read_yaml(path: str, shown: str) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML that says so where a key stands twice; the last one would win without a word."""
+    """A YAML loader that rejects duplicate keys; otherwise the last one would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """SafeLoader's, once the keys are known to differ."""
+        """Build the mapping as SafeLoader does, after checking for duplicate keys."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.YAMLError(f"the key {twice!r} stands in it more than once")
+            raise yaml.YAMLError(f"the key {twice!r} occurs more than once")
         return super().construct_mapping(node, deep)
 
 
 def run_script(main: Callable[[], int], name: str) -> NoReturn:
-    """Run a script's main and exit: what the user can mend is a message without a traceback.
+    """Run a script's main and exit; errors that the user can fix are printed without a traceback.
 
-    The exit status says the kind: that of the UserError (errors.py), 3 for a file that could not be written, 130 for
-    Ctrl-C. Of other errors Python prints the traceback, with status 1.
+    Exit status: that of the UserError (errors.py), 3 if a file could not be written, 130 for Ctrl-C. For any other
+    error Python prints the traceback and exits with 1.
     """
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # of loading and saving weights, a second each
-    # PEFT 0.21 reads a name that transformers 5.23 has renamed.
+    transformers_logging.disable_progress_bar()  # for loading and saving weights, which take a second
+    # PEFT 0.21 uses a name that transformers 5.23 renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     show_log()
     try:
@@ -192,24 +196,24 @@ def run_script(main: Callable[[], int], name: str) -> NoReturn:
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
-        advice = "Mend the rights of it" if error.errno in (errno.EROFS, errno.EACCES) else "Make room"
-        print(f"{name}: {error}. {advice}, or name another folder.", file=sys.stderr)
+        advice = "Fix its permissions" if error.errno in (errno.EROFS, errno.EACCES) else "Free disk space"
+        print(f"{name}: {error}. {advice}, or use another folder.", file=sys.stderr)
         sys.exit(ResourceError.exit_status)
     except KeyboardInterrupt:
-        print(f"{name}: stopped by Ctrl-C; nothing that was finished before is lost.", file=sys.stderr)
+        print(f"{name}: stopped by Ctrl-C; everything finished before is kept.", file=sys.stderr)
         sys.exit(130)
 
 
 def _wants_traceback(argv: Sequence[str]) -> bool:
-    """Whether --traceback is on; read by itself, as what is refused may be another flag."""
+    """True if --traceback is on; parsed separately, because another flag may be invalid."""
     value = next((after for flag, after in zip(argv, [*argv, ""][1:], strict=True) if flag == "--traceback"), "false")
     return "--traceback=true" in argv or value.lower() not in ("false", "no", "0")
 
 
 def show_log(standard_error: bool = False) -> None:
-    """Show what the library logs as plain lines: on standard output, warnings on standard error.
+    """Print the library's log as plain lines to standard output, and warnings to standard error.
 
-    `standard_error`: all of it there, where standard output is for results.
+    standard_error: print everything there, if standard output is for results.
     """
     logger = logging.getLogger("tweetdora")
     logger.setLevel(logging.INFO)
@@ -218,20 +222,20 @@ def show_log(standard_error: bool = False) -> None:
 
 
 class _LineHandler(logging.Handler):
-    """Prints the message alone."""
+    """Print only the message."""
 
     def __init__(self, standard_error: bool) -> None:
         super().__init__()
         self._standard_error = standard_error
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record; the streams are looked up now, as they may have been redirected since."""
+        """Print a record; look up the streams now, because they may have been redirected."""
         stream = sys.stderr if self._standard_error or record.levelno >= logging.WARNING else sys.stdout
         print(record.getMessage(), file=stream, flush=True)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Whole words for the kind of a value, one line for a flag, no default where it says nothing."""
+    """Format help with full type names, one line per flag, and no meaningless defaults."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36, width=119)
@@ -257,39 +261,43 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(HfArgumentParser):
-    """An argument parser whose complaints are InputErrors."""
+    """An argument parser that raises InputError."""
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse, which would end the process here."""
+        """Override argparse, which would exit here."""
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def parse_strictly(self, argv: Sequence[str] | None) -> tuple[Any, ...]:
-        """The dataclasses, then a namespace of the other arguments; an unknown flag is an InputError."""
+        """Return the dataclasses, then a namespace of the other arguments; refuse unknown flags."""
         *parsed, unknown = self.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:
             if unknown[0].endswith((".yaml", ".yml")) and "--config" in self._option_string_actions:
-                self.error(f"unexpected argument {unknown[0]!r}; a recipe is given by its flag: --config {unknown[0]}")
+                self.error(f"unexpected argument {unknown[0]!r}; to use a recipe, write --config {unknown[0]}")
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
             self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
         return tuple(parsed)
 
 
 def _parser(config_classes: list[Any], description: str) -> _Parser:
-    # Flags are not abbreviated: a shortened flag would change its meaning when another is added.
+    # No abbreviations: a shortened flag could change its meaning when a new flag is added.
     parser = _Parser(config_classes, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     if TaskConfig in config_classes:
-        parser.add_argument("--config", metavar="FILE", help="Recipe: a YAML file of these flags; flags win over it.")
+        parser.add_argument(
+            "--config",
+            metavar="FILE",
+            help="Recipe: a YAML file of these flags. Flags on the command line take precedence.",
+        )
     parser.add_argument(
         "--traceback",
         type=string_to_bool,
         nargs="?",
         const=True,
         default=False,
-        help="Show where a refusal comes from.",
+        help="Show the traceback of an error.",
     )
-    # The --no_... twin of a flag says nothing that "--flag false" does not.
+    # Hide the --no_... twin of each flag; --flag false does the same.
     for action in parser._actions:
         if action.option_strings and action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS
@@ -302,5 +310,5 @@ def _trainer_fields() -> set[str]:
 
 def _shown_flags() -> set[str]:
     flags = flags_of(TrainConfig)
-    declared = set(TrainConfig.__annotations__)  # here; the others are the Trainer's
+    declared = set(TrainConfig.__annotations__)  # ours; the others are the Trainer's
     return {name for name in declared if name not in flags or flags[name].shown}

@@ -1,4 +1,4 @@
-"""The machine: its device, the precision it computes in, its threads, and how much memory was used."""
+"""The machine: device, precision, threads and memory use."""
 
 import os
 import platform
@@ -13,23 +13,23 @@ from accelerate.utils import gather_object
 
 from tweetdora.errors import InputError
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]  # "auto" only where it is asked for
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # "auto" only as a request
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a machine has, as a record says it."""
+    """The hardware, as kept in records."""
 
     cpu: str
-    cores: int  # that this process may use
+    cores: int  # available to this process
     memory_bytes: int
     gpus: list[str]
 
 
 def compute_state() -> PartialState:
-    """This process among those of its launch, on a CUDA GPU or the CPU.
+    """Return the state of this process within its launch, on a CUDA GPU or the CPU.
 
-    Left to itself accelerate would take an Apple GPU (mps) too; precision and speed here are for CUDA and CPUs.
+    By default accelerate would also use an Apple GPU (mps), for which precision and speed are not handled here.
     """
     return PartialState(cpu=not torch.cuda.is_available())
 
@@ -37,13 +37,13 @@ def compute_state() -> PartialState:
 def decide_precision(
     requested: Precision, flags: set[str], launcher: str | None, device_type: str
 ) -> tuple[Precision, str]:
-    """The compute precision and the reason for it, as one sentence part.
+    """Return the compute precision and the reason for it, as part of a sentence.
 
-    `requested` is --precision, `flags` those of --bf16 and --fp16 that are on, `launcher` what accelerate launch put
-    into the environment ("no" also when nobody chose), `device_type` "cpu" or "cuda".
+    requested: --precision. flags: --bf16 and --fp16, if on. launcher: the value that accelerate launch sets ("no" also
+    if nobody chose). device_type: "cpu" or "cuda".
 
     Raises:
-        InputError: the sources contradict one another, or the device cannot compute in that precision.
+        InputError: the sources contradict each other, or the device does not support the precision.
     """
     chosen = {f"--{name} true": name for name in sorted(flags)}
     if requested != "auto":
@@ -52,7 +52,7 @@ def decide_precision(
         chosen[f"accelerate launch's mixed_precision: {launcher}"] = launcher
     if len(set(chosen.values())) > 1:
         raise InputError(
-            f"{' contradicts '.join(chosen)}. Give the precision in one place: --precision, or mixed_precision in "
+            f"{' contradicts '.join(chosen)}. Set the precision in one place: --precision, or mixed_precision in "
             "accelerate_config.yaml."
         )
     device_name = "this CPU" if device_type == "cpu" else torch.cuda.get_device_name()
@@ -61,7 +61,7 @@ def decide_precision(
             return "bf16", f"{device_name} computes in bf16"
         return "fp32", f"{device_name} has no bf16 units"
     source, precision = next(iter(chosen.items()))
-    # Its config file may be one of the machine's, that nobody remembers.
+    # It may come from a forgotten config file of the machine.
     launch = " Or launch with --mixed_precision no." if source.startswith("accelerate") else ""
     if precision not in ("fp32", "bf16", "fp16"):
         raise InputError(f"{source}: expected no, bf16 or fp16.{launch}")
@@ -73,14 +73,14 @@ def decide_precision(
 
 
 def can_compute(precision: Precision, device_type: str) -> bool:
-    """Whether the device computes in that precision by itself."""
+    """True if the device supports the precision natively."""
     if precision == "fp16":
         return device_type == "cuda"
     return precision == "fp32" or has_bf16(device_type)
 
 
 def has_bf16(device_type: str) -> bool:
-    """Whether the device has bf16 arithmetic of its own (PyTorch can emulate it anywhere, slowly)."""
+    """True if the device has native bf16 arithmetic; PyTorch can emulate it anywhere, slowly."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -88,14 +88,14 @@ def has_bf16(device_type: str) -> bool:
 
 
 def hardware() -> Hardware:
-    """Processor, cores, memory and GPUs of this machine."""
+    """Return processor, cores, memory and GPUs of this machine."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(_cpu_name(), cpu_cores(), memory, gpus)
 
 
 def cpu_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -109,9 +109,9 @@ def _cpu_name() -> str:
 
 
 def use_cpu_threads(device: torch.device, processes: int, threads: int = 0) -> int:
-    """Give this process its share of the cores when it computes on the CPU; the number of threads it then uses.
+    """Give this process its share of the cores if it computes on the CPU; return its number of threads.
 
-    accelerate launch and torchrun set OMP_NUM_THREADS=1 unless told otherwise, which leaves all cores but one idle.
+    By default, accelerate launch and torchrun set OMP_NUM_THREADS=1, which would leave all other cores idle.
     """
     if device.type == "cpu":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
@@ -120,16 +120,16 @@ def use_cpu_threads(device: torch.device, processes: int, threads: int = 0) -> i
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Highest resident memory of a process, and of each GPU's allocator: the largest of all processes.
+    """Return the peak resident memory and each GPU's peak allocation, in bytes, as maxima over all processes.
 
-    All processes must call it.
+    Collective: every process must call it.
     """
     peaks = gather_object([_own_peak_memory_bytes()])
     return {name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]}
 
 
 def _own_peak_memory_bytes() -> dict[str, int]:
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     for index in range(torch.cuda.device_count()):

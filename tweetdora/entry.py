@@ -1,6 +1,6 @@
-"""The commands of an installed tweetdora: the scripts of the repository, under names of their own.
+"""The commands of an installed tweetdora, one for each script of the repository.
 
-The wheel holds the scripts as the package tweetdora.scripts (pyproject.toml); in a checkout there is no such package.
+The wheel contains the scripts as the package tweetdora.scripts (pyproject.toml), which does not exist in a checkout.
 """
 
 import importlib
@@ -14,20 +14,20 @@ def _run(script: str, name: str) -> NoReturn:
 
 
 def train() -> NoReturn:
-    """tweetdora-train is train.py."""
+    """Run train.py as tweetdora-train."""
     _run("train", "tweetdora-train")
 
 
 def evaluate() -> NoReturn:
-    """tweetdora-evaluate is evaluate.py."""
+    """Run evaluate.py as tweetdora-evaluate."""
     _run("evaluate", "tweetdora-evaluate")
 
 
 def predict() -> NoReturn:
-    """tweetdora-predict is predict.py."""
+    """Run predict.py as tweetdora-predict."""
     _run("predict", "tweetdora-predict")
 
 
 def push() -> NoReturn:
-    """tweetdora-push is push_to_hub.py."""
+    """Run push_to_hub.py as tweetdora-push."""
     _run("push_to_hub", "tweetdora-push")

@@ -1,4 +1,4 @@
-"""Packages that only some flags need."""
+"""Optional packages."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -7,10 +7,10 @@ from tweetdora.errors import InputError
 
 
 def check_installed(flag: str, extra: str, modules: Sequence[str]) -> None:
-    """Look for the packages of an extra of pyproject.toml, without importing them.
+    """Check that the packages of an extra are installed, without importing them.
 
     Raises:
-        InputError: names those that are missing, and the command that installs them.
+        InputError: names the missing packages and the command that installs them.
     """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and hashes of what is in them."""
+"""Atomic file writes, locks, and hashes."""
 
 import contextlib
 import hashlib
@@ -16,10 +16,10 @@ from tweetdora.errors import InputError
 
 @contextlib.contextmanager
 def held_lock(name: str, found: str, cure: str) -> Iterator[None]:
-    """Hold a lock of this machine and user by its name; it goes with the process, however that ends.
+    """Hold a named lock for this user and machine; it is released when the process ends, in whatever way.
 
     Raises:
-        InputError: another process holds it; what was found, and what to do.
+        InputError: another process holds it. The message is `found` and `cure`.
     """
     user = getattr(os, "getuid", lambda: "user")()
     path = os.path.join(tempfile.gettempdir(), f"tweetdora-{user}-{name}.lock")
@@ -35,7 +35,7 @@ def held_lock(name: str, found: str, cure: str) -> Iterator[None]:
 
 
 def write_json(path: str, value: Any) -> None:
-    """Write JSON so that a reader finds either the old file or the whole new one."""
+    """Write JSON atomically: a reader sees the old file or the complete new one."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     beside = f"{path}.{os.getpid()}.part"
@@ -58,17 +58,17 @@ def read_json(path: str) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path} is missing.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); it was changed or cut.") from None
+        raise InputError(f"{path} is not readable JSON ({error}); it was edited or truncated.") from None
 
 
 def file_sha256(path: str) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tensors_sha256(named_tensors: list[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, shapes and values of tensors; used to name an adapter's random start."""
+    """Return the SHA-256 over names, shapes and values of tensors; it identifies an adapter's initial weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named_tensors):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

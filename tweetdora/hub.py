@@ -1,4 +1,4 @@
-"""The Hugging Face Hub before anything is loaded from it: whether it answers, and which commit a revision is."""
+"""Check whether the Hugging Face Hub can be reached, and resolve revisions to commits."""
 
 import logging
 import os
@@ -15,23 +15,23 @@ log = logging.getLogger(__name__)
 
 
 def use_cache_if_unreachable(*names: str) -> None:
-    """Put the Hub's libraries in offline mode if one of `names` is no local path and the Hub does not answer.
+    """Switch the Hub's libraries to offline mode if one of `names` is not a local path and the Hub does not answer.
 
-    Left to themselves they try each file six times over 23 seconds. Offline, what is in the cache is used, and what is
-    not is an error at once. It is the mode that HF_HUB_OFFLINE=1 asks for; the libraries read that variable when they
-    are imported, so here the values they made of it are set.
+    By default they retry each file six times over 23 seconds. In offline mode they use the cache, and fail at once for
+    anything else. This is the mode of HF_HUB_OFFLINE=1. The libraries read that variable on import, so the values
+    derived from it are set here.
     """
     if constants.HF_HUB_OFFLINE or all(os.path.exists(name) for name in names) or _reachable():
         return
     constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
-    log.warning("note: %s cannot be reached; only what is cached here can be used", constants.ENDPOINT)
+    log.warning("note: %s cannot be reached; using the local cache only", constants.ENDPOINT)
 
 
 def _reachable() -> bool:
     address = urlsplit(constants.ENDPOINT)
     if address.scheme in getproxies():
-        return True  # the proxy's business; the libraries find out
+        return True  # up to the proxy; the libraries will find out
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
         with socket.create_connection((address.hostname or "", port), timeout=_TIMEOUT_SECONDS):
@@ -41,11 +41,11 @@ def _reachable() -> bool:
 
 
 def pin_revision(name: str, revision: str | None, repo_type: str = "model") -> str | None:
-    """The commit that a revision of a repository on the Hub is at this moment; None for a local path.
+    """Return the current commit of a repository's revision on the Hub; None for a local path.
 
-    Everything that is loaded is to be of one commit, which the record names: neither transformers 5 nor datasets 5
-    says which one it loaded. So a script asks once, at its top, and loads everything by what it was told. What the Hub
-    does not know, or cannot be asked, stays as it is; loading it says so.
+    Everything should be loaded from one commit, which the record names, but neither transformers 5 nor datasets 5
+    reports the commit that it loaded. So a script asks once, at the start, and loads everything by that commit. If the
+    Hub does not know the revision or cannot be asked, it is returned unchanged, and loading it reports the error.
     """
     if os.path.exists(name):
         return None
@@ -53,5 +53,5 @@ def pin_revision(name: str, revision: str | None, repo_type: str = "model") -> s
         return revision
     try:
         return HfApi().resolve_revision(name, revision=revision, repo_type=repo_type).resolved
-    except (RevisionResolutionError, HTTPError, OSError, ValueError):  # the last: a name that cannot be one
+    except (RevisionResolutionError, HTTPError, OSError, ValueError):  # ValueError: an invalid name
         return revision

@@ -1,4 +1,4 @@
-"""Where a result comes from: command, code, libraries, machine and time, without anything that names a user."""
+"""The origin of a result: command, code, libraries, machine and time, without anything that identifies a user."""
 
 import hashlib
 import importlib.metadata
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluat
 
 
 def environment() -> Environment:
-    """Versions, hardware and the state of the code."""
+    """Return versions, hardware and the state of the code."""
     return Environment(
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
@@ -28,11 +28,11 @@ def environment() -> Environment:
 
 
 def git_state() -> GitState | None:
-    """The state of the checkout that this code runs from; None outside of one."""
+    """Return the state of the checkout that this code runs from; None outside a checkout."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
         if os.path.realpath(_git(here, "rev-parse", "--show-toplevel")) != os.path.realpath(here):
-            return None  # installed, in an environment that lies in somebody's checkout
+            return None  # installed in an environment inside someone's checkout
         commit = _git(here, "rev-parse", "HEAD")
         dirty = bool(_git(here, "status", "--porcelain", "--untracked-files=no"))
         changes = _git(here, "diff", "HEAD", "--", "*.py")
@@ -48,10 +48,10 @@ def _git(folder: str, *words: str) -> str:
 
 
 def command_line() -> str:
-    """How this script was started: launcher, script and flags, quoted for a shell.
+    """Return the command that started this script: launcher, script and flags, quoted for a shell.
 
-    Absolute paths would tell a user's name, and mean nothing elsewhere: those inside the working folder are made
-    relative to it, of others the last part is kept.
+    Absolute paths could reveal a user's name and mean nothing elsewhere. Those inside the working folder become
+    relative; of others, only the last part is kept.
     """
     launcher = ["python"]
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch always sets it
@@ -65,14 +65,14 @@ def command_line() -> str:
 
 
 def without_folders(word: str) -> str:
-    """A word of a command without what only this machine has in its paths."""
+    """Return a word of a command without machine-specific parts of paths."""
     flag, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
-    if os.path.isabs(path) and (os.path.exists(path) or not re.search(r"\s", path)):  # no prompt that begins with /
+    if os.path.isabs(path) and (os.path.exists(path) or not re.search(r"\s", path)):  # not a prompt that starts with /
         inside = os.path.relpath(path)
         path = os.path.basename(os.path.normpath(path)) if inside.startswith(os.pardir) else inside
     return flag + equals + path
 
 
 def utc_now() -> str:
-    """The time of day in UTC, to the second, in ISO 8601."""
+    """Return the current time in UTC, in ISO 8601, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -200,7 +200,7 @@ def check_free_space(folder: str, needed_bytes: int) -> None:
         if free < needed_bytes:
             raise ResourceError(
                 f"{place} has {free / 1e9:.1f} GB free, and {needed_bytes / 1e9:.1f} GB are needed for the model. "
-                "Make room, or choose another --output_dir (TMPDIR for what is read back)."
+                "Free disk space, or choose another --output_dir (TMPDIR for the copy that is read back)."
             )
 
 
