@@ -344,7 +344,7 @@ def test_prior_correction_of_empty_texts_alone_has_nothing_to_estimate(model_wit
 def test_an_output_that_is_there_is_replaced_only_if_asked_for(model, long_file, tmp_path):
     (tmp_path / "out.csv").write_text("mine")
     words = (model, long_file, "--output", tmp_path / "out.csv")
-    assert "out.csv is there already; give another, or --overwrite true" in refused(*words)
+    assert "out.csv already exists; choose another file, or pass --overwrite true" in refused(*words)
     assert (tmp_path / "out.csv").read_text() == "mine"
     assert main(*words, "--overwrite", "true") == 0
     assert len(read_table(tmp_path / "out.csv")) == 90

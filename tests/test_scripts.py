@@ -480,10 +480,10 @@ def test_the_bases_answers_are_taken_from_an_earlier_evaluation_of_the_same(fini
         (["--bootstrap_samples", "7"], "bootstrap: "),
     ):
         said = refused("evaluate.py", folder, *flags, *more, "--output_dir", tmp_path / "no")
-        assert "is another measurement than this one would be: " in said and what in said, said
+        assert "does not match this measurement: " in said and what in said, said
     assert "validation.json is missing" in refused("evaluate.py", folder, *flags, "--split", "validation")
     data = read(folder / "run.json")["task"]["dataset_name"]
-    assert "is for a run; " in refused("evaluate.py", folder / "adapter", *flags, "--dataset_name", data)
+    assert "needs a run folder; " in refused("evaluate.py", folder / "adapter", *flags, "--dataset_name", data)
 
 
 def test_the_real_small_model_end_to_end(tmp_path):
