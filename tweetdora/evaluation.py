@@ -85,8 +85,8 @@ class BaseResults:
 class Measured:
     """The answers of each model, by name, and the identity of the models.
 
-    `answers` has the key `finetuned` if there is an adapter, and `base` unless an earlier evaluation measured the base:
-    then `earlier` holds its results.
+    `answers` has the key `finetuned` if there is an adapter. It has the key `base` unless an earlier evaluation
+    measured the base: then `earlier` holds its results.
     """
 
     answers: dict[str, Answers]
@@ -204,7 +204,7 @@ def measure_base_and_finetuned(
     decoding: Decoding,
     earlier: BaseResults | None = None,
 ) -> Measured:
-    """Answer all examples with the base at its commit `revision`, and with the fine-tuned model if there is an adapter.
+    """Answer all examples with the base at commit `revision`, and with the fine-tuned model if there is an adapter.
 
     If `earlier` holds the base's answers, they are reused.
 
@@ -340,7 +340,7 @@ def evaluation_record(
 def _prior_corrected(
     target: EvalTarget, measured: Measured, examples: Examples, bootstrap: Bootstrap
 ) -> PriorCorrected | None:
-    """The fine-tuned model's likelihood scores after prior correction, with shares estimated from its probabilities."""
+    """The fine-tuned model's likelihood scores after prior correction with shares that its probabilities suggest."""
     train, words = target.label_shares, target.task.label_words
     if train is None:
         return None
