@@ -73,7 +73,7 @@ def test_a_model_folder_under_runs_is_a_model(results_dir):
 
 @pytest.mark.parametrize("name", ["runs/dmeo", "./runs/dmeo", DEFAULT_RUN_DIR])
 def test_a_run_folder_that_does_not_exist_is_not_looked_for_on_the_hub(results_dir, name):
-    with pytest.raises(InputError, match="is not a run folder: there is no such folder. Train first"):
+    with pytest.raises(InputError, match="is not a run folder: the folder does not exist. Train first"):
         results_dir(name)
 
 

@@ -252,7 +252,7 @@ def test_dry_run_shows_plan_and_row_and_leaves_nothing(teachable_dir, data_dir, 
     [
         (
             lambda f: write(f / "run.json", status="interrupted"),
-            "is interrupted, not finished. Go on with its train.py",
+            "is interrupted, not finished. Resume it with its train.py",
         ),
         (lambda f: flip(f / "adapter/adapter_model.safetensors"), "its SHA-256 differs"),
         (lambda f: write(f / "evaluation/test.json", adapter_sha256="0"), "its adapter is '0'"),
