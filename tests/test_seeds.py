@@ -210,7 +210,7 @@ def test_runs_of_the_same_settings_on_other_data_or_another_base_are_no_group(tm
     run = json.loads(path.read_text())
     path.write_text(json.dumps({**run, "train_data": {**run["train_data"], "sha256": "other"}}))
     with pytest.raises(
-        InputError, match="have the same settings, but a different set of training examples: the files at"
+        InputError, match="have the same settings but a different set of training examples: the files at"
     ):
         group_runs(find_runs([str(tmp_path)], "test"))
     assert find_sisters(str(tmp_path / "42"), "test") == (None, [])
