@@ -1,19 +1,19 @@
-"""Measure a run, an adapter or a model by greedy generation: the base model, and what was tuned from it.
+"""Measure a run, an adapter or a model with greedy generation, next to its base model.
 
     python evaluate.py                                    # the published run's folder
     python evaluate.py runs/quickstart                    # any other run folder
     python evaluate.py runs/quickstart --split validation --max_eval_samples 200
     python evaluate.py liuhailin0123/llm-course-hw3-dora  # a model, or an adapter, from the Hub or a folder
-    accelerate launch evaluate.py runs/quickstart         # the examples shared out over all GPUs
+    accelerate launch evaluate.py runs/quickstart         # split the examples over all GPUs
 
-Leaves <run folder>/evaluation/<split>.json, and in <run folder>/evaluation/<split>/ predictions.jsonl and the
-confusion matrices; for a model or an adapter the same in runs/evaluations/owner--name.
+Writes <run folder>/evaluation/<split>.json, and predictions.jsonl and the confusion matrices to
+<run folder>/evaluation/<split>/. For a model or an adapter, they go to runs/evaluations/owner--name instead.
 """
 
 if __name__ == "evaluate":
     raise ImportError("this is the script evaluate.py; to get the library here, import tweetdora.metrics first")
 
-import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
+import tweetdora  # noqa: F401  (before torch, because it sets torch's threads)
 
 # isort: split
 import logging
@@ -41,16 +41,16 @@ log = logging.getLogger("tweetdora.evaluate")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script; the exit status."""
+    """Run the script and return its exit status."""
     # parse
     config, name = parse_with_target(
-        argv, EvaluateConfig, __doc__.partition("\n")[0], "Run folder, adapter, or model id; see the top of this file."
+        argv, EvaluateConfig, __doc__.partition("\n")[0], "Run folder, adapter or model id; see the top of this file."
     )
     state = compute_state()
     use_cpu_threads(state.device, state.num_processes)
 
     if config.report_to == "wandb":
-        wandb_mode()  # refuses a WANDB_MODE that is none before the work, not after it
+        wandb_mode()  # rejects an invalid WANDB_MODE before the work starts
 
     # load
     use_cache_if_unreachable(name)

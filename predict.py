@@ -2,14 +2,14 @@
 
     python predict.py runs/quickstart tweets.csv --output labelled.csv
     python predict.py liuhailin0123/llm-course-hw3-dora tweets.parquet --output labelled.parquet
-    cat tweets.txt | python predict.py runs/quickstart          # a text in each line; CSV on standard output
-    accelerate launch predict.py runs/quickstart tweets.csv --output labelled.csv       # shared out over all GPUs
+    cat tweets.txt | python predict.py runs/quickstart          # one text per line; CSV on standard output
+    accelerate launch predict.py runs/quickstart tweets.csv --output labelled.csv       # split over all GPUs
 
-Adds label, probability_<label word> and margin, and keeps all other columns and the order. The same command again goes
-on where it was interrupted.
+Adds the columns label, probability_<label word> and margin; keeps all other columns and the row order. If it is
+interrupted, the same command resumes where it stopped.
 """
 
-import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
+import tweetdora  # noqa: F401  (before torch, because it sets torch's threads)
 
 # isort: split
 import logging
@@ -28,12 +28,12 @@ log = logging.getLogger("tweetdora.predict")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script; the exit status."""
+    """Run the script and return its exit status."""
     # parse
     config, model, path = parse_predict(argv, __doc__.partition("\n")[0])
     show_log(standard_error=True)
     if config.output is not None and os.path.exists(config.output) and not config.overwrite:
-        raise InputError(f"--output {config.output} is there already; give another, or --overwrite true.")
+        raise InputError(f"--output {config.output} already exists; choose another file, or pass --overwrite true.")
     table = scan(path, config) if path is not None else None
 
     # load
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def _to_standard_output(
     classifier: Classifier, table: Table | None, config: PredictConfig, of_the_model: str
 ) -> Summary:
-    """Classify a file, or standard input, to standard output, in the form of the input; of plain text to CSV."""
+    """Classify a file or standard input to standard output, in the input's format; plain text becomes CSV."""
     if table is None:
         rows, columns = read_input(config)
         form = str(config.input_format)

@@ -73,7 +73,7 @@ def test_a_model_folder_under_runs_is_a_model(results_dir):
 
 @pytest.mark.parametrize("name", ["runs/dmeo", "./runs/dmeo", DEFAULT_RUN_DIR])
 def test_a_run_folder_that_does_not_exist_is_not_looked_for_on_the_hub(results_dir, name):
-    with pytest.raises(InputError, match="is not a run folder: there is no such folder. Train first"):
+    with pytest.raises(InputError, match="is not a run folder: the folder does not exist. Train first"):
         results_dir(name)
 
 
@@ -234,7 +234,7 @@ def test_the_better_guess_is_the_one_to_beat():
         sample_evaluation().baselines, majority=MajorityBaseline(0.6, 0.5, 0.5, label="good")
     )
     record = sample_evaluation(baselines=baselines, finetuned=sample_metrics(0.55, [[1, 1, 0], [1, 1, 1]]))
-    assert "is not above that of always the same label, 0.600." in no_better_than_guessing(record)
+    assert "is not above that of always predicting one label, 0.600." in no_better_than_guessing(record)
 
 
 # Other data than the task's
@@ -304,11 +304,11 @@ def test_training_examples_that_cannot_be_compared_are_said(task):
     gone = run_on(task)
     gone = dataclasses.replace(gone, task=dataclasses.replace(task, train_split="gone"))
     assert (
-        "texts in common with the training examples were not counted: these cannot be read any more"
+        "texts shared with the training examples were not counted: these can no longer be read"
         in (notes_of(gone, task)[1])
     )
     other = dataclasses.replace(gone, task=task, train_data=dataclasses.replace(gone.train_data, sha256="other"))
-    assert notes_of(other, task)[1].endswith("these are others now than those that were trained on")
+    assert notes_of(other, task)[1].endswith("these have changed since the run was trained")
 
 
 # A published model's own task

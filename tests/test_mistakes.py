@@ -47,7 +47,7 @@ def test_mistakes_come_by_the_probability_of_the_wrong_label():
 def test_the_summary_counts_by_label_and_length_and_the_file_has_the_texts(run, capsys):
     assert main([str(run), "--count", "2", "--output", str(run / "m.csv")]) == 0
     said = capsys.readouterr().out
-    assert "3 of 5 examples got another label than their own." in said
+    assert "3 of 5 examples were misclassified." in said
     assert "The 2 most confident: probability 0.800 to 0.950." in said
     cells = [text.split() for text in said.splitlines()]
     assert ["good", "bad", "2", "1"] in cells and ["bad", "good", "1", "1"] in cells
@@ -59,7 +59,7 @@ def test_the_summary_counts_by_label_and_length_and_the_file_has_the_texts(run, 
 def test_a_model_without_a_mistake_has_none_to_show(run, capsys):
     write_predictions(str(run / "evaluation/test/predictions.jsonl"), [LINES[0], LINES[3]])
     main([str(run)])
-    assert "0 of 2 examples got another label than their own.\n" in capsys.readouterr().out
+    assert "0 of 2 examples were misclassified.\n" in capsys.readouterr().out
 
 
 def test_predictions_without_likelihoods_are_refused():

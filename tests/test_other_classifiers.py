@@ -44,8 +44,8 @@ def test_what_is_not_installed_is_said(monkeypatch):
     found, missing = other_classifiers(TRAIN, TEST, SENTIMENT, BOOTSTRAP)
     assert found == []
     assert missing == [
-        "TF-IDF and logistic regression was not measured beside it: pip install scikit-learn",
-        "VADER was not measured beside it: pip install vaderSentiment",
+        "TF-IDF and logistic regression was not measured for comparison; to add it: pip install scikit-learn",
+        "VADER was not measured for comparison; to add it: pip install vaderSentiment",
     ]
 
 

@@ -146,7 +146,7 @@ def test_rows_keep_their_order_and_columns_and_get_what_was_found(given, output,
             assert [float(number) for number in numbers] == pytest.approx(wanted, abs=5e-5)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == [f"out{output}"]
     said = capsys.readouterr().err
-    assert "rows without a text, whose label is empty: 1\n" in said and f"Wrote {tmp_path}/out{output}\n" in said
+    assert "rows without a text, left without a label: 1\n" in said and f"Wrote {tmp_path}/out{output}\n" in said
 
 
 def test_values_keep_their_types_where_the_formats_have_types(model, tmp_path):
@@ -219,7 +219,7 @@ def test_a_file_without_an_output_is_printed(model, tmp_path, monkeypatch, capsy
 
 def test_nothing_on_standard_input_is_refused(model, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert "standard input is empty; expected texts, one in a line" in refused(model)
+    assert "standard input is empty; expected one text per line" in refused(model)
 
 
 # Interrupted
@@ -327,7 +327,7 @@ def test_prior_correction_makes_the_probabilities_add_up_to_the_estimated_shares
 
 def test_prior_correction_of_a_model_whose_training_is_not_known_is_refused(model, long_file, tmp_path):
     said = refused(model, long_file, "--output", tmp_path / "out.csv", "--prior_correction", "em")
-    assert said.startswith(f"--prior_correction em: how frequent the labels were in the training of {model} is not")
+    assert said.startswith(f"--prior_correction em: the label shares in the training data of {model} are not")
     assert not (tmp_path / "out.csv.part").exists()
 
 
@@ -344,7 +344,7 @@ def test_prior_correction_of_empty_texts_alone_has_nothing_to_estimate(model_wit
 def test_an_output_that_is_there_is_replaced_only_if_asked_for(model, long_file, tmp_path):
     (tmp_path / "out.csv").write_text("mine")
     words = (model, long_file, "--output", tmp_path / "out.csv")
-    assert "out.csv is there already; give another, or --overwrite true" in refused(*words)
+    assert "out.csv already exists; choose another file, or pass --overwrite true" in refused(*words)
     assert (tmp_path / "out.csv").read_text() == "mine"
     assert main(*words, "--overwrite", "true") == 0
     assert len(read_table(tmp_path / "out.csv")) == 90
@@ -408,7 +408,7 @@ def test_rows_that_cannot_be_read_can_be_left_out(model, tmp_path, capsys):
     (tmp_path / "in.csv").write_text("text,b\na good day,1\nx\nthe news,2\n")
     main(model, tmp_path / "in.csv", "--output", tmp_path / "out.csv", "--skip_bad_rows", "true")
     assert [row["b"] for row in read_table(tmp_path / "out.csv")] == ["1", "2"]
-    assert "rows left out that cannot be read: 1\n" in capsys.readouterr().err
+    assert "unreadable rows skipped: 1\n" in capsys.readouterr().err
 
 
 def test_the_only_column_is_taken_whatever_its_name(model, tmp_path):

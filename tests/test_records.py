@@ -75,7 +75,7 @@ def test_predictions_are_read_back_as_they_were_written(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"example_id": 0', "has a line that is not JSON .*; it was cut.$"),
+        ('{"example_id": 0', "has a line that is not JSON .*; the file was cut off.$"),
         ('{"example_id": 0}', "line 1 has no base, finetuned, label, text; expected exactly the fields of Prediction"),
     ],
 )
@@ -203,9 +203,9 @@ def test_a_run_of_the_version_before_that_was_stopped_is_read_as_unfinished(tmp_
     old = in_version_2(plain(replace(expected, adapter=replace(expected.adapter, sha256=None))))
     del old["result"], old["tracker"], old["adapter"]["sha256"]
     (tmp_path / "run.json").write_text(json.dumps({"record_version": 2, **old}))
-    with pytest.raises(InputError, match="is interrupted, not finished. Go on with"):
+    with pytest.raises(InputError, match="is interrupted, not finished. Resume it with"):
         read_run(str(tmp_path))
-    with pytest.raises(InputError, match="has record version 2; this code reads version 7. Use the state of"):
+    with pytest.raises(InputError, match="has record version 2; this code reads version 7. Use the version of"):
         read_record(RunRecord, str(tmp_path / "run.json"), oldest_version=RECORD_VERSION)
 
 
@@ -303,7 +303,7 @@ def test_a_folder_that_is_no_run_is_refused_with_the_run_folders_there_are(run_d
     (run_dir.parent / "another" / "run.json").write_text("{}")
     with pytest.raises(
         InputError,
-        match="^nowhere is not a run folder: there is no such folder. Train first with train.py. "
+        match="^nowhere is not a run folder: the folder does not exist. Train first with train.py. "
         "Run folders here: runs/another, runs/mine.$",
     ):
         read_run("nowhere")
@@ -311,7 +311,7 @@ def test_a_folder_that_is_no_run_is_refused_with_the_run_folders_there_are(run_d
 
 def test_a_folder_that_is_no_run_is_refused_where_there_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="^runs/x is not a run folder: there is no such folder. Train first"):
+    with pytest.raises(InputError, match="^runs/x is not a run folder: the folder does not exist. Train first"):
         read_run("runs/x")
 
 
@@ -320,7 +320,7 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
     change(run_dir, status=status)
     with pytest.raises(
         InputError,
-        match=f"^the run in {run_dir} is {status}, not finished. Go on with its train.py command and "
+        match=f"^the run in {run_dir} is {status}, not finished. Resume it with its train.py command and "
         "--resume_from_checkpoint true.$",
     ):
         read_run(str(run_dir))
@@ -337,7 +337,7 @@ def test_a_record_of_another_version_is_refused(version, run_dir):
 def test_a_run_without_its_adapter_is_refused(run_dir):
     (run_dir / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(
-        InputError, match="adapter_model.safetensors is missing; the run record says that the run fini"
+        InputError, match="adapter_model.safetensors is missing, but the run record says that the run "
     ):
         read_run(str(run_dir))
 

@@ -252,7 +252,7 @@ def test_dry_run_shows_plan_and_row_and_leaves_nothing(teachable_dir, data_dir, 
     [
         (
             lambda f: write(f / "run.json", status="interrupted"),
-            "is interrupted, not finished. Go on with its train.py",
+            "is interrupted, not finished. Resume it with its train.py",
         ),
         (lambda f: flip(f / "adapter/adapter_model.safetensors"), "its SHA-256 differs"),
         (lambda f: write(f / "evaluation/test.json", adapter_sha256="0"), "its adapter is '0'"),
@@ -480,10 +480,10 @@ def test_the_bases_answers_are_taken_from_an_earlier_evaluation_of_the_same(fini
         (["--bootstrap_samples", "7"], "bootstrap: "),
     ):
         said = refused("evaluate.py", folder, *flags, *more, "--output_dir", tmp_path / "no")
-        assert "is another measurement than this one would be: " in said and what in said, said
+        assert "does not match this measurement: " in said and what in said, said
     assert "validation.json is missing" in refused("evaluate.py", folder, *flags, "--split", "validation")
     data = read(folder / "run.json")["task"]["dataset_name"]
-    assert "is for a run; " in refused("evaluate.py", folder / "adapter", *flags, "--dataset_name", data)
+    assert "needs a run folder; " in refused("evaluate.py", folder / "adapter", *flags, "--dataset_name", data)
 
 
 def test_the_real_small_model_end_to_end(tmp_path):

@@ -161,13 +161,15 @@ def test_unparsed_answers_are_wrong(tmp_path):
 
 def test_runs_on_other_rows_are_refused(kept):
     write_kept(kept / "other", 1, flipped(3)[:38], labels=LABELS[:38])
-    with pytest.raises(InputError, match=r"were measured on other examples \(40 and 38 of them\), so their scores"):
+    with pytest.raises(
+        InputError, match=r"were measured on different examples \(40 and 38 examples\), so their scores"
+    ):
         find_runs([str(kept)], "test")
 
 
 def test_the_same_seed_twice_is_refused(kept):
     write_kept(kept / "again", 42, flipped(5))
-    with pytest.raises(InputError, match="are runs of the same settings and seed"):
+    with pytest.raises(InputError, match="have the same settings and seed"):
         group_runs(find_runs([str(kept)], "test"))
 
 
@@ -207,7 +209,9 @@ def test_runs_of_the_same_settings_on_other_data_or_another_base_are_no_group(tm
     path = tmp_path / "43/run.json"
     run = json.loads(path.read_text())
     path.write_text(json.dumps({**run, "train_data": {**run["train_data"], "sha256": "other"}}))
-    with pytest.raises(InputError, match="have the same settings, and another set of training examples: what lies at"):
+    with pytest.raises(
+        InputError, match="have the same settings but a different set of training examples: the files at"
+    ):
         group_runs(find_runs([str(tmp_path)], "test"))
     assert find_sisters(str(tmp_path / "42"), "test") == (None, [])
 

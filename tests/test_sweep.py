@@ -66,15 +66,15 @@ def test_a_recipe_is_what_all_runs_begin_with(write, tmp_path):
     ("keys", "message"),
     [
         ({"seeds": None}, "sweep.yaml has no seeds."),
-        ({"sedes": [1]}, "unknown key sedes; expected some of output_dir, records_dir, seeds, config"),
-        ({"seeds": []}, "seeds is []; expected one value or more, each once"),
-        ({"grid": {"r": [4, 4]}}, "r is [4, 4]; expected one value or more, each once"),
+        ({"sedes": [1]}, "unknown key sedes; expected keys are output_dir, records_dir, seeds, config"),
+        ({"seeds": []}, "seeds is []; expected one or more different values"),
+        ({"grid": {"r": [4, 4]}}, "r is [4, 4]; expected one or more different values"),
         ({"splits": ["tset"]}, "splits is ['tset']; expected some of train, validation, test"),
         ({"seeds": 3}, "sweep.yaml.seeds is 3; expected list[int]"),
         ({"settings": {"learning_rat": 1}}, "run seed=1: unknown key 'learning_rat'. Did you mean learning_rate?"),
         ({"settings": {"r": 0}}, "--r is 0 and --lora_alpha 16; both must be 1 or more"),
-        ({"grid": {"seed": [1, 2]}}, "seed is set for each run by the sweep"),
-        ({"evaluate": {"precision": "fp32"}}, "evaluate sets precision, which each run decides"),
+        ({"grid": {"seed": [1, 2]}}, "seed is set by the sweep for each run"),
+        ({"evaluate": {"precision": "fp32"}}, "evaluate sets precision, which the sweep sets for each run"),
         ({"evaluate": {"batch_sise": 4}}, "unknown argument '--batch_sise=4'; did you mean --batch_size?"),
         ({"config": "nowhere.yaml"}, "config nowhere.yaml: there is no such file"),
     ],
@@ -151,7 +151,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, t
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert "Stopped after 0 runs; the same command goes on." in said
+    assert "Stopped after 0 runs; the same command resumes the sweep." in said
     run = json.loads((folder / "runs/slow-seed=1/run.json").read_text())
     assert run["status"] in ("interrupted", "finished") and not (folder / "kept").exists()
 
@@ -286,7 +286,7 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path):
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 1, said
     log = tmp_path / "runs/wrong-seed=1.log"
-    assert f"failed: wrong-seed=1: a script ended with 2; see the end of {log}" in said
+    assert f"failed: wrong-seed=1: a script exited with status 2; see the end of {log}" in said
     assert "--target_modules nowhere matches no linear layer" in log.read_text()
     assert read_record(RunRecord, str(tmp_path / "kept/right-seed=1/run.json")).result.steps == 2
 
@@ -294,7 +294,7 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path):
 def test_no_run_begins_after_its_time(write, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main([write(), "--minutes", "0"]) == 0
-    assert "1 runs were not begun within the time; the same command goes on." in capsys.readouterr().out
+    assert "1 runs were not started within --minutes; the same command resumes the sweep." in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
     with pytest.raises(InputError, match="--jobs is 0; expected 1 or more"):
         SweepConfig(jobs=0)

@@ -1,4 +1,4 @@
-"""Labels and probabilities for texts, from anything that train.py or push_to_hub.py leaves, or a model of the Hub.
+"""Classify texts with a run folder, a published model or adapter, or a model from the Hub.
 
 >>> from tweetdora import Classifier
 >>> classify = Classifier("runs/quickstart")
@@ -23,9 +23,9 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely label word, the probability of each, and by how much the first is more likely than the second.
+    """The most likely label word, each label word's probability, and the margin between the two most likely ones.
 
-    A text without a character has no label, and no probabilities.
+    An empty text has no label and no probabilities.
     """
 
     label: str | None
@@ -34,13 +34,13 @@ class Prediction:
 
 
 class Classifier:
-    """Classifies texts by the likelihood of the label words behind the prompt that a model was trained with.
+    """Classifies texts by the likelihood of each label word after the prompt that the model was trained with.
 
-    `name_or_path` is a run folder, a published model or adapter, in a folder or on the Hub. With several processes
-    (accelerate launch) each computes a share of the texts, and all of them get all predictions.
+    `name_or_path` is a run folder, or a model or adapter in a folder or on the Hub. With several processes
+    (accelerate launch), each computes part of the texts, and all of them get all predictions.
 
     Raises:
-        InputError: there is no such model, or the device cannot compute in that precision.
+        InputError: the model does not exist, or the device cannot compute in that precision.
         HubError: the Hub cannot be reached.
     """
 
@@ -58,9 +58,9 @@ class Classifier:
         check_ids_fit(self._model, tokenizer, self._prompt_tokenizer.prompt_ids(["a"])[0][0])
         self._batch_size = batch_size
         self.label_words = self.target.task.label_words
-        self._lock = Lock()  # a page's visitors come in threads, which a tokenizer does not bear
+        self._lock = Lock()  # a web page calls it from several threads, and tokenizers are not thread-safe
         adapter = self.target.adapter_dir
-        # What tells these predictions from those of another model.
+        # Distinguishes these predictions from another model's.
         self.identity: dict[str, Any] = {
             "base": [identity.name_or_path, identity.revision, identity.weights_sha256],
             "adapter": adapter_sha256(adapter) if adapter else None,
@@ -72,16 +72,16 @@ class Classifier:
     def __call__(
         self, texts: str | Sequence[str], on_progress: Callable[[int], None] = lambda done: None
     ) -> list[Prediction]:
-        """The prediction for each text, in their order; `on_progress` is told of every batch.
+        """Predict each text, in order; `on_progress` is called with the size of each finished batch.
 
-        Several threads may call it: they come one after the other.
+        Several threads may call it; their calls run one after the other.
         """
         return self.predict(texts, on_progress)[0]
 
     def predict(
         self, texts: str | Sequence[str], on_progress: Callable[[int], None] = lambda done: None
     ) -> tuple[list[Prediction], int]:
-        """The predictions, and how many of the texts were truncated to fit."""
+        """Return the predictions, and the number of texts that were truncated to fit."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         full = [place for place, text in enumerate(texts) if text.strip()]
         found = [Prediction(None, {}, None)] * len(texts)
@@ -102,7 +102,7 @@ class Classifier:
 
 
 def make_prediction(label: int, row: Sequence[float], label_words: Sequence[str]) -> Prediction:
-    """The prediction from a label id and the labels' probabilities, in the label words' order.
+    """Build a prediction from a label id and the probabilities, in the order of the label words.
 
     >>> make_prediction(1, [0.25, 0.75], ["bad", "good"])
     Prediction(label='good', probabilities={'bad': 0.25, 'good': 0.75}, margin=0.5)

@@ -1,12 +1,12 @@
-"""Compare runs: a table over seeds, paired tests and a plot; of any task, on the same rows.
+"""Compare runs of any task on the same rows: a table over seeds, paired tests and a plot.
 
     python -m tweetdora.compare runs/dora runs/lora                 # run folders that evaluate.py has measured
     python -m tweetdora.compare results/rates --split validation    # the records of a sweep
     python -m tweetdora.compare results/rates --plot rates.png --x learning_rate
     python -m tweetdora.compare results/template.md --output results/README.md    # a page with tables and plots
 
-Runs that differ in the seed alone are one row. A page is a Jinja template that calls table(), machines(),
-differences(), plot(), bars(), reliability(), evaluation() and cross_table(); folders in it are relative to the page.
+Runs that differ only in the seed form one row. A page is a Jinja template that can call table(), machines(),
+differences(), plot(), bars(), reliability(), evaluation() and cross_table(). Its paths are relative to the page.
 """
 
 import logging
@@ -42,18 +42,19 @@ log = logging.getLogger("tweetdora.compare")
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Flags beside the runs."""
+    """Flags, in addition to the runs."""
 
     split: str = field(default="test", metadata={"help": "Split that the runs were measured on."})
     output: str | None = field(
-        default=None, metadata={"help": "File for the table, or for the page; none: standard output."}
+        default=None, metadata={"help": "File for the table or the page. If unset, standard output."}
     )
     plot: str | None = field(default=None, metadata={"help": "File for a plot of the groups, .png or .svg."})
     x: str | None = field(
-        default=None, metadata={"help": "Setting on the plot's axis, such as learning_rate; none: the groups' names."}
+        default=None,
+        metadata={"help": "Setting on the plot's x axis, such as learning_rate. If unset, the groups' names."},
     )
     bootstrap_samples: Annotated[int, Flag(range=AT_LEAST_1)] = field(
-        default=2_000, metadata={"help": "Resamples behind the 95 %% intervals."}
+        default=2_000, metadata={"help": "Bootstrap resamples for the 95 %% intervals."}
     )
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class CompareConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script; the exit status."""
+    """Run the script and return its exit status."""
     # parse
     config, paths = parse_with_paths(argv, CompareConfig, __doc__.partition("\n")[0], "RUN", "Run folder, or page.")
 
@@ -95,7 +96,7 @@ _HEADER = (
 
 
 def format_table(groups: Sequence[Group], config: CompareConfig) -> str:
-    """The groups as a Markdown table, best first."""
+    """Format the groups as a Markdown table, best first."""
     found = [(summarise(group, config.bootstrap_samples), group) for group in groups]
     ranked = sorted(found, key=lambda pair: -pair[0].mean)
     rows = [(settings_text(group.settings), *_cells(group, summary)) for summary, group in ranked]
@@ -126,13 +127,13 @@ def _cells(group: Group, found: Summary) -> tuple[str, ...]:
 
 
 def _peak_memory(by_place: dict[str, int]) -> float:
-    """The largest memory of a GPU, or of a process where there was none, in GB."""
+    """The largest peak memory of a GPU, or of a process if there was no GPU, in GB."""
     on_gpus = {place: size for place, size in by_place.items() if place.startswith("gpu")}
     return max((on_gpus or by_place).values(), default=0) / 1e9
 
 
 def format_machines(groups: Sequence[Group]) -> str:
-    """On what the runs were trained and measured, in a sentence: it is no setting, but may change the last digits."""
+    """A sentence on the machines used to train and measure: not a setting, but they may change the last digits."""
     runs = [run for group in groups for run in group.runs]
     trained = sorted({_machine(run.run.environment) for run in runs})
     measured = sorted({_machine(run.evaluation.environment) for run in runs})
@@ -149,17 +150,17 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def interval_text(interval: Interval) -> str:
-    """An interval as the tables write it."""
+    """Format an interval for the tables."""
     return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def share_text(share: float) -> str:
-    """A share in per cent, which is 100 only where it is all of them."""
+    """Format a share in per cent; only a share of exactly 1 is shown as 100."""
     return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %"
 
 
 def format_differences(groups: Sequence[Group], config: CompareConfig) -> str:
-    """A line for each pair of groups: the difference, and what it is uncertain by; empty for one group."""
+    """A line per pair of groups with the difference and its interval; empty for a single group."""
     lines = []
     for first, second in all_pairs(groups):
         found = difference_text(difference(first, second, config.bootstrap_samples))
@@ -168,7 +169,7 @@ def format_differences(groups: Sequence[Group], config: CompareConfig) -> str:
 
 
 def difference_text(found: SeedDifference) -> str:
-    """A difference in words."""
+    """Format a difference as text."""
     low, high = found.interval or found.rows_interval
     what = "rows and seeds" if found.interval else "rows, with one seed of a group"
     text = f"{found.difference:+.3f}, 95 % over {what} [{low:+.3f}, {high:+.3f}]"
@@ -186,16 +187,18 @@ def difference_text(found: SeedDifference) -> str:
 
 
 def draw_plot(groups: Sequence[Group], path: str, x: str | None, config: CompareConfig, title: str = "") -> None:
-    """Every run's macro-F1 as a point, each group's mean with its interval; over the setting `x`, if one is given.
+    """Plot every run's macro-F1 as a point and each group's mean with its interval, over the setting `x` if given.
 
     Raises:
-        InputError: the groups do not differ in `x`, or it is no number.
+        InputError: the groups do not differ in `x`, or it is not a number.
     """
     if x is not None and any(x not in group.settings for group in groups):
         known = ", ".join(groups[0].settings) or "no setting"
         raise InputError(f"--x is {x}, but these runs differ in {known}. Name one of these, or leave --x out.")
     if x is not None and not all(type(group.settings[x]) in (int, float) for group in groups):
-        raise InputError(f"--x is {x}, which is no number in each of these runs. Name another, or leave --x out.")
+        raise InputError(
+            f"--x is {x}, which is not a number in all of these runs. Name another setting, or leave --x out."
+        )
     drawn = []
     for group in groups:
         others = {name: value for name, value in group.settings.items() if name != x}
@@ -214,13 +217,13 @@ _CALLS = ("table", "machines", "differences", "plot", "bars", "reliability", "ev
 
 
 class _Page:
-    """What a page's template can call; folders are relative to the page."""
+    """The functions that a page's template can call; paths are relative to the page."""
 
     def __init__(self, folder: str, config: CompareConfig) -> None:
         self.folder, self.config = folder, config
 
     def groups(self, *paths: str, split: str = "test") -> list[Group]:
-        """The groups of the runs in these folders."""
+        """Group the runs in these folders."""
         return group_runs(find_runs([os.path.join(self.folder, path) for path in paths], split))
 
     def table(self, *paths: str, split: str = "test") -> str:
@@ -228,7 +231,7 @@ class _Page:
         return format_table(self.groups(*paths, split=split), self.config)
 
     def machines(self, *paths: str, split: str = "test") -> str:
-        """On what these runs were trained and measured."""
+        """The machines that trained and measured these runs."""
         return format_machines(self.groups(*paths, split=split))
 
     def differences(self, *paths: str, split: str = "test") -> str:
@@ -243,7 +246,7 @@ class _Page:
         x: str | None = None,
         title: str = "",
     ) -> str:
-        """Draw these runs into a file beside the page; the Markdown that shows it."""
+        """Plot these runs to a file next to the page; return the Markdown that shows it."""
         groups = self.groups(*paths, split=split)
         draw_plot(groups, os.path.join(self.folder, file), x, self.config, title)
         return f"![{title or 'macro-F1 of the runs'}]({file})"
@@ -270,13 +273,13 @@ class _Page:
         return f"![{title}]({file})"
 
     def reliability(self, file: str, path: str, split: str = "test", title: str = "") -> str:
-        """Draw base and fine-tuned model of one run, accuracy over probability; the Markdown that shows it."""
+        """Plot accuracy over probability for a run's base and fine-tuned model; return the Markdown that shows it."""
         (run,) = find_runs([os.path.join(self.folder, path)], split)
         plot_reliability(run.evaluation.likelihoods, os.path.join(self.folder, file), title)
         return f"![{title}]({file})"
 
     def cross_table(self, file: str, rows: str, columns: str) -> str:
-        """How often two columns of a .csv file have each pair of values."""
+        """Count each pair of values in two columns of a .csv file."""
         return cross_table(os.path.join(self.folder, file), rows, columns)
 
     def evaluation(self, path: str, split: str = "test") -> Any:
@@ -286,10 +289,10 @@ class _Page:
 
 
 def cross_table(path: str, rows: str, columns: str) -> str:
-    """How many lines of a .csv file have each pair of values in two of its columns, as a Markdown table.
+    """Count each pair of values in two columns of a .csv file, as a Markdown table.
 
     Raises:
-        InputError: the file has no such column.
+        InputError: a column does not exist.
     """
     found = list(read_rows(path))
     for name in (rows, columns):
@@ -305,17 +308,17 @@ def cross_table(path: str, rows: str, columns: str) -> str:
 
 
 def render_page(path: str, config: CompareConfig) -> str:
-    """A page from its template; what it plots is written beside it.
+    """Render a page from its template, and write its plots next to it.
 
     Raises:
-        InputError: the template is wrong, or a run that it names is not there.
+        InputError: the template is invalid, or a run that it names does not exist.
     """
     folder = os.path.dirname(path) or "."
     page = _Page(folder, config)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
-        autoescape=False,  # it is Markdown
+        autoescape=False,  # the output is Markdown
         loader=jinja2.FileSystemLoader(folder),
     )
     calls: dict[str, Callable[..., Any]] = {name: getattr(page, name) for name in _CALLS}

@@ -1,4 +1,4 @@
-"""Measure a base model and what was tuned from it: what evaluate.py does between reading its flags and its end."""
+"""Measure a base model and the fine-tuned model: the work of evaluate.py after its flags are read."""
 
 import os
 from dataclasses import dataclass, replace
@@ -62,7 +62,7 @@ from tweetdora.tracking import finish_wandb, log_generations, start_wandb
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model made of the examples: generations, in so many seconds, and the scores of the label words."""
+    """A model's generations for the examples, the seconds they took, and the scores of the label words."""
 
     generations: list[Generation]
     seconds: float
@@ -71,21 +71,22 @@ class Answers:
 
 @dataclass(frozen=True)
 class BaseResults:
-    """What an earlier evaluation left of the base: its record, and its answers to the examples, in their order."""
+    """The base's results from an earlier evaluation: its record, and its generations in the order of the examples."""
 
     record: EvaluationRecord
     generations: list[GenerationRecord]
 
     def predicted(self, label_words: list[str]) -> list[int]:
-        """The label ids that were found in the answers."""
+        """The predicted label ids."""
         return [UNPARSED if one.predicted is None else label_words.index(one.predicted) for one in self.generations]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The answers of base and, where there is an adapter, finetuned, by name; and of which models they are.
+    """The answers of each model, by name, and the identity of the models.
 
-    Those of the base are in `earlier` where an earlier evaluation has measured it.
+    `answers` has the key `finetuned` if there is an adapter. It has the key `base` unless an earlier evaluation
+    measured the base: then `earlier` holds its results.
     """
 
     answers: dict[str, Answers]
@@ -97,7 +98,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class EvalData:
-    """The examples to answer, what is to be known of them, and those trained on, if they can be read."""
+    """The examples to measure on, notes on them, and the training examples if they can be read."""
 
     examples: Examples
     notes: list[DataNote]
@@ -107,12 +108,13 @@ class EvalData:
 def load_eval_data(
     target: EvalTarget, config: EvaluateConfig, revision: str | None, trained_on: str | None
 ) -> EvalData:
-    """Load what is to be answered, of the data set at its commit `revision`.
+    """Load the examples to measure on from the data set at commit `revision`.
 
-    `trained_on` is the commit that a run was trained on: its texts are looked for among the examples.
+    `trained_on` is the data set's commit that a run was trained on. Its training texts are loaded to find those that
+    also occur among the examples.
 
     Raises:
-        InputError: the data are not what the task says.
+        InputError: the data do not match the task.
         HubError: the Hub cannot be reached.
     """
     examples = load_examples(target.task, config.split, revision).head(config.max_eval_samples)
@@ -121,19 +123,19 @@ def load_eval_data(
         return EvalData(examples, notes_on_splits(splits, target.task.label_words))
     try:
         train = load_examples(target.run.task, "train", trained_on)
-    except UserError:  # its words name folders of this machine, and notes stand on the card
-        train, why = None, "cannot be read any more"
+    except UserError:  # without the error's text: it names local folders, and notes are published on the card
+        train, why = None, "can no longer be read"
     if train is not None and train.sha256 != target.run.train_data.sha256:
-        train, why = None, "are others now than those that were trained on"
+        train, why = None, "have changed since the run was trained"
     if train is None:
-        unknown = DataNote(config.split, f"texts in common with the training examples were not counted: these {why}")
+        unknown = DataNote(config.split, f"texts shared with the training examples were not counted: these {why}")
         return EvalData(examples, [*notes_on_splits(splits, target.task.label_words), unknown])
     notes = notes_on_splits({"train": train, **splits}, target.task.label_words)
     return EvalData(examples, [note for note in notes if note.split == config.split], train)
 
 
 def describe(target: EvalTarget, split: str, data: EvalData, decoding: Decoding) -> list[str]:
-    """What is about to be measured, in lines for a person."""
+    """Describe the measurement that is about to start, as lines of the log."""
     return [
         f"{target.name}: {len(data.examples):,} {split} examples, {decoding.precision} ({decoding.reason})",
         *target.notes,
@@ -146,13 +148,13 @@ def describe(target: EvalTarget, split: str, data: EvalData, decoding: Decoding)
 def read_base_results(
     folder: str, target: EvalTarget, examples: Examples, config: EvaluateConfig, decoding: Decoding
 ) -> BaseResults:
-    """The base's answers from an earlier evaluation in `folder`, if it is the measurement that would be made now.
+    """Read the base's answers from an earlier evaluation in `folder`, if they are what would be measured now.
 
     Raises:
-        InputError: there is none, or it is another one; the message says in what.
+        InputError: there is no evaluation, or it differs; the message names the differences.
     """
     if target.run is None:
-        raise InputError(f"--base_results {folder} is for a run; {target.name} is none. Leave it out.")
+        raise InputError(f"--base_results {folder} needs a run folder; {target.name} is not one. Leave the flag out.")
     record = read_record(EvaluationRecord, os.path.join(folder, f"{config.split}.json"))
     known, run = record.environment.packages, target.run
     found = {
@@ -179,12 +181,14 @@ def read_base_results(
     if differ := [name for name in found if found[name] != expected[name]]:
         what = "; ".join(f"{name}: {found[name]}, expected {expected[name]}" for name in differ)
         raise InputError(
-            f"--base_results {folder} is another measurement than this one would be: {what}. Leave the flag out, and "
-            "the base is measured."
+            f"--base_results {folder} does not match this measurement: {what}. Leave the flag out to measure the base "
+            "again."
         )
     lines = read_predictions(os.path.join(folder, config.split, PREDICTIONS))
     if [line.text for line in lines] != examples.texts:
-        raise InputError(f"--base_results {folder}: its {PREDICTIONS} are of other examples than its record says.")
+        raise InputError(
+            f"--base_results {folder}: its {PREDICTIONS} does not hold the examples that its record names."
+        )
     return BaseResults(record, [line.base for line in lines])
 
 
@@ -200,12 +204,12 @@ def measure_base_and_finetuned(
     decoding: Decoding,
     earlier: BaseResults | None = None,
 ) -> Measured:
-    """Answer all examples with the base at its commit `revision`, and with the adapter on it, if there is one.
+    """Answer all examples with the base at commit `revision`, and with the fine-tuned model if there is an adapter.
 
-    Those that `earlier` holds of the base are taken from there.
+    If `earlier` holds the base's answers, they are reused.
 
-    The tuned model is measured as it is published: the adapter merged into the base in float32, then cast to the
-    precision of the measurement.
+    The fine-tuned model is measured as it is published: the adapter is merged into the base in float32, and the result
+    is cast to the precision of the measurement.
     """
     device, dtype = PartialState().device, DTYPES[decoding.precision]
     tokenizer, prompt_tokenizer = load_prompts(target, revision)
@@ -213,7 +217,7 @@ def measure_base_and_finetuned(
     prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
     check_ids_fit(model, tokenizer, chain.from_iterable(prompts))
     answers, sha256 = {}, None
-    # The fine-tuned model first: what is wrong with an adapter shows before any example is answered.
+    # The fine-tuned model comes first, so that a faulty adapter fails before any example is answered.
     if target.adapter_dir:
         model = merge_adapter(model, target.adapter_dir, dtype)
         sha256 = adapter_sha256(target.adapter_dir)
@@ -222,7 +226,7 @@ def measure_base_and_finetuned(
         )
         if earlier is not None:
             return Measured(answers, identity, prompt_tokenizer.format, sha256, earlier)
-        del model  # room for the other
+        del model  # frees memory for the base
         model = load_base(target.base, revision, dtype, device)
     answers["base"] = _answer("base", model, tokenizer, prompt_tokenizer, examples, target.task, config, decoding)
     return Measured(answers, identity, prompt_tokenizer.format, sha256)
@@ -242,7 +246,7 @@ def _answer(
     shown = SHOWN_NAMES[name]
 
     def bar(what: str) -> tqdm:
-        """A progress bar of the main process."""
+        """A progress bar, shown by the main process only."""
         words = f"{shown}, {what}"
         return tqdm(total=len(examples), desc=words, unit="example", disable=not state.is_main_process)
 
@@ -265,16 +269,16 @@ def _answer(
             batch_size=config.batch_size,
             on_progress=lambda done: progress.update(done * state.num_processes),
         )
-    generations = [generation for generation in found if generation is not None]  # nothing stops it
+    generations = [generation for generation in found if generation is not None]  # none is None: no `stop` was passed
     return Answers(generations, seconds, scores)
 
 
 def evaluation_record(
     target: EvalTarget, data: EvalData, measured: Measured, config: EvaluateConfig, decoding: Decoding
 ) -> tuple[EvaluationRecord, list[str]]:
-    """The scores of what was answered, with intervals, and the difference where there are two models.
+    """Score the answers, with intervals and, for two models, their difference.
 
-    And what could not be measured beside it, in sentences.
+    Also returns a sentence for each of the other classifiers that could not be measured.
     """
     examples = data.examples
     words, bootstrap, earlier = target.task.label_words, _bootstrap(config), measured.earlier
@@ -336,7 +340,7 @@ def evaluation_record(
 def _prior_corrected(
     target: EvalTarget, measured: Measured, examples: Examples, bootstrap: Bootstrap
 ) -> PriorCorrected | None:
-    """The likelihood scores of what was tuned, for the shares of the labels that its probabilities suggest."""
+    """The fine-tuned model's likelihood scores after prior correction with shares that its probabilities suggest."""
     train, words = target.label_shares, target.task.label_words
     if train is None:
         return None
@@ -354,21 +358,21 @@ def _prior_corrected(
 
 
 def save_generations(examples: Examples, measured: Measured, target: EvalTarget, split: str) -> None:
-    """Write the generations, which took the time, before anything is computed from them; an older record goes."""
+    """Write the generations, which are slow to make, before computing from them; delete an older record."""
     record, folder = os.path.join(target.results_dir, f"{split}.json"), os.path.join(target.results_dir, split)
     path = os.path.join(folder, PREDICTIONS)
     os.makedirs(folder, exist_ok=True)
     write_predictions(f"{path}.part", predictions_of(examples, measured, target.task.label_words))
-    if os.path.isfile(record):  # a full disk has left it where it was, with the older generations
+    if os.path.isfile(record):  # only now, so that a full disk leaves it and the older generations in place
         os.remove(record)
     os.replace(f"{path}.part", path)
 
 
 def predictions_of(examples: Examples, measured: Measured, label_words: list[str]) -> list[PredictionRecord]:
-    """For each example its text and label, and for each model what it wrote and how likely each label word was."""
+    """One record per example: its text and label, and each model's generation and label word likelihoods."""
 
     def as_records(found: Answers) -> list[GenerationRecord]:
-        """Generations with their labels as words."""
+        """Records of the generations, with label words instead of label ids."""
         return [
             GenerationRecord(
                 text=generation.text,
@@ -398,7 +402,7 @@ def save_results(record: EvaluationRecord, target: EvalTarget) -> None:
 
 
 def track_results(record: EvaluationRecord, examples: Examples, measured: Measured, target: EvalTarget) -> None:
-    """Add the results to the W&B run of the training, if there is one."""
+    """Add the results to the training's W&B run, if there is one."""
     run = target.run
     if run is None or run.tracker is None or run.result is None:
         return
@@ -416,7 +420,7 @@ def track_results(record: EvaluationRecord, examples: Examples, measured: Measur
 
 
 def format_results(record: EvaluationRecord) -> str:
-    """The results as a table for a person."""
+    """Format the results as a table for the log."""
     header = f"{'':<22}{'macro-F1':>9}  {'95 % interval':<16}{'macro recall':>13}{'accuracy':>10}"
     lines = [header + f"{'parse rate':>12}{'exact match':>13}{'EOS rate':>10}{'samples/s':>11}"]
     for name, metrics in record.models.items():
@@ -430,7 +434,7 @@ def format_results(record: EvaluationRecord) -> str:
     if (corrected := record.prior_corrected) is not None:
         shares = (f"{share:.1%} {word}" for word, share in corrected.estimated_shares.items())
         lines.append(_likelihood_line("… prior corrected", corrected.scores))
-        lines.append(f"  for shares of {', '.join(shares)}, estimated")
+        lines.append(f"  for estimated label shares of {', '.join(shares)}")
     majority = f"always {record.baselines.majority.label}"
     for label, guesses in (("uniform guess", record.baselines.uniform), (majority, record.baselines.majority)):
         lines.append(_scores_line(label, guesses, None))
@@ -440,8 +444,8 @@ def format_results(record: EvaluationRecord) -> str:
         gain, test = record.difference.macro_f1, record.difference.mcnemar
         low, high = gain.interval
         lines.append(
-            f"difference in macro-F1 {gain.difference:+.3f} [{low:+.3f}, {high:+.3f}]; became right: "
-            f"{test.fixed}, wrong: {test.broken} (McNemar p {format_p(test.p_value)})"
+            f"difference in macro-F1 {gain.difference:+.3f} [{low:+.3f}, {high:+.3f}]; examples fixed: "
+            f"{test.fixed}, regressed: {test.broken} (McNemar p {format_p(test.p_value)})"
         )
     return "\n".join(lines)
 
@@ -452,7 +456,7 @@ def _likelihood_line(label: str, found: LikelihoodMetrics) -> str:
 
 
 def _scores_line(label: str, found: Any, interval: Interval | None) -> str:
-    """A line of the table: INTERVAL_METRICS, and the interval of the first."""
+    """A line of the table: INTERVAL_METRICS, with the interval of the first."""
     first, *others = (getattr(found, metric) for metric in INTERVAL_METRICS)
     shown = f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     return f"{label:<22}{first:>9.3f}  {shown:<16}" + "".join(
@@ -461,9 +465,9 @@ def _scores_line(label: str, found: Any, interval: Interval | None) -> str:
 
 
 def no_better_than_guessing(record: EvaluationRecord) -> str | None:
-    """A sentence, if what was measured last is no better than guessing; None where it is better."""
+    """A warning if the last model measured is no better than guessing, else None."""
     name, metrics = list(record.models.items())[-1]
-    guesses = {"uniform guessing": record.baselines.uniform, "always the same label": record.baselines.majority}
+    guesses = {"uniform guessing": record.baselines.uniform, "always predicting one label": record.baselines.majority}
     best = max(guesses, key=lambda guess: guesses[guess].macro_f1)
     if metrics.macro_f1 > guesses[best].macro_f1:
         return None
@@ -474,5 +478,5 @@ def no_better_than_guessing(record: EvaluationRecord) -> str | None:
 
 
 def format_p(value: float) -> str:
-    """A p-value as one writes it: three digits, or a bound where it is too small to tell."""
+    """Format a p-value: two significant digits, or a bound if it is too small."""
     return "< 1e-300" if value < 1e-300 else f"= {value:.2g}"

@@ -1,4 +1,4 @@
-"""The metrics of generated answers: macro-F1 and its company, with intervals, beside what guessing reaches."""
+"""Metrics of generated answers: macro-F1, recall, accuracy and others, with intervals and chance baselines."""
 
 import os
 import sys
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch  # noqa: F401  (before datasets, which evaluate imports)
 
-# This repository's script evaluate.py has the library's name, and Python puts the folder of the running script first
-# on sys.path, so `import evaluate` would find the script. Folders that hold an evaluate.py therefore go last.
+# This repository's script evaluate.py has the same name as the library, and Python puts the running script's folder
+# first on sys.path, so `import evaluate` would find the script. Therefore, folders that hold an evaluate.py go last.
 sys.path.sort(key=lambda folder: os.path.isfile(os.path.join(folder, "evaluate.py")))
 import datasets
 import evaluate
@@ -32,14 +32,14 @@ from tweetdora.records import (
     ReliabilityBin,
 )
 
-# What the bootstrap gives an interval to; all of them follow from the confusion matrix.
+# The metrics with bootstrap intervals; all of them can be computed from the confusion matrix.
 INTERVAL_METRICS = ("macro_f1", "macro_recall", "accuracy")
-_BINS = 10  # of equal width, for the calibration
-_AT_ONCE = 200  # resamples
+_BINS = 10  # of equal width, for the calibration error
+_AT_ONCE = 200  # resamples per step
 
 
 def confusion_matrix(references: Sequence[int], predictions: Sequence[int], num_labels: int) -> np.ndarray:
-    """Counts by label (rows) and answer (columns); the last column counts unparsed answers.
+    """Count examples by label (rows) and prediction (columns); the last column counts unparsed answers.
 
     >>> confusion_matrix([0, 1, 1], [0, 1, -1], 2)
     array([[1, 0, 0],
@@ -51,10 +51,10 @@ def confusion_matrix(references: Sequence[int], predictions: Sequence[int], num_
 
 
 def scores(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores from confusion matrices of shape (..., C, C + 1); each score has shape (...) or (..., C).
+    """Compute scores from confusion matrices of shape (..., C, C + 1); each score has shape (...) or (..., C).
 
-    An unparsed answer is a wrong one: it lowers recall and accuracy, and gives no label a false positive. Macro
-    averages run over the C fixed labels; one with neither examples nor predictions counts as 0, as in scikit-learn.
+    An unparsed answer counts as wrong: it lowers recall and accuracy, but is no label's false positive. Macro averages
+    are over the C fixed labels; a label with neither examples nor predictions counts as 0, as in scikit-learn.
     """
     hits = np.diagonal(matrix, axis1=-2, axis2=-1).astype(np.float64)  # (..., C)
     support = matrix.sum(-1)  # (..., C)
@@ -77,9 +77,9 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 class ClassificationScores(evaluate.Metric):
-    """Macro-F1, macro recall and accuracy of answers, -1 standing for one that names no label word.
+    """Macro-F1, macro recall and accuracy of answers, where -1 marks an answer that names no label word.
 
-    A subclass, because evaluate.load() fetches a script from the Hub each time the cache is cold.
+    This is a subclass because evaluate.load() fetches a script from the Hub whenever the cache is cold.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -100,7 +100,7 @@ class ClassificationScores(evaluate.Metric):
 def compute_metrics(
     references: Sequence[int], generations: Sequence[Generation], label_words: Sequence[str]
 ) -> Metrics:
-    """All scores of one set of generations."""
+    """Compute all scores of one set of generations."""
     metric = ClassificationScores(experiment_id=f"{os.getpid()}")
     predictions = [generation.predicted for generation in generations]
     computed = metric.compute(predictions=predictions, references=list(references), num_labels=len(label_words))
@@ -126,10 +126,11 @@ def compute_metrics(
 def bootstrap_intervals(
     references: Sequence[int], predictions: Sequence[int], num_labels: int, bootstrap: Bootstrap
 ) -> Intervals:
-    """95 % percentile intervals of INTERVAL_METRICS, and of each label's F1, when examples are drawn with replacement.
+    """95 % percentile bootstrap intervals of INTERVAL_METRICS and of each label's F1, over the examples.
 
-    Drawing n examples with replacement and counting them by (label, answer) is one multinomial draw of the confusion
-    matrix's cells, so no example is ever copied (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 6).
+    Drawing n examples with replacement and counting them by (label, answer) is the same as one multinomial draw of the
+    confusion matrix's cells, so no example is copied (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+    ch. 6).
     """
     drawn = _draw(confusion_matrix(references, predictions, num_labels), bootstrap)
     values = scores(drawn)
@@ -146,7 +147,7 @@ def likelihood_metrics(
     bootstrap: Bootstrap,
     seconds: float,
 ) -> LikelihoodMetrics:
-    """All scores of the most likely labels, and of the labels' probabilities (N, C), which took so long to compute."""
+    """Compute all scores of the most likely labels and of the labels' probabilities (N, C), scored in `seconds`."""
     labels, predictions, num_labels = np.asarray(references), np.asarray(predicted), probabilities.shape[1]
     confidence = probabilities[np.arange(len(labels)), predictions]
     right = predictions == labels
@@ -178,9 +179,10 @@ def likelihood_metrics(
 
 
 def _calibration_error(sums: np.ndarray) -> np.ndarray:
-    """Expected calibration error from each bin's count, summed confidence and hits, an array of (..., 3, bins).
+    """Expected calibration error from an array (..., 3, bins) of each bin's count, summed confidence and hits.
 
-    The mean over examples of how far a bin's accuracy is from its mean confidence (Guo et al., 2017, equation 3).
+    It is the mean over examples of the distance between a bin's accuracy and its mean confidence (Guo et al., 2017,
+    equation 3).
     """
     count = sums[..., 0, :].sum(-1)
     return np.abs(sums[..., 1, :] - sums[..., 2, :]).sum(-1) / count
@@ -189,7 +191,7 @@ def _calibration_error(sums: np.ndarray) -> np.ndarray:
 def _resample_probabilities(
     losses: np.ndarray, confidence: np.ndarray, right: np.ndarray, places: np.ndarray, bootstrap: Bootstrap
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log loss and calibration error of each resample of the examples, a few resamples at a time."""
+    """Log loss and calibration error of each bootstrap resample of the examples, a few resamples at a time."""
     generator, number = np.random.default_rng(bootstrap.seed), len(losses)
     in_bin = np.eye(_BINS)[places]  # (N, bins)
     columns = np.concatenate(
@@ -207,7 +209,7 @@ def _resample_probabilities(
 def accuracy_by_length(
     texts: Sequence[str], references: Sequence[int], predictions: Sequence[int]
 ) -> list[LengthBand]:
-    """Accuracy in quarters of the examples, from the shortest texts to the longest, with Wilson's interval.
+    """Accuracy per quarter of the examples, from the shortest texts to the longest, with Wilson's interval.
 
     >>> accuracy_by_length(["aaa", "b", "cc", "dddd"], [0, 1, 0, 1], [0, 1, 0, 0])[-1].characters
     (4, 4)
@@ -227,7 +229,7 @@ def accuracy_by_length(
 
 
 def proportion_interval(hits: int, count: int) -> Interval:
-    """95 % score interval of a proportion (Wilson, JASA 22, 1927); it keeps its meaning at 0 and at 1.
+    """95 % score interval of a proportion (Wilson, JASA 22, 1927); it remains valid at 0 and 1.
 
     >>> [round(bound, 3) for bound in proportion_interval(9, 10)]
     [0.596, 0.982]
@@ -247,7 +249,7 @@ def paired_difference(
 ) -> Difference:
     """Fine-tuned minus base on the same examples: difference and interval of each metric, and McNemar's exact test.
 
-    Examples are drawn in pairs, so that what both sets of answers share cancels out.
+    Both models' answers to an example are drawn together, so that variation that they share cancels out.
     """
     cells = np.zeros((num_labels, num_labels + 1, num_labels + 1), dtype=np.int64)
     np.add.at(cells, (np.asarray(references), np.asarray(base), np.asarray(finetuned)), 1)  # index -1 is the last one
@@ -269,14 +271,14 @@ def paired_difference(
 
 
 def mcnemar_p_value(fixed: int, broken: int) -> float:
-    """Two-sided exact McNemar test: how likely so uneven a split of the changed examples is by a coin's toss.
+    """Two-sided exact McNemar test: the probability of a split of changed examples at least this uneven by chance.
 
     Twice the smaller tail of Binomial(fixed + broken, 1/2), at most 1 (McNemar, Psychometrika 12, 1947).
     """
     changed = fixed + broken
     if changed == 0:
         return 1.0
-    # Summed in logarithms: the binomial coefficients of thousands of examples overflow a float.
+    # Summed in log space, because the binomial coefficients of thousands of examples overflow a float.
     tail = np.arange(min(fixed, broken) + 1)
     steps = np.log((changed - tail[:-1]) / (tail[:-1] + 1))
     log_terms = np.concatenate([[0.0], np.cumsum(steps)]) - changed * np.log(2.0)
@@ -284,10 +286,10 @@ def mcnemar_p_value(fixed: int, broken: int) -> float:
 
 
 def baselines(references: Sequence[int], label_words: Sequence[str]) -> Baselines:
-    """What guessing scores on these examples: uniform guesses (expected scores), and always the most frequent label.
+    """Chance baselines on these examples: uniform guesses (expected scores), and always the most frequent label.
 
-    For uniform guesses the expected confusion matrix is scored, which for thousands of examples is the expected score
-    to three digits.
+    For uniform guesses, the expected confusion matrix is scored. For thousands of examples, this equals the expected
+    score to three digits.
     """
     num_labels = len(label_words)
     support = np.bincount(np.asarray(references), minlength=num_labels)

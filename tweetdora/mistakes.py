@@ -1,9 +1,9 @@
-"""The most confident mistakes of a run: what to read to learn what a model, or its data set, gets wrong.
+"""List the most confident mistakes of a run, which show what the model or its data set gets wrong.
 
     python -m tweetdora.mistakes runs/quickstart                                      # a summary
-    python -m tweetdora.mistakes runs/quickstart --output mistakes.csv --count 50     # and the examples, with texts
+    python -m tweetdora.mistakes runs/quickstart --output mistakes.csv --count 50     # also the examples, with texts
 
-A mistake is an example whose likeliest label word is not its label; its confidence is that word's probability.
+A mistake is an example whose most likely label word is not its label. Its confidence is that word's probability.
 """
 
 import logging
@@ -36,16 +36,17 @@ log = logging.getLogger("tweetdora.mistakes")
 
 @dataclass(frozen=True)
 class MistakesConfig:
-    """Flags beside the run folder."""
+    """Flags, in addition to the run folder."""
 
     split: Literal["train", "validation", "test"] = field(
-        default="test", metadata={"help": "Split that evaluate.py has measured."}
+        default="test", metadata={"help": "Split that evaluate.py has measured the run on."}
     )
     count: Annotated[int, Flag(range=AT_LEAST_1)] = field(
-        default=50, metadata={"help": "How many mistakes, the most confident first."}
+        default=50, metadata={"help": "Number of mistakes, most confident first."}
     )
     output: str | None = field(
-        default=None, metadata={"help": "File for the examples, .csv, .tsv or .jsonl; none: the summary alone."}
+        default=None,
+        metadata={"help": "File for the examples, .csv, .tsv or .jsonl. If unset, only the summary is printed."},
     )
 
     def __post_init__(self) -> None:
@@ -56,7 +57,7 @@ class MistakesConfig:
 
 @dataclass(frozen=True)
 class Mistake:
-    """An example that got another label than its own; `probability` is that of the other."""
+    """A misclassified example; `probability` is that of the predicted label."""
 
     example_id: int
     label: str
@@ -67,7 +68,7 @@ class Mistake:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script; the exit status."""
+    """Run the script and return its exit status."""
     # parse
     config, run_dir = parse_with_target(argv, MistakesConfig, __doc__.partition("\n")[0], "Run folder.")
 
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def find_mistakes(
     lines: Sequence[PredictionRecord], label_words: Sequence[str], probabilities: np.ndarray
 ) -> list[Mistake]:
-    """All mistakes of a model that gave the label words these probabilities (N, C), the most confident first."""
+    """Find all mistakes, given the label words' probabilities (N, C); most confident first."""
     found = []
     for line, row in zip(lines, probabilities, strict=True):
         predicted = label_words[int(row.argmax())]
@@ -109,23 +110,25 @@ def find_mistakes(
 
 
 def label_probabilities(lines: Sequence[PredictionRecord]) -> np.ndarray:
-    """The label words' probabilities (N, C), of the model that was measured last.
+    """The label words' probabilities (N, C): the fine-tuned model's if it was measured, else the base's.
 
     Raises:
         InputError: the likelihoods were not measured.
     """
     rows = [(line.finetuned or line.base).log_likelihoods for line in lines]
     if any(row is None for row in rows):
-        raise InputError("these predictions have no likelihoods; they are of record version 3. Measure the run again.")
+        raise InputError(
+            "these predictions have no likelihoods, because they are of record version 3. Measure the run again."
+        )
     return np.asarray(torch.tensor(rows, dtype=torch.float64).softmax(-1))
 
 
 def format_mistakes(
     found: Sequence[Mistake], count: int, shown: Sequence[Mistake], bands: Sequence[LengthBand]
 ) -> str:
-    """The summary, in lines for a person."""
+    """Format the summary for the log."""
     pairs, confident = (Counter((one.label, one.predicted) for one in some) for some in (found, shown))
-    lines = [f"{len(found):,} of {count:,} examples got another label than their own."]
+    lines = [f"{len(found):,} of {count:,} examples were misclassified."]
     if not shown:
         return lines[0]
     lines += [

@@ -1,6 +1,6 @@
-"""Classifiers of other kinds, on the same examples: what a model of this size has to be better than.
+"""Simple classifiers on the same examples, which a model of this size has to beat.
 
-Both need packages that nothing else here needs; where they are missing, so are their rows.
+Each needs a package that nothing else here needs. If the package is missing, the classifier is left out.
 """
 
 import importlib.metadata
@@ -20,16 +20,16 @@ _VADER_NEUTRAL = 0.05  # the thresholds of its README
 def other_classifiers(
     train: Examples | None, examples: Examples, label_words: Sequence[str], bootstrap: Bootstrap
 ) -> tuple[list[OtherClassifier], list[str]]:
-    """The scores of those that fit the task and are installed; and what to install for the others, in sentences.
+    """Score the classifiers that fit the task and are installed; for the others, return what to install, as sentences.
 
-    `train` are the examples that a run was trained on, None where they are not known.
+    `train` holds the run's training examples; None if they are unknown.
     """
     wanted = [TFIDF] * (train is not None) + [VADER] * _is_sentiment(label_words)
     found, missing = [], []
     for name in wanted:
         module, distribution = _PACKAGES[name]
         if importlib.util.find_spec(module) is None:
-            missing.append(f"{name} was not measured beside it: pip install {distribution}")
+            missing.append(f"{name} was not measured for comparison; to add it: pip install {distribution}")
             continue
         predictions = _tfidf(train, examples) if name == TFIDF and train is not None else _vader(examples, label_words)
         matrix = confusion_matrix(examples.labels, predictions, len(label_words))
@@ -50,9 +50,9 @@ def _is_sentiment(label_words: Sequence[str]) -> bool:
 
 
 def _tfidf(train: Examples, examples: Examples) -> list[int]:
-    """Logistic regression, its labels weighted alike, on TF-IDF of words and pairs of words.
+    """Logistic regression with balanced class weights on TF-IDF of words and word pairs.
 
-    C and the weighting were chosen on the validation split of the quickstart's tweets (LOG.md).
+    C and the weights were chosen on the validation split of the quickstart's tweets (LOG.md).
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -67,14 +67,14 @@ def _tfidf(train: Examples, examples: Examples) -> list[int]:
 
 
 def _vader(examples: Examples, label_words: Sequence[str]) -> list[int]:
-    """VADER's word list for English (Hutto and Gilbert, ICWSM 2014), which was made on tweets; nothing is trained."""
+    """VADER, an English sentiment lexicon built for tweets (Hutto and Gilbert, ICWSM 2014); nothing is trained."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()
     numbers = {normalize_label(word): number for number, word in enumerate(label_words)}
 
     def label(text: str) -> str:
-        """The label word's normal form."""
+        """The normalized label word."""
         compound = analyzer.polarity_scores(text)["compound"]
         return "positive" if compound >= _VADER_NEUTRAL else "negative" if compound <= -_VADER_NEUTRAL else "neutral"
 

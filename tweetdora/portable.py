@@ -1,9 +1,9 @@
-"""What a published folder needs so that others than transformers 5 read the same model from it.
+"""Make a published folder load as the same model in transformers 4 and transformers.js, not only in transformers 5.
 
-transformers 5 writes the rotary embedding's settings in one mapping, rope_parameters, which version 4 does not read:
-it takes its own default for what is missing, without a word, and is then another model (SmolLM2's base of 100,000
-becomes 10,000). The fields of both versions stand side by side here. transformers.js, for its part, looks for the chat
-template in tokenizer_config.json only.
+transformers 5 writes the rotary embedding's settings as one mapping, rope_parameters, which version 4 does not read.
+Version 4 silently falls back to its defaults, which changes the model (SmolLM2's base of 100,000 becomes 10,000). The
+published configuration therefore has the fields of both versions. transformers.js reads the chat template from
+tokenizer_config.json only.
 """
 
 import os
@@ -12,26 +12,26 @@ from typing import Any
 from tweetdora.errors import VerificationError
 from tweetdora.files import read_json, write_json
 
-TRIED_VERSIONS = ("4.57.6", "5.23.0")  # `make test-compat`: the same answers
-# Model types that `make test-compat` has compared in both versions, with different bases of the rotary embedding.
+TRIED_VERSIONS = ("4.57.6", "5.23.0")  # give the same answers in `make test-compat`
+# Model types that `make test-compat` compared in both versions, with different bases of the rotary embedding.
 TRIED_MODEL_TYPES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite"),
     *("gpt_neox", "stablelm", "starcoder2"),
 )
 _CONFIG, _TOKENIZER, _TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
-# What transformers 5 notes of how it was called; of no use to a reader, and unknown to others.
+# Fields in which transformers 5 stores how it was called; readers do not need them, and other libraries lack them.
 _OF_THE_WRITER = ("backend", "is_local", "local_files_only")
 
 
 def make_portable(folder: str) -> None:
-    """Add what others read to the configuration and tokenizer in a folder, and let everybody read its files."""
+    """Add the fields that others need to a folder's configuration and tokenizer; make its files world-readable."""
     for name, change in ((_CONFIG, _portable_config), (_TOKENIZER, _portable_tokenizer)):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             write_json(path, change(read_json(path), folder))
     for place, _, files in os.walk(folder):
         for name in files:
-            os.chmod(os.path.join(place, name), 0o644)  # safetensors writes files for their owner only
+            os.chmod(os.path.join(place, name), 0o644)  # safetensors writes files that only their owner can read
 
 
 def _portable_config(config: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _portable_config(config: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _version_4_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's settings under the names of version 4."""
+    """The rotary embedding's settings under version 4's names."""
     found = config.get("rope_parameters")
     if not found:
         return {}
@@ -61,10 +61,10 @@ def _version_4_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 def _portable_tokenizer(config: dict[str, Any], folder: str) -> dict[str, Any]:
     fields = {name: value for name, value in config.items() if name not in _OF_THE_WRITER}
-    if fields.get("tokenizer_class") == "TokenizersBackend":  # the name in version 5 of what was this
+    if fields.get("tokenizer_class") == "TokenizersBackend":  # version 5's name for the same class
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     fields.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    fields["padding_side"] = "left"  # answers are generated behind the prompts, also of a batch
+    fields["padding_side"] = "left"  # so that generation continues each prompt of a batch
     template = os.path.join(folder, _TEMPLATE)
     if os.path.isfile(template):
         with open(template, encoding="utf-8") as stream:
@@ -73,10 +73,10 @@ def _portable_tokenizer(config: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def check_portable(folder: str) -> None:
-    """Look at what was written, field by field.
+    """Check the written files, field by field.
 
     Raises:
-        VerificationError: names a field that others would miss, or read as another value.
+        VerificationError: another reader would miss a field or read a wrong value; the message names it.
     """
     wrong = []
     config = read_json(os.path.join(folder, _CONFIG)) if os.path.isfile(os.path.join(folder, _CONFIG)) else {}
@@ -85,33 +85,35 @@ def check_portable(folder: str) -> None:
         if config.get(name) != value:
             wrong.append(f"{_CONFIG} has {name} {config.get(name)!r}; expected {value!r}")
     if tokenizer.get("tokenizer_class") in (None, "TokenizersBackend"):
-        wrong.append(f"{_TOKENIZER} has tokenizer_class {tokenizer.get('tokenizer_class')!r}, unknown to version 4")
+        wrong.append(
+            f"{_TOKENIZER} has tokenizer_class {tokenizer.get('tokenizer_class')!r}, which version 4 does not know"
+        )
     for name in ("chat_template", "model_input_names", "padding_side"):
         if not tokenizer.get(name):
             wrong.append(f"{_TOKENIZER} has no {name}")
     for place, _, files in os.walk(folder):
         for name in files:
             if os.stat(os.path.join(place, name)).st_mode & 0o777 != 0o644:
-                wrong.append(f"{name} cannot be read by everybody")
+                wrong.append(f"{name} is not readable by all users")
     if wrong:
         raise VerificationError(
-            f"the folder is not one that others can use: {'; '.join(wrong)}. Nothing was published."
+            f"the folder cannot be used by other programs: {'; '.join(wrong)}. Nothing was published."
         )
 
 
 def model_type(folder: str) -> str | None:
-    """The kind of the model in a folder; None of an adapter alone."""
+    """The type of the model in a folder; None if it holds only an adapter."""
     path = os.path.join(folder, _CONFIG)
     return read_json(path).get("model_type") if os.path.isfile(path) else None
 
 
 def supported_versions(model_type: str | None) -> str:
-    """What the card says of the versions of transformers that read the model.
+    """The card's text on the versions of transformers that can read the model.
 
     >>> supported_versions("llama")
-    'transformers 4.57.6 and 5.23.0 (tried)'
+    'transformers 4.57.6 and 5.23.0 (tested)'
     """
     old, new = TRIED_VERSIONS
     if model_type in TRIED_MODEL_TYPES:
-        return f"transformers {old} and {new} (tried)"
-    return f"transformers>=5 ({new} was tried; models of this kind were not tried with 4)"
+        return f"transformers {old} and {new} (tested)"
+    return f"transformers>=5 (tested with {new}; this model type was not tested with 4)"

@@ -1,13 +1,13 @@
-"""What predict.py does between reading its flags and its end: read rows, classify them, write what was found.
+"""The work of predict.py after its flags are read: read rows, classify them, write the predictions.
 
-Rows are read and written in chunks, so that memory does not grow with the file. The predictions of a chunk are kept in
-<output>.part before the next chunk is computed; the output is made from input and .part at the end. A command that is
-given again goes on behind the last whole chunk:
+Rows are read and written in chunks, so that memory does not grow with the file. Each chunk's predictions are saved to
+<output>.part before the next chunk is computed. At the end, the output is built from the input and the .part file. If
+a command is interrupted, running it again resumes after the last complete chunk. The lines of a .part file:
 
-    {"command": {...}}                           whose predictions these are
-    [2, 0.01, 0.03, 0.96]                        a row: its label's number, and the labels' probabilities
+    {"command": {...}}                           the command that made these predictions
+    [2, 0.01, 0.03, 0.96]                        a row: its label id, and the labels' probabilities
     null                                         a row without a text
-    {"rows": 2, "truncated": 0}                  the end of a chunk: all its rows are there
+    {"rows": 2, "truncated": 0}                  the end of a chunk, which is now complete
 """
 
 import json
@@ -33,29 +33,29 @@ from tweetdora.files import file_sha256
 from tweetdora.priors import correct, estimate_shares
 from tweetdora.tables import Row, RowWriter, hint_for_columns, is_table, read_any_rows, read_stream
 
-_CHUNK_BATCHES = 8  # batches of each process in a chunk: within one, texts of like length are batched together
+_CHUNK_BATCHES = 8  # batches per process in a chunk; within a chunk, texts of similar length are batched together
 _SHOWN_BAD_ROWS = 5
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is known of an input file after it was read once: its columns, its rows, and those that cannot be read."""
+    """What one pass over an input file found: its columns, the number of rows, and the rows that cannot be read."""
 
     path: str
     columns: list[str]
     num_rows: int
-    bad: dict[int, str]  # by line
+    bad: dict[int, str]  # problem by line number
 
 
 @dataclass
 class Summary:
-    """What was done, for a person."""
+    """Counts to log at the end."""
 
     labels: Counter[str] = field(default_factory=Counter)
     empty: int = 0
     truncated: int = 0
     skipped: int = 0
-    corrected: dict[str, tuple[float, float]] = field(default_factory=dict)  # estimated share, and that in training
+    corrected: dict[str, tuple[float, float]] = field(default_factory=dict)  # share: estimated, in training
 
     def add(self, prediction: Prediction) -> None:
         """Count a row."""
@@ -68,13 +68,13 @@ class Summary:
         """The counts, in sentences."""
         total = sum(self.labels.values()) + self.empty
         counts = ", ".join(f"{count:,} {label}" for label, count in self.labels.most_common())
-        notes = [f"{total:,} rows: {counts or 'none with a text'}"]
+        notes = [f"{total:,} rows: {counts or 'none has a text'}"]
         if self.empty:
-            notes.append(f"rows without a text, whose label is empty: {self.empty:,}")
+            notes.append(f"rows without a text, left without a label: {self.empty:,}")
         if self.truncated:
             notes.append(f"texts truncated to fit {max_length} tokens: {self.truncated:,}")
         if self.skipped:
-            notes.append(f"rows left out that cannot be read: {self.skipped:,}")
+            notes.append(f"unreadable rows skipped: {self.skipped:,}")
         if self.corrected:
             shares = ", ".join(
                 f"{share:.1%} {word} (in training {before:.1%})" for word, (share, before) in self.corrected.items()
@@ -84,10 +84,10 @@ class Summary:
 
 
 def scan(path: str, config: PredictConfig) -> Table:
-    """Read a file once: what is wrong with it is said before any text is classified.
+    """Read a file once, so that bad rows are reported before any text is classified.
 
     Raises:
-        InputError: the file, or a row of it, cannot be read.
+        InputError: the file or one of its rows cannot be read.
     """
     columns: dict[str, None] = {}
     bad: dict[int, str] = {}
@@ -112,10 +112,10 @@ def scan(path: str, config: PredictConfig) -> Table:
 
 
 def find_text_column(columns: list[str], config: PredictConfig, of_the_model: str, path: str) -> str:
-    """The column that holds the texts: the one that is named, else the model's own, else `text`, else the only one.
+    """The column that holds the texts: --text_column, else the model's own, else `text`, else the only column.
 
     Raises:
-        InputError: names the columns that there are.
+        InputError: there is no such column; the message names the existing ones.
     """
     wanted = [config.text_column] if config.text_column else [of_the_model, "text"]
     for name in wanted:
@@ -131,7 +131,7 @@ def find_text_column(columns: list[str], config: PredictConfig, of_the_model: st
 
 
 def added_columns(columns: Iterable[str], label_words: list[str]) -> list[str]:
-    """The names of what is added: label, the probability of each label word, margin; `predicted_…` where one is taken.
+    """Names of the added columns: label, a probability per label word, margin; `predicted_…` if one of them is taken.
 
     >>> added_columns(["text", "label"], ["bad", "good"])
     ['predicted_label', 'predicted_probability_bad', 'predicted_probability_good', 'predicted_margin']
@@ -144,7 +144,7 @@ def added_columns(columns: Iterable[str], label_words: list[str]) -> list[str]:
 
 
 def with_prediction(values: dict[str, Any], prediction: Prediction, names: list[str]) -> dict[str, Any]:
-    """A row with what was found, in the order of `names`."""
+    """A row with its prediction added in columns `names`."""
     probabilities: list[float | None] = list(prediction.probabilities.values())
     probabilities = probabilities or [None] * (len(names) - 2)
     return {**values, **dict(zip(names, [prediction.label, *probabilities, prediction.margin], strict=True))}
@@ -157,7 +157,7 @@ def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 
 
 def text_of(row: Row, column: str) -> str:
-    """A row's text; empty where it has none."""
+    """A row's text; empty if it has none."""
     value = row.values.get(column)
     return "" if value is None else str(value)
 
@@ -166,18 +166,17 @@ def text_of(row: Row, column: str) -> str:
 
 
 def predict_file(classifier: Classifier, table: Table, config: PredictConfig, column: str) -> Summary:
-    """Classify a file's rows, those that an interrupted command left, and write the output.
+    """Classify the rows of a file that an interrupted command has not done yet, and write the output.
 
     Raises:
-        InputError: the predictions that are there are of another command, or the model's training is not known to
-            --prior_correction.
+        InputError: the .part file is another command's, or --prior_correction needs label shares that are unknown.
     """
     state = PartialState()
     train_shares = classifier.target.label_shares if config.prior_correction == "em" else None
     if config.prior_correction == "em" and train_shares is None:
         raise InputError(
-            f"--prior_correction em: how frequent the labels were in the training of {classifier.target.name} is not "
-            "known. It stands in task.json of models that push_to_hub.py has published. Leave the flag out."
+            f"--prior_correction em: the label shares in the training data of {classifier.target.name} are not "
+            "known. Models published with push_to_hub.py have them in task.json. Leave the flag out."
         )
     output = str(config.output)
     part = f"{output}.part"
@@ -209,14 +208,14 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
 
 @dataclass(frozen=True)
 class Correction:
-    """The shares (C,) of the labels in training, and among the file's texts."""
+    """The labels' shares (C,) in training, and as estimated among the file's texts."""
 
     train_shares: list[float]
     shares: np.ndarray
 
 
 def _estimate_correction(part: str, train_shares: list[float]) -> Correction | None:
-    """The shares that the predictions in a .part file suggest; None without a text. It holds C numbers of each row."""
+    """Estimate the shares from the predictions in a .part file; None if no row has a text. Holds C numbers per row."""
     with open(part, encoding="utf-8") as stream:
         stream.readline()
         rows = [found[1:] for line in stream if isinstance(found := json.loads(line), list)]
@@ -245,7 +244,7 @@ def _from_main_process(value: int) -> int:
 
 
 def _begin_part(part: str, command: dict[str, Any]) -> int:
-    """Make the .part file, or cut it behind its last whole chunk; how many rows it has."""
+    """Create the .part file, or truncate it after its last complete chunk; return the number of its rows."""
     os.makedirs(os.path.dirname(part) or os.curdir, exist_ok=True)
     head = json.dumps({"command": command}) + "\n"
     if not os.path.isfile(part):
@@ -256,8 +255,8 @@ def _begin_part(part: str, command: dict[str, Any]) -> int:
     with open(part, "rb") as binary:
         if binary.readline() != head.encode():
             raise InputError(
-                f"{part} holds predictions of another command: of another model, input or text column. Give that "
-                "command again to end it, delete the file, or choose another --output."
+                f"{part} holds predictions of another command, with another model, input or text column. Run "
+                "that command again to finish it, delete the file, or choose another --output."
             )
         for line in binary:
             if line.startswith(b'{"rows"') and line.endswith(b"\n"):
@@ -289,7 +288,7 @@ def _read_part(
 def _write_output(
     part: str, table: Table, config: PredictConfig, label_words: list[str], correction: Correction | None
 ) -> Summary:
-    """Make the output from input and .part, which then goes; what was computed stays if that fails."""
+    """Build the output from the input and the .part file, and delete that file only when this has succeeded."""
     output, summary = str(config.output), Summary(skipped=len(table.bad))
     if correction is not None:
         shares = zip(correction.shares.tolist(), correction.train_shares, strict=True)
@@ -309,7 +308,7 @@ def _write_output(
                 found = islice(predictions, len(chunk))
                 writer.write([with_prediction(row.values, one, names) for row, one in zip(chunk, found, strict=True)])
             writer.close()
-        list(predictions)  # the end of the last chunk
+        list(predictions)  # reads the end of the last chunk too, for its count
         os.replace(beside, output)
     finally:
         if os.path.exists(beside):
@@ -319,7 +318,7 @@ def _write_output(
 
 
 def _schema(table: Table, names: list[str], form: str) -> pyarrow.Schema | None:
-    """The types of a Parquet file's columns, where they are known beforehand."""
+    """The column types of a Parquet output, if they are known beforehand."""
     if form != "parquet" or table.path.lower().endswith(".jsonl"):
         return None
     fields = [pyarrow.field(name, pyarrow.string()) for name in table.columns]
@@ -335,7 +334,7 @@ def _schema(table: Table, names: list[str], form: str) -> pyarrow.Schema | None:
 def predict_stream(
     classifier: Classifier, rows: Iterator[Row], form: str, config: PredictConfig, columns: list[str], column: str
 ) -> Summary:
-    """Classify rows as they come, and print them: nothing is kept, so nothing is gone on with."""
+    """Classify rows as they arrive and print them. Nothing is saved, so an interrupted command cannot be resumed."""
     names, summary = added_columns(columns, classifier.label_words), Summary()
     is_main = PartialState().is_main_process
     writer = RowWriter(sys.stdout, form, [*columns, *names]) if is_main else None
@@ -359,18 +358,18 @@ def predict_stream(
 
 
 def read_input(config: PredictConfig) -> tuple[Iterator[Row], list[str]]:
-    """The rows of standard input, and their columns.
+    """Read the rows of standard input, and their columns.
 
     Raises:
-        InputError: there is nothing.
+        InputError: standard input is empty.
     """
     rows = read_stream(sys.stdin, config.input_format, config.csv_delimiter)
     first = next(rows, None)
     if first is None:
-        raise InputError("standard input is empty; expected texts, one in a line (--input_format for others).")
+        raise InputError("standard input is empty; expected one text per line (--input_format for other formats).")
 
     def again() -> Iterator[Row]:
-        """All rows, the first one too."""
+        """All rows, including the first."""
         yield first
         yield from rows
 

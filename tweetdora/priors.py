@@ -1,9 +1,9 @@
-"""Prior correction: what a model's probabilities become where labels are as frequent as the texts themselves suggest.
+"""Prior correction: adjust a model's probabilities to label shares estimated from the texts themselves.
 
-A model that was trained where 15 % of the texts are negative expects that share everywhere. Where it is another one,
-the label's probabilities are multiplied by new share / share in training (Saerens, Latinne and Decaestecker, Adjusting
-the Outputs of a Classifier to New a Priori Probabilities, 2002, equation 2.4). The new shares are not known; the same
-paper's EM finds them from the probabilities of all texts, without a label (equation 2.9). It holds where only the
+A model trained on data where 15 % of the texts are negative expects that share everywhere. If the share differs, each
+label's probabilities are multiplied by new share / share in training (Saerens, Latinne and Decaestecker, Adjusting the
+Outputs of a Classifier to New a Priori Probabilities, 2002, equation 2.4). The new shares are unknown; the same
+paper's EM estimates them from the probabilities of all texts, without labels (equation 2.9). This holds if only the
 shares differ, not what a label's texts are like, and as far as the probabilities are calibrated.
 """
 
@@ -18,7 +18,7 @@ _CLOSE = 1e-9
 
 
 def label_shares(data: DataRecord, label_words: Sequence[str], balanced: bool) -> list[float] | None:
-    """The share of each label among the training examples, as they were drawn; None where one is missing.
+    """The share of each label among the training examples, as they were drawn; None if a label has no example.
 
     >>> label_shares(record_of_3_bad_and_9_good, ["bad", "good"], balanced=False)    # doctest: +SKIP
     [0.25, 0.75]
@@ -30,7 +30,7 @@ def label_shares(data: DataRecord, label_words: Sequence[str], balanced: bool) -
 
 
 def estimate_shares(probabilities: np.ndarray, train_shares: Sequence[float]) -> np.ndarray:
-    """The labels' shares (C,) among texts with these probabilities (N, C), by EM from the shares in training."""
+    """Estimate the labels' shares (C,) among texts with these probabilities (N, C) by EM, from the training shares."""
     shares = before = np.asarray(train_shares, dtype=np.float64)
     for _ in range(_STEPS):
         new = correct(probabilities, before, shares).mean(0)
@@ -41,6 +41,6 @@ def estimate_shares(probabilities: np.ndarray, train_shares: Sequence[float]) ->
 
 
 def correct(probabilities: np.ndarray, train_shares: Sequence[float] | np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """The probabilities (N, C) for other shares of the labels than those in training."""
+    """Correct probabilities (N, C) from the training shares to `shares`."""
     weighted = probabilities * (shares / np.asarray(train_shares))
     return weighted / weighted.sum(-1, keepdims=True)

@@ -1,13 +1,13 @@
-"""Records: what a run leaves behind so that nobody types or guesses it later. Written and read here only.
+"""Records: files in which the scripts save what they did, so that nobody has to retype or guess it.
 
-run.json                      RunRecord, train.py's
-evaluation/<split>.json       EvaluationRecord, evaluate.py's, and beside it a PredictionRecord for each example
-<split>.predictions.json      CompactPredictions, of runs whose records are kept by a sweep
-publish/task.json             PublishedTask, beside the model that push_to_hub.py builds
-publish.json                  PublishRecord, push_to_hub.py's
+run.json                      RunRecord, written by train.py
+evaluation/<split>.json       EvaluationRecord, written by evaluate.py; next to it, a PredictionRecord per example
+<split>.predictions.json      CompactPredictions, for runs whose records a sweep keeps
+publish/task.json             PublishedTask, next to the model that push_to_hub.py builds
+publish.json                  PublishRecord, written by push_to_hub.py
 
-A file holds what its dataclass says, no field more or less, and the version of these dataclasses. The versions before
-are still read: see `_from_version_2` and those that follow it.
+Only this module writes and reads them. A file holds exactly the fields of its dataclass, and the version of these
+dataclasses. Older versions can still be read: see `_from_version_2` and the functions after it.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ TASK_FILE = "task.json"
 ADAPTER_DIR = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREDICTIONS = "predictions.jsonl"
-KEPT_PREDICTIONS = "predictions.json"  # behind the split and a dot
+KEPT_PREDICTIONS = "predictions.json"  # the file's name after <split>.
 
 Interval = tuple[float, float]  # 95 %
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Record = TypeVar("Record")
 
 
-# Where a result comes from
+# Provenance
 
 
 @dataclass(frozen=True)
 class GitState:
-    """The state of the checkout: its commit, and the SHA-256 of how tracked code differs from it."""
+    """The checkout's commit, and the SHA-256 of uncommitted changes to tracked code."""
 
     commit: str
     dirty: bool
@@ -72,21 +72,21 @@ class DataSource:
 
     @property
     def hub_id(self) -> str | None:
-        """The data set's name if it came from the Hub, not from a folder or a file, wherever that is now."""
+        """The data set's name if it came from the Hub; None for a local folder or file, even if it has since moved."""
         return self.name if _HUB_ID.fullmatch(self.name) and not self.local else None
 
     @property
     def display_name(self) -> str:
-        """The data set's name for people: Hub id or folder name, and its configuration."""
+        """The data set's name to display: Hub id or folder name, and its configuration."""
         name = self.hub_id or folder_name(self.name)
         return f"{name} ({self.config})" if self.config else name
 
 
 @dataclass(frozen=True)
 class DataRecord(DataSource):
-    """The examples of a split that were used; `sha256` is over their texts and labels.
+    """The examples of a split that were used; `sha256` covers their texts and labels.
 
-    `skipped` counts the rows that were left out (--skip_bad_rows), by the reason.
+    `skipped` counts the rows that --skip_bad_rows left out, by reason.
     """
 
     num_examples: int
@@ -97,7 +97,7 @@ class DataRecord(DataSource):
 
 @dataclass(frozen=True)
 class DataNote:
-    """What a reader of the scores should know of the data, in a sentence; of which split: train, validation, test."""
+    """A sentence about the data that a reader of the scores should know; `split` is train, validation or test."""
 
     split: str
     text: str
@@ -105,7 +105,7 @@ class DataNote:
 
 @dataclass(frozen=True)
 class TrainDataRecord(DataRecord):
-    """The examples that were trained on, with what tokenising showed."""
+    """The training examples, with counts from tokenizing them."""
 
     tokens: int
     supervised_tokens: int
@@ -116,7 +116,7 @@ class TrainDataRecord(DataRecord):
 
 @dataclass(frozen=True)
 class BaseModelRecord:
-    """What tells one base model from another: the commit on the Hub, or the SHA-256 of a local folder's weights."""
+    """The identity of a base model: its commit on the Hub, or the SHA-256 of a local folder's weights."""
 
     name_or_path: str
     revision: str | None
@@ -127,10 +127,11 @@ class BaseModelRecord:
 
 @dataclass(frozen=True)
 class BaseModelCard:
-    """What the base model's own card says, as far as it has one.
+    """Metadata from the base model's own card, if it has one.
 
-    `converted_from` is the Hub id of the model that a local folder is a conversion of, `converted_file` the file that
-    it was made from. A card's `base_model` says less: it is the parent of a tuned model.
+    For a local folder that is a conversion, `converted_from` is the Hub id of the original model, and
+    `converted_file` the file that was converted. A card's `base_model` does not tell this: it names the parent of a
+    fine-tuned model.
     """
 
     license: str | list[str] | None = None
@@ -155,9 +156,9 @@ class DatasetCard:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """The chat template of a base model around a text, as plain strings.
+    """What a base model's chat template puts around a text, as plain strings.
 
-    `head` and `tail` are what stands before and after the text, up to where the completion begins; `completions` are
+    `head` and `tail` are the parts before and after the text, up to the start of the completion. `completions` are
     what the template writes for each label word, and `stop_token` is the token that it writes after one.
     """
 
@@ -168,7 +169,7 @@ class PromptFormat:
     system_in_user_turn: bool
 
     def messages(self, system_prompt: str, text: str) -> list[dict[str, str]]:
-        """The chat messages of a prompt, as apply_chat_template takes them."""
+        """The chat messages of a prompt, as apply_chat_template expects them."""
         return chat_messages(system_prompt, text, self.system_in_user_turn)
 
 
@@ -184,19 +185,19 @@ def chat_messages(system_prompt: str, text: str, system_in_user_turn: bool) -> l
 if TYPE_CHECKING:
     TrainingSettings = Any
 else:
-    # A field for each flag that makes the result: config.py's annotations say which these are.
+    # A field for each flag that affects the result, as annotated in config.py.
     TrainingSettings = make_dataclass("TrainingSettings", [(name, Any) for name in RESULT_ARGUMENTS], frozen=True)
 
 
 def training_settings(training: TrainConfig) -> TrainingSettings:
-    """The settings of a training that make its result, enumerations as the words that a flag takes."""
+    """The training settings that affect the result, with enumerations as their flag values."""
     values = {name: getattr(training, name) for name in RESULT_ARGUMENTS}
     return TrainingSettings(**{name: getattr(value, "value", value) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """The adapter: its size, the SHA-256 of its random start, and that of its weights' file once they are written."""
+    """The adapter's size, and the SHA-256 of its random start and of its weights file once that is written."""
 
     trainable_parameters: int
     start_sha256: str
@@ -205,7 +206,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class TrackerRecord:
-    """The W&B run; `url` is None offline, `entity` None for the user's own."""
+    """The W&B run; `url` is None if offline, `entity` is None for the user's default."""
 
     id: str
     mode: str
@@ -216,7 +217,7 @@ class TrackerRecord:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished training took and left; `peak_memory_bytes` by process, gpu0, …"""
+    """The result and cost of a finished training; `peak_memory_bytes` is by process: gpu0, …"""
 
     finished: str
     steps: int
@@ -228,7 +229,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A training: what is known before its first step, and its result."""
+    """A training: its settings, known before the first step, and its result."""
 
     name: str
     status: Literal["planned", "started", "interrupted", "diverged", "finished"]
@@ -251,21 +252,21 @@ class RunRecord:
     environment: Environment
     dataset_card: DatasetCard = dataclasses.field(default_factory=DatasetCard)
     notes: list[DataNote] = dataclasses.field(default_factory=list)
-    mismatches: list[str] = dataclasses.field(default_factory=list)  # what was otherwise when the run was resumed
+    mismatches: list[str] = dataclasses.field(default_factory=list)  # what had changed when the run was resumed
     tracker: TrackerRecord | None = None
     result: TrainingResult | None = None
 
     @property
     def base_hub_id(self) -> str | None:
-        """The base model's Hub id; for a local folder the one that its card says it is a conversion of."""
-        if not self.base_model.weights_sha256:  # recorded of a local folder only
+        """The base model's Hub id; for a local folder, that of the model it was converted from, as its card says."""
+        if not self.base_model.weights_sha256:  # recorded for local folders only
             return self.base_model.name_or_path
         name = self.base_model_card.converted_from or ""
         return name if _HUB_ID.fullmatch(name) else None
 
     @property
     def base_display_name(self) -> str:
-        """The base model's Hub id, or its folder's name where it has none."""
+        """The base model's Hub id, or its folder's name if it has none."""
         return self.base_hub_id or folder_name(self.base_model.name_or_path)
 
 
@@ -287,7 +288,7 @@ class Metrics:
     """The scores of generated answers.
 
     `parse_rate`: share that names a label word. `exact_match`: share that is a label word and nothing else.
-    `eos_rate`: share that ended with a stop token. `confusion_matrix`: labels by answers, unparsed ones last.
+    `eos_rate`: share that ended with a stop token. `confusion_matrix`: labels by predictions, unparsed answers last.
     """
 
     num_examples: int
@@ -303,7 +304,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Intervals:
-    """95 % intervals of scores; `per_label_f1` in the label words' order."""
+    """95 % intervals of scores; `per_label_f1` is in the order of the label words."""
 
     macro_f1: Interval
     macro_recall: Interval
@@ -313,7 +314,7 @@ class Intervals:
 
 @dataclass(frozen=True)
 class LengthBand:
-    """Accuracy on texts of so many characters, from and to."""
+    """Accuracy on texts whose length is in a range; `characters` holds its ends."""
 
     characters: tuple[int, int]
     num_examples: int
@@ -323,7 +324,7 @@ class LengthBand:
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Examples whose most likely label has a probability of so much, from and to: the mean of it, and the accuracy."""
+    """Mean confidence and accuracy of the examples whose most likely label's probability is in a range."""
 
     probabilities: tuple[float, float]
     num_examples: int
@@ -333,9 +334,9 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class LikelihoodMetrics:
-    """The scores of the most likely label, each example having one, and of the labels' probabilities.
+    """The scores of the most likely labels, which every example has, and of the labels' probabilities.
 
-    `log_loss` is the mean negative logarithm of the right label's probability; `calibration_error` the expected
+    `log_loss` is the mean negative logarithm of the correct label's probability; `calibration_error` the expected
     calibration error over `bins` (Guo et al., On Calibration of Modern Neural Networks, 2017).
     """
 
@@ -354,7 +355,7 @@ class LikelihoodMetrics:
 
 @dataclass(frozen=True)
 class ModelMetrics(Metrics):
-    """What was measured of one model; `likelihood` is None in records of version 3 and before."""
+    """All measurements of one model; `likelihood` is None in records of version 3 and older."""
 
     intervals: Intervals
     by_length: list[LengthBand]
@@ -365,7 +366,7 @@ class ModelMetrics(Metrics):
 
 @dataclass(frozen=True)
 class Baseline:
-    """What guessing scores."""
+    """The scores of a baseline."""
 
     macro_f1: float
     macro_recall: float
@@ -374,14 +375,14 @@ class Baseline:
 
 @dataclass(frozen=True)
 class MajorityBaseline(Baseline):
-    """What it scores to answer always with the most frequent label."""
+    """The scores of always predicting the most frequent label."""
 
     label: str
 
 
 @dataclass(frozen=True)
 class OtherClassifier(Baseline):
-    """What a classifier of another kind scores on the same examples; `version` is its package's."""
+    """The scores of another kind of classifier on the same examples; `version` is its package's."""
 
     name: str
     version: str
@@ -390,7 +391,7 @@ class OtherClassifier(Baseline):
 
 @dataclass(frozen=True)
 class Baselines:
-    """What any model is to be compared with; `others` are those whose packages were there."""
+    """The baselines for every model; `others` are the classifiers whose packages were installed."""
 
     uniform: Baseline
     majority: MajorityBaseline
@@ -407,7 +408,7 @@ class MetricDifference:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Examples that became right (`fixed`) and wrong (`broken`), and the exact test's p-value."""
+    """The numbers of examples fixed and broken, and the exact test's p-value."""
 
     fixed: int
     broken: int
@@ -416,7 +417,7 @@ class McNemar:
 
 @dataclass(frozen=True)
 class Difference:
-    """The fine-tuned model compared with the base."""
+    """The fine-tuned model's gains over the base."""
 
     macro_f1: MetricDifference
     macro_recall: MetricDifference
@@ -436,8 +437,9 @@ class Bootstrap:
 class PriorCorrected:
     """The likelihood scores after prior correction (priors.py), and what it changed.
 
-    Shares are by label word: among the training examples, and among those measured as EM estimates them from their
-    texts. `scores` and `difference` (corrected minus not) take these for given: their intervals are over examples.
+    Shares are by label word: `train_shares` among the training examples, `estimated_shares` among the measured
+    examples, estimated from their texts by EM. `scores` and `difference` (corrected minus uncorrected) take the shares
+    as fixed: their intervals are over examples only.
     """
 
     train_shares: dict[str, float]
@@ -448,11 +450,11 @@ class PriorCorrected:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """A measurement: of a run or an adapter (`base` and `finetuned`), or of a model alone (`base`).
+    """A measurement of a run or an adapter (`base` and `finetuned`), or of a model alone (`base`).
 
-    `corrections` says what of the task's data was replaced for it (config.CORRECTIONS): name, before and now.
-    `base_measured` is when the base was answered, where that was an earlier evaluation (--base_results).
-    `prior_corrected` is of what was tuned; None where the shares of the labels in its training are not known.
+    `corrections` lists the data settings that were replaced for it (config.CORRECTIONS): name, old and new value.
+    `base_measured` is the time of the earlier evaluation that the base's results come from (--base_results), if any.
+    `prior_corrected` is for the fine-tuned model; None if the label shares in its training are unknown.
     """
 
     created: str
@@ -479,20 +481,20 @@ class EvaluationRecord:
 
     @property
     def models(self) -> dict[str, ModelMetrics]:
-        """What was measured, by name: base, and finetuned where there is one."""
+        """The metrics by model name: base, and finetuned if there is one."""
         return {"base": self.base} | ({"finetuned": self.finetuned} if self.finetuned else {})
 
     @property
     def likelihoods(self) -> dict[str, LikelihoodMetrics]:
-        """What was measured of the label words' likelihoods, by the models' names; none in older records."""
+        """The label word likelihood metrics by model name; empty for older records."""
         return {name: found.likelihood for name, found in self.models.items() if found.likelihood is not None}
 
 
 @dataclass(frozen=True)
 class GenerationRecord:
-    """An answer: its text, the label word found in it, and whether it ended with a stop token.
+    """A generation: its text, the label word found in it, and whether it ended with a stop token.
 
-    `log_likelihoods` are those of the label words and their stop token, in the label words' order; None where they
+    `log_likelihoods` are those of each label word with its stop token, in the order of the label words; None if they
     were not measured.
     """
 
@@ -504,7 +506,7 @@ class GenerationRecord:
 
 @dataclass(frozen=True)
 class PredictionRecord:
-    """The answers to one example; a line of predictions.jsonl."""
+    """The generations for one example; a line of predictions.jsonl."""
 
     example_id: int
     text: str
@@ -515,11 +517,11 @@ class PredictionRecord:
 
 @dataclass(frozen=True)
 class CompactPredictions:
-    """The answers to all examples without their texts, to be kept with the records: <split>.predictions.json.
+    """The predictions for all examples without texts, kept with the records as <split>.predictions.json.
 
-    Each of the last five is a line of numbers with a space between, one for each example, in the examples' order: ids
-    of `label_words`, -1 for an answer that names none. `likeliest` are the labels of highest likelihood; empty where
-    they were not measured, as `finetuned` is where a model alone was.
+    Each of the last five fields is a line of numbers separated by spaces, one per example and in their order: ids of
+    `label_words`, or -1 for an unparsed answer. The `likeliest` fields hold the labels of highest likelihood, and are
+    empty if likelihoods were not measured. `finetuned` is empty if a model was measured alone.
     """
 
     split: str
@@ -534,16 +536,16 @@ class CompactPredictions:
 
 
 def compact_predictions(lines: list[PredictionRecord], record: EvaluationRecord) -> CompactPredictions:
-    """The predictions behind an evaluation, without texts."""
+    """Reduce an evaluation's predictions to label ids, without texts."""
     ids = {word: number for number, word in enumerate(record.label_words)}
 
     def answers(found: list[GenerationRecord | None]) -> str:
-        """The label ids of generated answers."""
+        """The predicted label ids."""
         known = [answer for answer in found if answer is not None]
         return number_line(-1 if answer.predicted is None else ids[answer.predicted] for answer in known)
 
     def likeliest(found: list[GenerationRecord | None]) -> str:
-        """The label ids of the highest likelihoods."""
+        """The ids of the labels of highest likelihood."""
         known = [answer.log_likelihoods for answer in found if answer is not None and answer.log_likelihoods]
         return number_line(scores.index(max(scores)) for scores in known)
 
@@ -563,7 +565,7 @@ def compact_predictions(lines: list[PredictionRecord], record: EvaluationRecord)
 
 
 def number_line(numbers: Iterable[int]) -> str:
-    """Numbers as CompactPredictions keeps them; [*map(int, line.split())] are the numbers again."""
+    """Format numbers as CompactPredictions stores them; [*map(int, line.split())] reads them back."""
     return " ".join(map(str, numbers))
 
 
@@ -572,17 +574,17 @@ def number_line(numbers: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class PublishedTask:
-    """What a published model was trained to do: with it, evaluate.py needs no recipe."""
+    """The task that a published model was trained for, so that evaluate.py needs no recipe."""
 
     task: TaskConfig
     prompt_format: PromptFormat
     max_new_tokens: int
-    label_shares: list[float] | None = None  # among the training examples, in the label words' order
+    label_shares: list[float] | None = None  # among the training examples, in the order of the label words
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How like two models answer: the same answers, and how far the logits of the first token are apart."""
+    """How closely two models agree: equal answers, and the largest difference of the first token's logits."""
 
     num_examples: int
     equal_generations: int
@@ -591,43 +593,43 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The published model in another format: its file, and how many of its answers are the published model's own."""
+    """The published model in another format: its file, and how many of its answers equal the published model's."""
 
     format: str  # such as "GGUF q8_0"
     file: str
-    engine: str  # what has read it, with its version
+    engine: str  # the program that read it, with its version
     num_examples: int
     equal_generations: int
 
 
 @dataclass(frozen=True)
 class Published:
-    """What the Hub holds."""
+    """The state of the repository on the Hub."""
 
     repo_id: str
     commit: str
     url: str
-    changed: bool  # False: it held these files already
+    changed: bool  # False: the repository already held these files
     pull_request: str | None
     removed: list[str]
     left_alone: list[str]
 
     @property
     def revision(self) -> str:
-        """Under what it can be read: a pull request's commit is reached by its own name."""
+        """The revision to read it at: a pull request's own name, else the commit."""
         return self.pull_request or self.commit
 
 
 @dataclass(frozen=True)
 class ReadBack(Comparison):
-    """What reading it back has shown; `files` were equal by hash."""
+    """The result of reading the repository back; `files` of its files had equal hashes."""
 
     files: int
 
 
 @dataclass(frozen=True)
 class PublishRecord:
-    """What the Hub holds after a publish, and what reading it back has shown; None: not read back yet."""
+    """The Hub's state after a publish, and the result of reading it back; None if that has not been done yet."""
 
     created: str
     command: str
@@ -641,7 +643,7 @@ class PublishRecord:
 
 
 def write_record(path: str, record: Any) -> None:
-    """Write a record so that a reader finds either the old file or the whole new one."""
+    """Write a record atomically: a reader finds either the old file or the complete new one."""
     write_json(path, {"record_version": RECORD_VERSION, **dataclasses.asdict(record)})
 
 
@@ -649,8 +651,7 @@ def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Recor
     """Read a record.
 
     Raises:
-        InputError: the file is missing, is not JSON, is of a version that is not read, or does not hold what `kind`
-            says.
+        InputError: the file is missing, is not JSON, has a version that cannot be read, or does not match `kind`.
     """
     value = read_json(path)
     version = value.pop("record_version", None) if isinstance(value, dict) else None
@@ -658,8 +659,8 @@ def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Recor
         older = [str(number) for number in range(oldest_version, RECORD_VERSION)]
         read = f"{', '.join(older)} and {RECORD_VERSION}" if older else RECORD_VERSION
         raise InputError(
-            f"{path} has record version {version}; this code reads version {read}. Use the state of "
-            "tweetdora that wrote it, or make it again."
+            f"{path} has record version {version}; this code reads version {read}. Use the version of "
+            "tweetdora that wrote it, or create the record again."
         )
     if version == 2:
         value = _from_version_2(kind, value)
@@ -675,17 +676,17 @@ def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Recor
 
 
 def write_predictions(path: str, predictions: Iterable[PredictionRecord]) -> None:
-    """Write one JSON line for each example."""
+    """Write one JSON line per example."""
     with open(path, "w", encoding="utf-8") as stream:
         for prediction in predictions:
             stream.write(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) + "\n")
 
 
 def read_predictions(path: str) -> list[PredictionRecord]:
-    """Read the lines that write_predictions wrote, in their order.
+    """Read the lines that write_predictions wrote, in order.
 
     Raises:
-        InputError: the file is missing, or a line is not what it should be.
+        InputError: the file is missing, or a line is invalid.
     """
     try:
         with open(path, encoding="utf-8") as stream:
@@ -693,7 +694,7 @@ def read_predictions(path: str) -> list[PredictionRecord]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} has a line that is not JSON ({error}); it was cut.") from None
+        raise InputError(f"{path} has a line that is not JSON ({error}); the file was cut off.") from None
     if lines and "example_id" not in lines[0]:
         lines = [_from_version_2(PredictionRecord, line) for line in lines]
     lines = [_from_version_3(PredictionRecord, line) if _is_prediction(line) else line for line in lines]
@@ -705,33 +706,33 @@ def _is_prediction(line: Any) -> bool:
 
 
 def read_run(run_dir: str) -> RunRecord:
-    """The record of a finished run.
+    """Read the record of a finished run.
 
     Raises:
-        InputError: the folder is no run folder, or its training did not finish.
+        InputError: the folder is not a run folder, its training did not finish, or its adapter is missing or changed.
     """
     path = os.path.join(run_dir, RUN_FILE)
     if not os.path.isfile(path):
         runs = sorted(name for name in _folders(RUNS_DIR) if os.path.isfile(os.path.join(RUNS_DIR, name, RUN_FILE)))
         known = f"Run folders here: {', '.join(os.path.join(RUNS_DIR, name) for name in runs)}." if runs else ""
-        why = f"it has no {RUN_FILE}" if os.path.isdir(run_dir) else "there is no such folder"
+        why = f"it has no {RUN_FILE}" if os.path.isdir(run_dir) else "the folder does not exist"
         raise InputError(f"{run_dir} is not a run folder: {why}. Train first with train.py. {known}".rstrip())
     run = read_record(RunRecord, path)
     if run.status != "finished" or run.result is None:
         raise InputError(
-            f"the run in {run_dir} is {run.status}, not finished. Go on with its train.py command and "
+            f"the run in {run_dir} is {run.status}, not finished. Resume it with its train.py command and "
             "--resume_from_checkpoint true."
         )
     weights = os.path.join(run_dir, ADAPTER_DIR, ADAPTER_WEIGHTS)
     if not os.path.isfile(weights):
-        raise InputError(f"{weights} is missing; the run record says that the run finished with it.")
+        raise InputError(f"{weights} is missing, but the run record says that the run finished.")
     if file_sha256(weights) != run.adapter.sha256:
         raise InputError(f"{weights} is not the adapter that {path} describes: its SHA-256 differs.")
     return run
 
 
 def run_status(run_dir: str) -> str | None:
-    """How far the run in a folder came, whatever its record's version; None where there is no record."""
+    """The status of the run in a folder, for any record version; None if there is no record."""
     path = os.path.join(run_dir, RUN_FILE)
     return read_json(path)["status"] if os.path.exists(path) else None
 
@@ -741,18 +742,18 @@ def _folders(path: str) -> list[str]:
 
 
 def folder_name(path: str) -> str:
-    """The last part of a path: what of it may be told to others."""
+    """The last part of a path, which is the only part to publish."""
     return os.path.basename(os.path.normpath(path))
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON gives it, as an object of the type `kind`.
+    """Convert a JSON value to an object of type `kind`.
 
     >>> decode(Bootstrap, {"samples": 10, "seed": 0}, "test.json")
     Bootstrap(samples=10, seed=0)
 
     Raises:
-        InputError: a field is missing, unknown or of another type; `where` and the field's path name it.
+        InputError: a field is missing, unknown or of the wrong type; the message names it by `where` and its path.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
@@ -772,7 +773,9 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         return tuple(decode(part, item, where) for part, item in zip(arguments, value, strict=True))
     elif origin is dict and isinstance(value, dict):
         return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    elif kind is Any or (origin is Literal and value in arguments) or type(value) is kind:  # True is no int
+    elif (
+        kind is Any or (origin is Literal and value in arguments) or type(value) is kind
+    ):  # type(), because True is an instance of int
         return value
     elif kind is float and type(value) is int:  # other programs write 1.0 as 1
         return float(value)
@@ -791,7 +794,7 @@ def _decode_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
     return kind(**{name: decode(hints[name], value[name], f"{where}.{name}") for name in names})
 
 
-# Names of record version 2 that are others now.
+# Names of record version 2 that have been renamed.
 _RENAMED = {
     "after": "finetuned",
     "answer": "text",
@@ -817,14 +820,14 @@ _RENAMED = {
     "stop_rate": "eos_rate",
     "tweets_per_second": "samples_per_second",
 }
-_KEYED_BY_LABEL = ("class_counts", "examples", "per_class")  # a label word may be any of the names above
+_KEYED_BY_LABEL = ("class_counts", "examples", "per_class")  # whose keys are label words, and may equal a name above
 
 
 def _from_version_2(kind: type, value: dict[str, Any]) -> dict[str, Any]:
-    """A record of version 2 under today's names; what it left out where there was nothing to say is None."""
+    """Convert a record of version 2 to version 3: rename its fields, and fill those that it left out with None."""
 
     def rename(found: Any, by_label: bool = False) -> Any:
-        """`found` with its keys renamed, at every depth."""
+        """Rename the keys at every depth of `found`."""
         if isinstance(found, list):
             return [rename(item) for item in found]
         if not isinstance(found, dict):
@@ -842,13 +845,13 @@ def _from_version_2(kind: type, value: dict[str, Any]) -> dict[str, Any]:
         if new["training"]["batching"] == "packed":
             new["training"]["batching"] = "shared_prefix"
     if kind in (EvaluationRecord, PredictionRecord):
-        if "base" not in new:  # a model alone was what came after
+        if "base" not in new:  # version 2 called a model alone `after`
             new["base"] = new.pop("finetuned")
         new = {"finetuned": None, **({"difference": None} if kind is EvaluationRecord else {}), **new}
     return new
 
 
-# What each kind of record has since version 4 or 5, and what an older record means by leaving it out.
+# Fields added in version 4 or 5, with the values that older records imply.
 _NEW_IN_TASK = {
     "csv_delimiter": None,
     "encoding": None,
@@ -873,7 +876,7 @@ def _from_version_6(kind: type, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_5(kind: type, value: dict[str, Any]) -> dict[str, Any]:
-    """A record of version 5 with what has come since."""
+    """Convert a record of version 5 to version 6: add the new fields."""
     if kind is EvaluationRecord:
         return {"prior_corrected": None, **value}
     if kind is PublishedTask:
@@ -882,7 +885,7 @@ def _from_version_5(kind: type, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_4(kind: type, value: dict[str, Any]) -> dict[str, Any]:
-    """A record of version 4 with what has come since."""
+    """Convert a record of version 4 to version 5: add the new fields."""
     if kind is EvaluationRecord:
         return {"base_measured": None, **value}
     if kind is PublishRecord:
@@ -891,7 +894,7 @@ def _from_version_4(kind: type, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_3(kind: type, value: dict[str, Any]) -> dict[str, Any]:
-    """A record of version 3 with what has come since."""
+    """Convert a record of version 3 to version 4: add the new fields."""
     if kind is RunRecord:
         data = {name: value[name] and {"skipped": {}, **value[name]} for name in ("train_data", "validation_data")}
         return {"notes": [], **value, **data, "task": {**_NEW_IN_TASK, **value["task"]}}

@@ -1,13 +1,13 @@
-"""Runs over seeds: their mean, how far seeds and rows leave it uncertain, and paired differences.
+"""Statistics over seeds: a group's mean, its uncertainty from seeds and from rows, and paired differences.
 
-A group is the same settings with several seeds. Of its mean score three things are told apart:
+A group is the runs with the same settings and different seeds. The uncertainty of its mean score is reported as:
 
 - the spread over seeds: the standard deviation of the runs' scores on the same rows;
-- the interval over rows: what other rows of the kind would give these very runs, by a bootstrap that draws the rows,
-  the same ones for every run;
-- the interval over both: rows and seeds drawn, independently of one another (Owen, The pigeonhole bootstrap, Annals of
-  Applied Statistics 1, 2007). Of k seeds k - 1 are drawn, so that the mean over them varies as that of k does (Rao and
-  Wu, Resampling inference with complex survey data, JASA 83, 1988). Of 2 or 3 seeds it is only a hint.
+- the interval over rows: how the scores of these same runs would vary on other rows of this kind, by a bootstrap that
+  draws the same rows for every run;
+- the interval over both: rows and seeds are drawn independently (Owen, The pigeonhole bootstrap, Annals of Applied
+  Statistics 1, 2007). From k seeds, k - 1 are drawn, so that their mean varies as much as the mean of k does (Rao and
+  Wu, Resampling inference with complex survey data, JASA 83, 1988). With 2 or 3 seeds it is only a rough indication.
 """
 
 import glob
@@ -36,8 +36,8 @@ from tweetdora.records import (
     read_record,
 )
 
-_IN_EVERY_RUN = ("seed", "data_seed", *ROUNDING_ARGUMENTS)  # what runs of a group may differ in
-# Where base and data came from, and what answers the same rows otherwise: no setting of the training.
+_IN_EVERY_RUN = ("seed", "data_seed", *ROUNDING_ARGUMENTS)  # in which the runs of a group may differ
+# Where base and data came from, and which rows are measured: not settings of the training.
 _NO_SETTING = (
     "dataset_revision",
     "model_revision",
@@ -50,7 +50,7 @@ _NO_SETTING = (
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run with an evaluation of it; `labels` and `finetuned` are arrays (N,) of label ids, -1 for none."""
+    """A run and its evaluation; `labels` and `finetuned` are arrays (N,) of label ids, with -1 for unparsed."""
 
     folder: str
     run: RunRecord
@@ -61,59 +61,59 @@ class MeasuredRun:
 
     @property
     def seed(self) -> int:
-        """The seed of adapter and order."""
+        """The seed of the adapter's initialization and the data order."""
         return int(self.run.training.seed)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What of the run's settings makes its result, but for the seed."""
+        """The settings that affect the run's result, except the seed."""
         return settings_of(self.run)
 
 
 def settings_of(run: RunRecord) -> dict[str, Any]:
-    """What of a run's settings makes its result, but for the seed."""
+    """The settings that affect a run's result, except the seed."""
     training = {name: getattr(run.training, name) for name in RESULT_ARGUMENTS if name not in _IN_EVERY_RUN}
     found = {**vars(run.task), **vars(run.model), **training}
     return {name: value for name, value in found.items() if name not in _NO_SETTING}
 
 
 def _made_of(run: RunRecord) -> dict[str, Any]:
-    """What a run was made of, whatever its settings call it."""
+    """The base model and training data that a run actually used, whatever its settings call them."""
     return {"base model": run.base_model, "set of training examples": run.train_data.sha256}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed; `settings` are those in which the group differs from others."""
+    """Runs that differ only in the seed; `settings` are those in which the group differs from other groups."""
 
     settings: dict[str, Any]
     runs: list[MeasuredRun]
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds, in order."""
+        """The runs' seeds, in order."""
         return [found.seed for found in self.runs]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The mean of a score over runs; `deviation` is the standard deviation over seeds, None of one run."""
+    """The mean of a score over runs; `deviation` is the standard deviation over seeds, None for one run."""
 
     mean: float
     values: list[float]
     deviation: float | None
     rows_interval: Interval
-    interval: Interval  # over rows and seeds; of one run over rows alone
+    interval: Interval  # over rows and seeds; for one run, over rows only
 
 
 @dataclass(frozen=True)
 class SeedDifference:
-    """One group's mean minus another's; `p_values` are McNemar's, seed by seed, where the seeds are the same."""
+    """One group's mean minus another's; `p_values` are McNemar's, per seed, if both groups have the same seeds."""
 
     difference: float
     rows_interval: Interval
-    interval: Interval | None  # over rows and seeds; None where a group has one seed, whose spread is not known
-    seeds_above: int | None  # in how many seeds the first is above the second
+    interval: Interval | None  # over rows and seeds; None if a group has one seed, so that its spread is unknown
+    seeds_above: int | None  # the number of seeds for which the first is above the second
     fixed: list[int]
     broken: list[int]
     p_values: list[float]
@@ -123,10 +123,10 @@ class SeedDifference:
 
 
 def find_runs(paths: Sequence[str], split: str) -> list[MeasuredRun]:
-    """The runs in these folders, or in folders of them (patterns such as results/rates/* too), measured on a split.
+    """Find the runs measured on a split in run folders, folders of runs, or patterns such as results/rates/*.
 
     Raises:
-        InputError: a path has none, or they were measured on other rows than one another.
+        InputError: a path has no such run, or the runs were measured on different rows.
     """
     found: list[MeasuredRun] = []
     for path in paths:
@@ -137,15 +137,15 @@ def find_runs(paths: Sequence[str], split: str) -> list[MeasuredRun]:
             found += [one for one in read if one is not None]
         if len(found) == before:
             raise InputError(
-                f"no run in {path} was measured on the {split} split. Expected run folders, or folders of a sweep's "
-                f"records, with {RUN_FILE} and {split}.json; --split names another split."
+                f"no run in {path} was measured on the {split} split. Expected run folders, or a sweep's records_dir, "
+                f"with {RUN_FILE} and {split}.json; --split names another split."
             )
     _check_same_rows(found)
     return found
 
 
 def _read_run(folder: str, split: str) -> MeasuredRun | None:
-    """The run in a folder with its evaluation; None where there is none."""
+    """Read the run in a folder and its evaluation; None if either is missing."""
     run_path = os.path.join(folder, RUN_FILE)
     live = os.path.join(folder, "evaluation")
     results = live if os.path.isdir(live) else folder
@@ -162,15 +162,17 @@ def _read_run(folder: str, split: str) -> MeasuredRun | None:
     matrix = confusion_matrix(labels.tolist(), finetuned.tolist(), len(evaluation.label_words)).tolist()
     metrics = evaluation.finetuned
     if metrics is None or answers.adapter_sha256 != run.adapter.sha256 or matrix != metrics.confusion_matrix:
-        raise InputError(f"{folder}: its records are not of one run, or not of the same answers. Measure it again.")
+        raise InputError(
+            f"{folder}: its records are not of one run, or not of the same answers. Measure the run again."
+        )
     return MeasuredRun(folder, run, evaluation, metrics, labels, finetuned)
 
 
 def find_sisters(run_dir: str, split: str, paths: Sequence[str] = ()) -> tuple[Group | None, list[str]]:
-    """A run with those that differ from it in the seed alone, and what was passed over, in sentences.
+    """Group a run with those that differ from it only in the seed; also return a sentence per run skipped.
 
-    They are looked for beside the run folder and in `paths`, folders of runs or of kept records; they must have been
-    measured on the same examples in the same precision. None where there is none.
+    They are searched for next to the run folder and in `paths`, which are folders of runs or of kept records. They
+    must have been measured on the same examples in the same precision. The group is None if there are no such runs.
     """
     own = _read_run(run_dir, split)
     if own is None:
@@ -182,13 +184,13 @@ def find_sisters(run_dir: str, split: str, paths: Sequence[str] = ()) -> tuple[G
             if settings_of(run) != own.settings or _made_of(run) != _made_of(own.run):
                 continue
             found = _read_run(folder, split)
-        except InputError as error:  # somebody's damaged folder is no reason not to publish another
-            passed_over.append(f"{folder} is passed over: {error}")
+        except InputError as error:  # a damaged folder must not prevent publishing another run
+            passed_over.append(f"{folder} is skipped: {error}")
             continue
         if found is None:
-            passed_over.append(f"{folder} differs in the seed alone, and was not measured on the {split} split")
+            passed_over.append(f"{folder} differs only in the seed but was not measured on the {split} split")
         elif not _measured_alike(own.evaluation, found.evaluation):
-            passed_over.append(f"{folder} differs in the seed alone, and was measured otherwise or on other examples")
+            passed_over.append(f"{folder} differs only in the seed but was measured differently or on other examples")
         else:
             by_seed.setdefault(found.seed, found)
     if len(by_seed) == 1:
@@ -197,7 +199,7 @@ def find_sisters(run_dir: str, split: str, paths: Sequence[str] = ()) -> tuple[G
 
 
 def _folders_to_look_in(run_dir: str, paths: Sequence[str]) -> list[str]:
-    """Folders with a run's record beside a run folder, and in other folders, each once; not the run folder itself."""
+    """The folders with a run record next to `run_dir` and in `paths`, each once and without `run_dir`."""
     own = os.path.realpath(run_dir)
     found: dict[str, None] = {}
     for path in (os.path.dirname(own), *paths):
@@ -208,7 +210,7 @@ def _folders_to_look_in(run_dir: str, paths: Sequence[str]) -> list[str]:
 
 def _measured_alike(first: EvaluationRecord, second: EvaluationRecord) -> bool:
     def what(record: EvaluationRecord) -> tuple[Any, ...]:
-        """What scores hang on, beside the model."""
+        """What scores depend on, in addition to the model."""
         return record.data.sha256, record.label_words, record.precision, record.max_new_tokens
 
     return what(first) == what(second)
@@ -219,10 +221,10 @@ def _numbers(line: str) -> np.ndarray:
 
 
 def _check_same_rows(runs: Sequence[MeasuredRun]) -> None:
-    """Refuse runs that were measured on other rows: a difference would be theirs.
+    """Check that all runs were measured on the same rows; otherwise a difference could come from the rows.
 
     Raises:
-        InputError: names the first two that differ.
+        InputError: two runs differ; the message names the first two.
     """
     first = runs[0]
     for other in runs[1:]:
@@ -233,17 +235,17 @@ def _check_same_rows(runs: Sequence[MeasuredRun]) -> None:
             if before != now:
                 counts = [found.evaluation.data.num_examples for found in (first, other)]
                 raise InputError(
-                    f"{first.folder} and {other.folder} were measured on other {what} ({counts[0]:,} and "
-                    f"{counts[1]:,} of them), so their scores cannot be compared. Leave one of them out, or measure "
+                    f"{first.folder} and {other.folder} were measured on different {what} ({counts[0]:,} and "
+                    f"{counts[1]:,} examples), so their scores cannot be compared. Leave one of them out, or measure "
                     "both on the same split and --max_eval_samples."
                 )
 
 
 def group_runs(runs: Sequence[MeasuredRun]) -> list[Group]:
-    """The runs by their settings, each group by its seeds.
+    """Group the runs by their settings; each group is sorted by seed.
 
     Raises:
-        InputError: two runs have the same settings and seed, or the same settings with other data or another base.
+        InputError: two runs have the same settings and seed, or the same settings but different data or bases.
     """
     groups: list[tuple[dict[str, Any], list[MeasuredRun]]] = []
     for run in runs:
@@ -252,12 +254,12 @@ def group_runs(runs: Sequence[MeasuredRun]) -> list[Group]:
             groups.append((run.settings, [run]))
             continue
         if twin := next((other for other in known if other.seed == run.seed), None):
-            raise InputError(f"{twin.folder} and {run.folder} are runs of the same settings and seed; name one.")
+            raise InputError(f"{twin.folder} and {run.folder} have the same settings and seed; name only one of them.")
         if differ := [name for name, value in _made_of(run.run).items() if value != _made_of(known[0].run)[name]]:
-            what = " and another ".join(differ)
+            what = " and a different ".join(differ)
             raise InputError(
-                f"{known[0].folder} and {run.folder} have the same settings, and another {what}: what lies at their "
-                "paths has changed between them. Leave one of them out."
+                f"{known[0].folder} and {run.folder} have the same settings but a different {what}: the files at "
+                "their paths changed between the runs. Leave one of them out."
             )
         known.append(run)
     names = list(groups[0][0])
@@ -272,7 +274,7 @@ def group_runs(runs: Sequence[MeasuredRun]) -> list[Group]:
 
 
 def resample(runs: Sequence[MeasuredRun], samples: int, seed: int, metric: str = "macro_f1") -> np.ndarray:
-    """A score of each run (columns) on each resample of the rows (samples, runs); the same rows for all runs."""
+    """Score each run on each resample of the rows (samples, runs); the rows are the same for all runs."""
     num_labels = len(runs[0].evaluation.label_words)
     cells = [found.labels * (num_labels + 1) + found.finetuned % (num_labels + 1) for found in runs]
     generator, count = np.random.default_rng(seed), len(runs[0].labels)
@@ -286,7 +288,7 @@ def resample(runs: Sequence[MeasuredRun], samples: int, seed: int, metric: str =
 
 
 def summarise(group: Group, samples: int = 2_000, seed: int = 0) -> Summary:
-    """Mean macro-F1 of a group, with its spread and its intervals."""
+    """Compute a group's mean macro-F1, its spread and its intervals."""
     values = [found.finetuned_metrics.macro_f1 for found in group.runs]
     drawn = resample(group.runs, samples, seed)
     return Summary(
@@ -299,7 +301,7 @@ def summarise(group: Group, samples: int = 2_000, seed: int = 0) -> Summary:
 
 
 def difference(first: Group, second: Group, samples: int = 2_000, seed: int = 0) -> SeedDifference:
-    """The first group's mean macro-F1 minus the second's, on the same rows; seeds in pairs where they are the same."""
+    """The first group's mean macro-F1 minus the second's on the same rows; paired by seed if the seeds match."""
     drawn = resample([*first.runs, *second.runs], samples, seed)
     one, other = drawn[:, : len(first.runs)], drawn[:, len(first.runs) :]
     paired = first.seeds == second.seeds
@@ -323,7 +325,7 @@ def difference(first: Group, second: Group, samples: int = 2_000, seed: int = 0)
 
 
 def _draw_seeds(count: int, samples: int, seed: int) -> np.ndarray:
-    """Places of runs (samples, k - 1), drawn with replacement; of one run always that one."""
+    """Indices of runs (samples, k - 1), drawn with replacement; for a single run, always 0."""
     if count == 1:
         return np.zeros((samples, 1), dtype=np.int64)
     return np.random.default_rng([seed, count]).integers(0, count, (samples, count - 1))
@@ -334,25 +336,25 @@ def _over_seeds(drawn: np.ndarray, picks: np.ndarray) -> np.ndarray:
 
 
 def _changes(ours: MeasuredRun, theirs: MeasuredRun) -> tuple[int, int]:
-    """Rows that the first answers rightly and the second wrongly, and the other way round."""
+    """Count the rows that only the first run gets right, and those that only the second gets right."""
     right, right_theirs = ours.finetuned == ours.labels, theirs.finetuned == theirs.labels
     return int((right & ~right_theirs).sum()), int((~right & right_theirs).sum())
 
 
 def all_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """Every two groups, the better one first."""
+    """All pairs of groups, each with the better one first."""
     ranked = sorted(groups, key=lambda group: -float(np.mean([run.finetuned_metrics.macro_f1 for run in group.runs])))
     return list(itertools.combinations(ranked, 2))
 
 
 def settings_text(settings: dict[str, Any]) -> str:
-    """The settings of a group for people: learning_rate 0.0005, method dora."""
+    """Format a group's settings: learning_rate 0.0005, method dora."""
     shown = (f"{name} {value_text(value)}" for name, value in settings.items())
     return ", ".join(shown) or "all runs"
 
 
 def value_text(value: Any) -> str:
-    """The value of a setting for people."""
+    """Format a setting's value."""
     if isinstance(value, list):
         return "+".join(map(str, value))
     return {None: "all", True: "yes", False: "no"}.get(value, f"{value:g}" if isinstance(value, float) else str(value))

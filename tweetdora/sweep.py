@@ -1,24 +1,24 @@
-"""Run a sweep: a training and its evaluations for each combination of settings and seed, one after the other.
+"""Run a sweep: train and evaluate every combination of settings and seed, one after the other.
 
-    python -m tweetdora.sweep results/rates/sweep.yaml --dry_run true    # what it would run
-    python -m tweetdora.sweep results/rates/sweep.yaml                   # the same command goes on after a stop
+    python -m tweetdora.sweep results/rates/sweep.yaml --dry_run true    # list the runs, run nothing
+    python -m tweetdora.sweep results/rates/sweep.yaml                   # the same command resumes it after a stop
 
-A sweep file, of which all keys but `output_dir`, `records_dir` and `seeds` may be left out:
+A sweep file; only `output_dir`, `records_dir` and `seeds` are required:
 
     output_dir: runs/rates                  # run folders
-    records_dir: results/rates              # what is kept of each run: records, without texts
-    config: recipes/quickstart.yaml         # a recipe that all runs begin with
+    records_dir: results/rates              # the records kept from each run, without texts
+    config: recipes/quickstart.yaml         # a recipe that all runs start from
     settings: {max_train_samples: 10000}    # flags of train.py for all runs
-    variants:                               # flags of train.py by the name of the variant
+    variants:                               # flags of train.py by variant name
       dora: {method: dora}
       lora: {method: lora}
     grid: {learning_rate: [3e-5, 1e-4]}     # every combination, with every variant
     seeds: [42, 43, 44]
-    splits: [validation]                    # what evaluate.py measures
+    splits: [validation]                    # the splits that evaluate.py measures on
     evaluate: {batch_size: 256}             # flags of evaluate.py
     launcher: [accelerate, launch, --config_file, accelerate_config.yaml]    # default: this Python
 
-A run whose records are there is not run again. The base model is answered once for all runs that ask it the same.
+A run whose records exist is not run again. The base model is evaluated once for all runs that ask it the same.
 """
 
 import ctypes
@@ -76,27 +76,28 @@ log = logging.getLogger("tweetdora.sweep")
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _BUSY = (
     "another sweep is running on this machine",
-    "Wait for it, or stop it; one that is stopped goes on by its own command.",
+    "Wait for it, or stop it; a stopped sweep resumes with its own command.",
 )
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-# Of a task, what only the train split hangs on: on the others the base is measured alike whatever these are.
+# Task settings that affect only the train split: on other splits, the base gives the same results whatever they are.
 _TRAINING_ONLY = ("max_train_samples", "balance_labels")
-_SET_HERE = ("seed", "output_dir", "report_to")  # of a run, by the sweep itself
-# Of a measurement: the sweep's own, and what the base must have in common with the run.
+_SET_HERE = ("seed", "output_dir", "report_to")  # settings of a run that the sweep itself sets
+# Flags of evaluate.py that a sweep file may not set: the sweep sets them, or the base must share them with the run.
 _MEASURED_SO = ("split", "output_dir", "report_to", "base_results", "config", "precision", "max_new_tokens")
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Flags of the sweep beside its file."""
+    """Flags, in addition to the sweep file."""
 
     dry_run: bool = field(default=False, metadata={"help": "Check all settings and list the runs; run nothing."})
     jobs: Annotated[int, Flag(range=AT_LEAST_1)] = field(
-        default=1, metadata={"help": "Runs at the same time; more than 1 only where a run leaves the device idle."}
+        default=1,
+        metadata={"help": "Runs at the same time. Use more than 1 only if a single run leaves the device idle."},
     )
     minutes: float | None = field(
-        default=None, metadata={"help": "Begin no run after so many minutes; none: until all are done."}
+        default=None, metadata={"help": "Start no run after so many minutes. If unset, all runs are done."}
     )
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file."""
+    """The contents of a sweep file."""
 
     output_dir: str
     records_dir: str
@@ -121,7 +122,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a sweep: its recipe as a whole, the folders of the run and of what is kept of it, and its settings."""
+    """A run of a sweep: its complete recipe, run folder, folder of kept records, and parsed settings."""
 
     name: str
     recipe: dict[str, Any]
@@ -133,16 +134,16 @@ class Run:
 
 
 class RunFailedError(Exception):
-    """A script of a run ended with an error."""
+    """A run failed: its training diverged, or one of its scripts ended with an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script; the exit status: 1 where a run failed."""
+    """Run the script and return its exit status, which is 1 if a run failed."""
     # parse
     config, paths = parse_with_paths(argv, SweepConfig, __doc__.partition("\n")[0], "SWEEP", "Sweep file, YAML.")
 
     # load
-    left: dict[str, tuple[Sweep, Run]] = {}  # by run folder: two sweeps may have a run in common
+    left: dict[str, tuple[Sweep, Run]] = {}  # by run folder, because two sweeps may share a run
     for path in paths:
         sweep = read_sweep(path)
         runs = plan_runs(sweep)
@@ -156,13 +157,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # work
-    with held_lock("sweep", *_BUSY):  # two at once would each take the other's time
+    with held_lock("sweep", *_BUSY):  # two sweeps at once would slow each other down
         runner = Runner(config)
         failed = runner.run([*left.values()])
     for name, why in failed.items():
         log.warning("failed: %s: %s", name, why)
     if runner.not_begun:
-        log.info("%d runs were not begun within the time; the same command goes on.", runner.not_begun)
+        log.info("%d runs were not started within --minutes; the same command resumes the sweep.", runner.not_begun)
     return 1 if failed else 0
 
 
@@ -173,12 +174,12 @@ def read_sweep(path: str) -> Sweep:
     """Read a sweep file.
 
     Raises:
-        InputError: it is missing, or a key is not what it should be.
+        InputError: the file is missing, or a key is invalid.
     """
     found = read_yaml(path, path)
     known = {item.name: item for item in dataclasses.fields(Sweep)}
     if unknown := sorted(set(found) - set(known)):
-        raise InputError(f"{path}: unknown key {', '.join(unknown)}; expected some of {', '.join(known)}.")
+        raise InputError(f"{path}: unknown key {', '.join(unknown)}; expected keys are {', '.join(known)}.")
     if missing := [name for name in ("output_dir", "records_dir", "seeds") if name not in found]:
         raise InputError(f"{path} has no {', '.join(missing)}.")
     values = {"variants": {}, **found}
@@ -187,15 +188,15 @@ def read_sweep(path: str) -> Sweep:
     sweep = decode(Sweep, whole, path)
     for name, items in (("seeds", sweep.seeds), *sweep.grid.items()):
         if len({json.dumps(item) for item in items}) < len(items) or not items:
-            raise InputError(f"{path}: {name} is {items}; expected one value or more, each once.")
+            raise InputError(f"{path}: {name} is {items}; expected one or more different values.")
     splits = get_args(next(item.type for item in dataclasses.fields(EvaluateConfig) if item.name == "split"))
     if not sweep.splits or not set(sweep.splits) <= set(splits):
         raise InputError(f"{path}: splits is {sweep.splits}; expected some of {', '.join(splits)}.")
     for where in (sweep.settings, *sweep.variants.values(), sweep.grid):
         if taken := sorted(set(where) & set(_SET_HERE)):
-            raise InputError(f"{path}: {', '.join(taken)} is set for each run by the sweep; seeds are under `seeds`.")
+            raise InputError(f"{path}: {', '.join(taken)} is set by the sweep for each run; list seeds under `seeds`.")
     if taken := sorted(set(sweep.evaluate) & set(_MEASURED_SO)):
-        raise InputError(f"{path}: evaluate sets {', '.join(taken)}, which each run decides. Leave it out.")
+        raise InputError(f"{path}: evaluate sets {', '.join(taken)}, which the sweep sets for each run. Leave it out.")
     parse_with_target(_flags(sweep.evaluate), EvaluateConfig, "", "")
     return sweep
 
@@ -205,10 +206,10 @@ def _flags(settings: dict[str, Any]) -> list[str]:
 
 
 def plan_runs(sweep: Sweep) -> list[Run]:
-    """All runs of a sweep, seed by seed, so that a sweep that is stopped leaves whole comparisons behind.
+    """Plan all runs of a sweep, seed by seed, so that a stopped sweep leaves complete comparisons behind.
 
     Raises:
-        InputError: a setting is none of train.py's, or contradicts another.
+        InputError: a setting is not a flag of train.py, or contradicts another.
     """
     common = (read_yaml(sweep.config, f"config {sweep.config}") if sweep.config else {}) | sweep.settings
     runs = []
@@ -226,10 +227,10 @@ def plan_runs(sweep: Sweep) -> list[Run]:
 
 
 def _join(planned: tuple[Sweep, Run] | None, sweep: Sweep, run: Run) -> tuple[Sweep, Run]:
-    """A run with what another sweep asks of it too.
+    """Merge a run with the same run of another sweep, so that both sweeps' splits are measured.
 
     Raises:
-        InputError: the other sweep has other settings for the same folder.
+        InputError: the other sweep has different settings for the same folder.
     """
     if planned is None:
         return sweep, run
@@ -242,13 +243,13 @@ def _join(planned: tuple[Sweep, Run] | None, sweep: Sweep, run: Run) -> tuple[Sw
 
 
 def _word(value: Any) -> str:
-    """A value as a part of a folder's name."""
+    """Format a value as part of a folder name."""
     words = value if isinstance(value, list) else [value]
     return "+".join("".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in str(word)) for word in words)
 
 
 def _parse(name: str, recipe: dict[str, Any]) -> tuple[TaskConfig, ModelConfig, TrainConfig]:
-    """A run's settings as train.py reads them: whatever is wrong with one shows now, not after hours."""
+    """Parse a run's settings as train.py does, so that errors show now and not after hours."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, f"{name}.yaml")
         _write_recipe(recipe, path)
@@ -265,10 +266,10 @@ def _write_recipe(recipe: dict[str, Any], path: str) -> None:
 
 
 def is_done(run: Run, splits: Sequence[str]) -> bool:
-    """Whether the records of a run are there.
+    """True if the run's records exist.
 
     Raises:
-        InputError: they are those of a run with other settings.
+        InputError: they belong to a run with other settings, or are incomplete and the run itself is gone.
     """
     path = os.path.join(run.records_dir, RUN_FILE)
     if not os.path.isfile(path):
@@ -282,10 +283,10 @@ def is_done(run: Run, splits: Sequence[str]) -> bool:
 
 
 def _check_settings(run: Run, record: RunRecord, folder: str) -> None:
-    """Refuse to take what is in a folder for a run that has other settings.
+    """Check that the run found in a folder has the planned settings.
 
     Raises:
-        InputError: names them.
+        InputError: they differ; the message names them.
     """
     planned, found = (
         {**vars(task), **vars(model), **{name: getattr(training, name) for name in RECIPE_ARGUMENTS}}
@@ -298,31 +299,31 @@ def _check_settings(run: Run, record: RunRecord, folder: str) -> None:
         f"{name}: was {found[name]!r}, now {planned[name]!r}" for name in found if found[name] != planned[name]
     ]:
         raise InputError(
-            f"{folder} holds a run with other settings: {'; '.join(differ)}. Name another variant, or another "
+            f"{folder} holds a run with other settings: {'; '.join(differ)}. Rename the variant, or choose another "
             "output_dir and records_dir."
         )
 
 
 def _check_still_there(run: Run, kept: RunRecord) -> None:
-    """Refuse to train a run again whose records are kept: another adapter's would be mixed with them.
+    """Refuse to retrain a run whose records are kept, because records of two adapters would be mixed.
 
     Raises:
-        InputError: the run folder does not hold the run that the records are of.
+        InputError: the run folder does not hold the run that the records belong to.
     """
     path = os.path.join(run.run_dir, RUN_FILE)
     found = read_record(RunRecord, path).adapter.sha256 if os.path.isfile(path) else None
     if found != kept.adapter.sha256:
         raise InputError(
-            f"{run.records_dir} lacks a split, and {run.run_dir} does not hold the run that its records are of. Put "
-            "that run folder back, or remove the records, and the run is trained and measured anew."
+            f"{run.records_dir} lacks a split, and {run.run_dir} does not hold the run that its records belong to. "
+            "Restore that run folder, or delete the records to train and measure the run again."
         )
 
 
-# The work
+# Running
 
 
 class Runner:
-    """Runs what is left of sweeps, `jobs` at a time, and passes a stop on to the scripts that are running."""
+    """Executes the remaining runs, `jobs` at a time, and forwards a stop signal to the running scripts."""
 
     def __init__(self, config: SweepConfig) -> None:
         self.config = config
@@ -335,7 +336,7 @@ class Runner:
         self.not_begun = 0
 
     def run(self, runs: list[tuple[Sweep, Run]]) -> dict[str, str]:
-        """Run them; why some failed, by name. A stop by a signal ends the process, once the scripts have stopped."""
+        """Execute runs; return why some failed, by name. After a stop signal, exit once the scripts have stopped."""
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with ThreadPoolExecutor(self.config.jobs) as pool:
@@ -344,19 +345,19 @@ class Runner:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self._stopped_by is not None:
-            log.info("Stopped after %d runs; the same command goes on.", self._done)
+            log.info("Stopped after %d runs; the same command resumes the sweep.", self._done)
             sys.exit(128 + self._stopped_by)
         return {run.name: why for (_, run), why in zip(runs, found, strict=True) if why}
 
     def _stop(self, number: int, _: Any) -> None:
-        """Pass a signal on once; a second one would cut a script off while it writes its checkpoint."""
+        """Forward a signal, but only once: a second one would interrupt a script that is writing its checkpoint."""
         if self._stopped_by is None:
             self._stopped_by = number
             for process in list(self._running):
                 _signal_group(process, number)
 
     def _one(self, sweep: Sweep, run: Run, count: int) -> str | None:
-        """One run from training to records; why it failed, None where it did not."""
+        """Do one run, from training to records; return the reason if it failed, else None."""
         if self._stopped_by is not None:
             return None
         if self.config.minutes is not None and time.monotonic() - self._began > 60 * self.config.minutes:
@@ -367,14 +368,14 @@ class Runner:
             self._train(sweep, run)
             for split in sweep.splits:
                 self._evaluate(sweep, run, split)
-        except (RunFailedError, InputError, OSError) as error:  # the others go on
+        except (RunFailedError, InputError, OSError) as error:  # the other runs continue
             return str(error)
         if self._stopped_by is None:
             self._tell(run, sweep.splits[-1], count)
         return None
 
     def _tell(self, run: Run, split: str, count: int) -> None:
-        """Say what a run scored, and how long the others will take."""
+        """Log a run's score and the estimated time left."""
         record = read_record(EvaluationRecord, os.path.join(run.records_dir, f"{split}.json"))
         found = record.finetuned or record.base
         low, high = found.intervals.macro_f1
@@ -389,14 +390,14 @@ class Runner:
             )
 
     def _train(self, sweep: Sweep, run: Run) -> None:
-        """Train, or go on with the training; the record is kept last of all, by _evaluate."""
+        """Train or resume the training; _evaluate keeps the record, at the very end."""
         recipe, status = f"{run.run_dir}.yaml", run_status(run.run_dir)
         _write_recipe(run.recipe, recipe)
         if status == "finished":
             _check_settings(run, read_record(RunRecord, os.path.join(run.run_dir, RUN_FILE)), run.run_dir)
             return
         if status == "diverged":
-            raise RunFailedError(f"the training diverged; {run.run_dir} says when")
+            raise RunFailedError(f"the training diverged; see the record in {run.run_dir}")
         flags = ["--resume_from_checkpoint", "true"] if status else []
         self._call(run, [*sweep.launcher, os.path.join(_ROOT, "train.py"), "--config", recipe, *flags])
         if self._stopped_by is None:
@@ -410,13 +411,13 @@ class Runner:
         base = self._measure_base(sweep, run, split)
         if self._stopped_by is None and not _is_measured(
             run, base, split
-        ):  # it is, where the sweep was killed just then
+        ):  # it is if the sweep was killed just after measuring
             self._call(run, [*_evaluate_words(sweep, split), run.run_dir, "--base_results", base])
         if self._stopped_by is None:
             keep_records(run, split)
 
     def _measure_base(self, sweep: Sweep, run: Run, split: str) -> str:
-        """The folder with the base's answers to what this run is asked; they are generated where they are missing."""
+        """The folder with the base's answers to what this run is asked; they are generated if missing."""
         how = {"precision": run.training.precision, "max_new_tokens": run.training.max_new_tokens}
         name, revision = run.model.model_name_or_path, run.model.model_revision
         asked: dict[str, Any] = {**vars(run.task), **sweep.evaluate, **how, "model": name, "revision": revision}
@@ -433,10 +434,10 @@ class Runner:
         return folder
 
     def _call(self, run: Run, words: list[str]) -> None:
-        """Run a script to its end, its output in <run folder>.log.
+        """Run a script to its end, with its output appended to <run folder>.log.
 
         Raises:
-            RunFailedError: it ended with an error.
+            RunFailedError: the script ended with an error.
         """
         if self._stopped_by is not None:
             return
@@ -444,32 +445,32 @@ class Runner:
         with open(path, "ab") as stream:
             stream.write(f"$ {shlex.join(words)}\n".encode())
             stream.flush()
-            # A group of its own: the terminal's Ctrl-C would reach it beside the signal that is passed on.
+            # In its own process group: otherwise it would get the terminal's Ctrl-C as well as the forwarded signal.
             process = subprocess.Popen(
                 words, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent
             )
             self._running.add(process)
-            if self._stopped_by is not None:  # between the look above and now
+            if self._stopped_by is not None:  # stopped since the check above
                 _signal_group(process, self._stopped_by)
             status = process.wait()
-            while _signal_group(process, 0):  # a launcher may end before what it launched
+            while _signal_group(process, 0):  # a launcher may end before the processes it launched
                 time.sleep(0.1)
             self._running.discard(process)
         if status and self._stopped_by is None:
-            raise RunFailedError(f"a script ended with {status}; see the end of {path}")
+            raise RunFailedError(f"a script exited with status {status}; see the end of {path}")
 
 
 def _end_with_parent() -> None:
-    """Ask Linux to end this process, which is about to become a script, when the sweep is killed: prctl(2).
+    """Ask Linux, with prctl(2), to end this process, which is about to become a script, when the sweep is killed.
 
-    A training that went on alone would be met by its own successor in the same run folder.
+    Otherwise an orphaned training would continue, and the resumed sweep would start another in the same run folder.
     """
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
-    """Send a signal (0: none) to a script and all that it started; whether there is any of them."""
+    """Send a signal (0: none) to a script and all processes it started; True if any of them exists."""
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
@@ -478,7 +479,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
 
 
 def _is_measured(run: Run, base: str, split: str) -> bool:
-    """Whether the run folder holds this measurement: of its adapter, beside the base's answers in `base`."""
+    """True if the run folder holds this measurement: of its adapter, compared with the base's answers in `base`."""
     path = os.path.join(run.run_dir, "evaluation", f"{split}.json")
     if not os.path.isfile(path):
         return False
@@ -494,7 +495,7 @@ def _evaluate_words(sweep: Sweep, split: str) -> list[str]:
 
 
 def keep_records(run: Run, split: str) -> None:
-    """Copy what a run and an evaluation of it left into the sweep's records: all but texts and weights."""
+    """Copy the records of a run and its evaluation to the sweep's records, without texts and weights."""
     results = os.path.join(run.run_dir, "evaluation")
     record = read_record(EvaluationRecord, os.path.join(results, f"{split}.json"))
     lines = read_predictions(os.path.join(results, split, PREDICTIONS))
@@ -502,11 +503,13 @@ def keep_records(run: Run, split: str) -> None:
     training = dataclasses.replace(training, train_data=dataclasses.replace(training.train_data, first_texts={}))
     write_record(os.path.join(run.records_dir, RUN_FILE), training)
     write_record(os.path.join(run.records_dir, f"{split}.{KEPT_PREDICTIONS}"), compact_predictions(lines, record))
-    write_record(os.path.join(run.records_dir, f"{split}.json"), record)  # last: it says that the others are there
+    write_record(
+        os.path.join(run.records_dir, f"{split}.json"), record
+    )  # last, because it marks the others as complete
 
 
 def _duration(seconds: float) -> str:
-    """A duration as one says it."""
+    """Format a duration: 45 s, 12 min, 3 h 5 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

@@ -1,4 +1,4 @@
-"""What a script is pointed at: a run folder, a published model, an adapter or any model; and how it is loaded."""
+"""Find and load the target of a script: a run folder, a published model, an adapter or any other model."""
 
 import os
 from dataclasses import asdict, dataclass, field, replace
@@ -41,29 +41,29 @@ from tweetdora.records import (
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """What is measured: a base model, and an adapter on it where there is one."""
+    """The model to measure: a base model, and the adapter on it if there is one."""
 
     name: str
     kind: Literal["run", "adapter", "model"]
     base: str
     base_revision: str | None
     adapter_dir: str | None
-    tokenizer: str | None  # the adapter's own, which was trained with; None: the base's
+    tokenizer: str | None  # the one saved with the adapter; None: the base's
     task: TaskConfig
-    prompt_format: PromptFormat | None  # None: read it off the chat template
-    max_new_tokens: int | None  # that the target was trained for; None: not known
+    prompt_format: PromptFormat | None  # None: derive it from the chat template
+    max_new_tokens: int | None  # the value the target was trained for; None: unknown
     run: RunRecord | None
     results_dir: str
-    label_shares: list[float] | None = None  # in its training; None: not known
-    corrections: list[str] = field(default_factory=list)  # what of the task's data is replaced
-    notes: list[str] = field(default_factory=list)  # for a person
+    label_shares: list[float] | None = None  # in its training data; None: unknown
+    corrections: list[str] = field(default_factory=list)  # settings of the task's data that were replaced
+    notes: list[str] = field(default_factory=list)  # to be logged
 
 
 def find_eval_target(name: str, config: EvaluateConfig) -> EvalTarget:
-    """Tell a run folder from an adapter from a model, with the task that is measured.
+    """Tell whether `name` is a run folder, an adapter or a model, and find its task.
 
     Raises:
-        InputError: a recipe is given for a run, whose record already holds a task, or the run is not finished.
+        InputError: a recipe is given for a run, whose record already holds the task, or the run is not finished.
     """
     target = _find_target(name, config)
     task, corrections = correct_task(target.task, config.corrections)
@@ -71,15 +71,15 @@ def find_eval_target(name: str, config: EvaluateConfig) -> EvalTarget:
 
 
 def correct_task(task: TaskConfig, given: dict[str, Any]) -> tuple[TaskConfig, list[str]]:
-    """The task with other data, and what is otherwise, in the form of a record's mismatches."""
+    """The task with its data settings replaced, and the changes in the form of a record's mismatches."""
     changes = dict(given)
-    if given.get("dataset_name", task.dataset_name) != task.dataset_name:  # these belong to the data set
+    if given.get("dataset_name", task.dataset_name) != task.dataset_name:  # these belong to the old data set
         changes = {"dataset_config": None, "dataset_revision": None, **changes}
     for split in ("validation", "test"):
         if f"{split}_split" in given:
             changes[f"{split}_share"] = 0.0
     corrected = replace(task, **changes)
-    # These stand on the card, where a folder of this machine has no place.
+    # The corrections are published on the card, so local folders are removed from them.
     before, now = (
         {name: without_folders(value) if isinstance(value, str) else value for name, value in asdict(found).items()}
         for found in (task, corrected)
@@ -91,7 +91,7 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
     if _is_run(name):
         run = read_run(name)
         if config.config is not None:
-            raise InputError(f"--config {config.config}: the task of {name} stands in its {RUN_FILE}; leave it out.")
+            raise InputError(f"--config {config.config}: the task of {name} is in its {RUN_FILE}; leave the flag out.")
         return EvalTarget(
             name=name,
             kind="run",
@@ -112,7 +112,7 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
         if published is None:
             default = TaskConfig()
             notes = [
-                f"note: no {TASK_FILE} was found with {name}: it is asked the published run's question, on "
+                f"note: no {TASK_FILE} was found with {name}, so the published run's task is used, on "
                 f"{default.dataset_name}. --config names a recipe with another task."
             ]
     target = EvalTarget(
@@ -133,7 +133,10 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
     adapter = read_adapter_config(name)
     if adapter is None:
         return target
-    base, folder = adapter.base_model_name_or_path or "", adapter_folder(name)  # it is not empty: it was read
+    base, folder = (
+        adapter.base_model_name_or_path or "",
+        adapter_folder(name),
+    )  # not empty: read_adapter_config checks it
     return replace(
         target,
         kind="adapter",
@@ -147,13 +150,13 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
 def _is_run(name: str) -> bool:
     if os.path.isdir(name):
         return not any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json"))
-    return os.path.normpath(name).startswith(RUNS_DIR + os.sep)  # a run folder with a slip of the pen, no Hub id
+    return os.path.normpath(name).startswith(RUNS_DIR + os.sep)  # a mistyped run folder, not a Hub id
 
 
 def _results_dir(name: str) -> str:
-    """Where the results of a model or adapter go: runs/evaluations/owner--name, so that a/x and b/x lie apart.
+    """The results folder of a model or adapter: runs/evaluations/owner--name, so that a/x and b/x do not collide.
 
-    A folder of its own, because owner/name may also be what a run in runs/name was published as.
+    It is not runs/name, because that run may have been published as owner/name.
     """
     path = os.path.relpath(name)
     if path == os.curdir or path.startswith(os.pardir):
@@ -163,7 +166,7 @@ def _results_dir(name: str) -> str:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the answers of a measurement are generated, and what is to be said of it."""
+    """How a measurement generates its answers, and notes to log about it."""
 
     precision: Precision
     reason: str
@@ -172,10 +175,10 @@ class Decoding:
 
 
 def decide_decoding(target: EvalTarget, config: EvaluateConfig, device_type: str) -> Decoding:
-    """Precision and budget: what was asked for, else what the run was trained and validated with, else the defaults.
+    """Choose the precision and token budget: from the flags, else as the run was trained, else the defaults.
 
     Raises:
-        InputError: the device cannot compute in the precision that was asked for.
+        InputError: the device cannot compute in the requested precision.
     """
     launcher, run = os.environ.get("ACCELERATE_MIXED_PRECISION"), target.run
     notes = []
@@ -198,10 +201,10 @@ def decide_decoding(target: EvalTarget, config: EvaluateConfig, device_type: str
 
 
 def load_prompts(target: EvalTarget, revision: str | None) -> tuple[PreTrainedTokenizerBase, PromptTokenizer]:
-    """The target's tokenizer, and how it makes a prompt of a text; `revision` is the base's commit.
+    """Load the target's tokenizer, and the prompt tokenizer built on it; `revision` is the base's commit.
 
     Raises:
-        InputError: there is no such model, or its chat template does not fit.
+        InputError: the model does not exist, or its chat template does not fit.
         HubError: the Hub cannot be reached.
     """
     tokenizer = load_tokenizer(*((target.tokenizer, None) if target.tokenizer else (target.base, revision)))
@@ -212,24 +215,24 @@ def load_prompts(target: EvalTarget, revision: str | None) -> tuple[PreTrainedTo
 def load_target_base(
     target: EvalTarget, revision: str | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, BaseModelRecord]:
-    """The target's base model at its commit, and what tells it from others.
+    """Load the target's base model at commit `revision`, and return it with its identity.
 
     Raises:
-        InputError: it is not the base that a run was trained on.
+        InputError: it is not the base that the run was trained on.
         HubError: the Hub cannot be reached.
     """
     model = load_base(target.base, revision, dtype, device)
     identity = base_identity(model, target.base, revision)
     if target.run is not None and identity != target.run.base_model:
         raise InputError(
-            f"{target.base} is not the base model that {target.name} was trained on: found {asdict(identity)}, the "
-            f"run's record says {asdict(target.run.base_model)}."
+            f"{target.base} is not the base model that {target.name} was trained on: found {asdict(identity)}; the "
+            f"run's record has {asdict(target.run.base_model)}."
         )
     return model, identity
 
 
 def merge_adapter(model: PreTrainedModel, adapter_dir: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The base, in float32, with the adapter merged into it, cast to the number format; as it is published."""
+    """Merge the adapter into the float32 base, then cast to `dtype`, as publishing does."""
     return torch.nn.Module.to(merge(load_adapter(model, adapter_dir)), dtype)
 
 
@@ -241,7 +244,7 @@ def adapter_sha256(adapter_dir: str) -> str:
 def load_finetuned(
     target: EvalTarget, revision: str | None, precision: Precision, device: torch.device
 ) -> tuple[PreTrainedModel, BaseModelRecord]:
-    """What the target answers with: the base with its adapter merged, or the model alone; and the base's identity."""
+    """Load the model that answers, with the adapter merged if there is one, and the base's identity."""
     dtype = DTYPES[precision]
     model, identity = load_target_base(target, revision, torch.float32 if target.adapter_dir else dtype, device)
     return merge_adapter(model, target.adapter_dir, dtype) if target.adapter_dir else model, identity
