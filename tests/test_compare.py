@@ -48,12 +48,12 @@ def test_the_machines_are_said_beside_the_table(kept, capsys):
 def test_differences_are_told_in_words(kept, capsys):
     main([str(kept / "dora-0.001-*"), str(kept / "lora")])
     said = capsys.readouterr().out.splitlines()[-2]
-    assert said.startswith("- **method dora** − method lora: +0.0") and said.endswith("nothing is paired but the rows")
+    assert said.startswith("- **method dora** − method lora: +0.0") and said.endswith("only the rows are paired")
     assert "95 % over rows, with one seed of a group [" in said, "one seed has no spread"
     found = SeedDifference(0.0123, (0, 0), (-0.01, 0.03), 2, [5, 6], [1, 2], [0.03, 1e-310])
     assert difference_text(found) == (
-        "+0.012, 95 % over rows and seeds [-0.010, +0.030]; above in 2 of 2 seeds; seed by seed 5 rows better and 1 "
-        "worse (McNemar p = 0.03), 6 rows better and 2 worse (McNemar p < 1e-300)"
+        "+0.012, 95 % over rows and seeds [-0.010, +0.030]; higher in 2 of 2 seeds; per seed: 5 examples fixed, 1 "
+        "broken (McNemar p = 0.03); 6 examples fixed, 2 broken (McNemar p < 1e-300)"
     )
 
 

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _HEADER = (
     *("runs", "seeds", "macro-F1", "SD over seeds", "95 % over rows", "95 % over rows and seeds"),
-    *("accuracy", "parse", "exact", "EOS", "likeliest", "log loss", "minutes", "memory"),
+    *("accuracy", "parse", "exact", "EOS", "most likely", "log loss", "minutes", "memory"),
 )
 
 
@@ -174,13 +174,13 @@ def difference_text(found: SeedDifference) -> str:
     what = "rows and seeds" if found.interval else "rows, with one seed of a group"
     text = f"{found.difference:+.3f}, 95 % over {what} [{low:+.3f}, {high:+.3f}]"
     if found.seeds_above is None:
-        return f"{text}; other seeds, so nothing is paired but the rows"
+        return f"{text}; the seeds differ, so only the rows are paired"
     count = len(found.p_values)
     pairs = (
-        f"{fixed} rows better and {broken} worse (McNemar p {format_p(value)})"
+        f"{fixed} examples fixed, {broken} broken (McNemar p {format_p(value)})"
         for fixed, broken, value in zip(found.fixed, found.broken, found.p_values, strict=True)
     )
-    return f"{text}; above in {found.seeds_above} of {count} seeds; seed by seed {', '.join(pairs)}"
+    return f"{text}; higher in {found.seeds_above} of {count} seeds; per seed: {'; '.join(pairs)}"
 
 
 # Plots

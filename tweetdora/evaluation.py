@@ -421,7 +421,7 @@ def track_results(record: EvaluationRecord, examples: Examples, measured: Measur
 
 def format_results(record: EvaluationRecord) -> str:
     """Format the results as a table for the log."""
-    header = f"{'':<22}{'macro-F1':>9}  {'95 % interval':<16}{'macro recall':>13}{'accuracy':>10}"
+    header = f"{'':<25}{'macro-F1':>9}  {'95 % interval':<16}{'macro recall':>13}{'accuracy':>10}"
     lines = [header + f"{'parse rate':>12}{'exact match':>13}{'EOS rate':>10}{'samples/s':>11}"]
     for name, metrics in record.models.items():
         rates = f"{metrics.parse_rate:>12.1%}{metrics.exact_match:>13.1%}{metrics.eos_rate:>10.1%}"
@@ -429,7 +429,7 @@ def format_results(record: EvaluationRecord) -> str:
         lines[-1] += f"{metrics.samples_per_second:>11.1f}"
     for name, metrics in record.models.items():
         if (found := metrics.likelihood) is not None:
-            label = f"{SHOWN_NAMES[name]}, likeliest"
+            label = f"{SHOWN_NAMES[name]}, most likely"
             lines.append(_likelihood_line(label, found))
     if (corrected := record.prior_corrected) is not None:
         shares = (f"{share:.1%} {word}" for word, share in corrected.estimated_shares.items())
@@ -445,7 +445,7 @@ def format_results(record: EvaluationRecord) -> str:
         low, high = gain.interval
         lines.append(
             f"difference in macro-F1 {gain.difference:+.3f} [{low:+.3f}, {high:+.3f}]; examples fixed: "
-            f"{test.fixed}, regressed: {test.broken} (McNemar p {format_p(test.p_value)})"
+            f"{test.fixed}, broken: {test.broken} (McNemar p {format_p(test.p_value)})"
         )
     return "\n".join(lines)
 
@@ -459,7 +459,7 @@ def _scores_line(label: str, found: Any, interval: Interval | None) -> str:
     """A line of the table: INTERVAL_METRICS, with the interval of the first."""
     first, *others = (getattr(found, metric) for metric in INTERVAL_METRICS)
     shown = f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-    return f"{label:<22}{first:>9.3f}  {shown:<16}" + "".join(
+    return f"{label:<25}{first:>9.3f}  {shown:<16}" + "".join(
         f"{value:>{width}.3f}" for value, width in zip(others, (13, 10), strict=True)
     )
 
