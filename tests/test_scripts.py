@@ -429,7 +429,7 @@ def test_runs_with_other_seeds_beside_the_one_that_is_published_are_on_its_card(
     assert main_of("push_to_hub.py")([str(tmp_path / "one"), "--dry_run", "true", "--check_samples", "1"]) == 0
     seed = run["training"]["seed"]
     said, card = capsys.readouterr().out, (tmp_path / "one/publish/README.md").read_text()
-    assert f"The card says the mean over seeds 7, {seed}:" in said and f"{tmp_path}/two" in said
+    assert f"The card reports the mean over seeds 7, {seed}:" in said and f"{tmp_path}/two" in said
     assert f"the mean of 2 trainings with seeds 7 and {seed} (standard deviation 0.000;" in card
     assert f"This model is the one with seed {seed}:" in card
 
