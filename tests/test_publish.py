@@ -481,7 +481,7 @@ def test_somebodys_other_app_is_left_alone(trained: Desk):
     trained.hub.store.upload("spaces", f"{SPACE}-2", {"app.py": b"print('mine')", "README.md": b"# Mine"})
     words = ("--hub_model_id", f"{REPO}-other", "--space", f"{SPACE}-2", *ANYHOW)
     said = trained.run(str(PUSH), *words, ok=False)
-    assert f"--space {SPACE}-2 holds another app (app.py). Give another name." in said
+    assert f"--space {SPACE}-2 holds another app (app.py). Choose another name." in said
     assert ("models", f"{REPO}-other") not in trained.hub.store.repositories, "found before any work"
 
 
@@ -500,7 +500,7 @@ def test_a_dry_run_builds_the_page_and_checks_it(trained: Desk):
 
 def test_a_folder_of_another_kind_is_not_replaced_by_a_page(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="is no Space that was built here"):
+    with pytest.raises(InputError, match="is not an earlier build of a Space"):
         check_space_dir(str(tmp_path))
     (tmp_path / "space.json").write_text("{}")
     check_space_dir(str(tmp_path))
