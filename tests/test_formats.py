@@ -89,8 +89,8 @@ def refused(**flags: Any) -> str:
 
 def test_a_missing_converter_is_named_with_the_command_that_fetches_it(tmp_path):
     assert refused(gguf="q8_0", llama_cpp=str(tmp_path)) == (
-        f"--gguf needs llama.cpp's converter, but {tmp_path}/convert_hf_to_gguf.py does not exist. Fetch it with `make "
-        ".llama.cpp`, or name a checkout of llama.cpp with --llama_cpp (git clone --depth 1 "
+        f"--gguf needs llama.cpp's converter, but {tmp_path}/convert_hf_to_gguf.py does not exist. Fetch it with "
+        "`make .llama.cpp`, or name a checkout of llama.cpp with --llama_cpp (git clone --depth 1 "
         "https://github.com/ggml-org/llama.cpp)."
     )
 

@@ -104,7 +104,7 @@ def _go(text: str) -> str:
 def _quoted(text: str) -> str:
     """Quote a text as a value in a Modelfile."""
     if '"""' in text:
-        raise InputError('the prompt contains """, which Ollama does not allow in a Modelfile. Leave --gguf out.')
+        raise InputError('the prompt holds """, which Ollama does not allow in a Modelfile. Leave --gguf out.')
     return f'"""{text}"""'
 
 
