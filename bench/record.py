@@ -72,7 +72,7 @@ _RENAMED = {
 
 
 def _from_version_1(value: Any) -> Any:
-    """Convert a record of version 1 to current names; its data was local, and it has no hash of uncommitted changes."""
+    """Convert a record of version 1 to current names; its data was local, and changes of its code have no hash."""
     if isinstance(value, list):
         return [_from_version_1(item) for item in value]
     if not isinstance(value, dict):

@@ -49,7 +49,7 @@ class Settings:
         return PromptTokenizer(tokenizer, read_prompt_format(tokenizer, task), task.max_length)
 
     def batches(self, count: int, prompt_repeats: int = 1) -> list[list[dict[str, Any]]]:
-        """Return the first `count` training batches, in the data set's order, repeating if there are too few examples."""
+        """Return the first `count` training batches in the data set's order, which repeats if it is too short."""
         examples = self.load("train", count * self.batch_size, prompt_repeats)
         features = tokenize_examples(examples, self.prompt_tokenizer(prompt_repeats)).features
         places = [range(number * self.batch_size, (number + 1) * self.batch_size) for number in range(count)]
