@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     check_formats(run, run_dir, config, examples.texts)
     use_cache_if_unreachable(run.base_model.name_or_path)
     repo, space = inspect_repos(records, publication, config)
-    # Room for the merged model, its conversions, and the copy that is read back (or the base in the cache).
+    # Space for the merged model, its conversions, and the copy that is read back (or the base in the cache).
     check_free_space(folder, (2 + 2 * config.onnx + (config.gguf != "none")) * 4 * run.base_model.parameters)
     device = compute_state().device
     use_cpu_threads(device, 1)

@@ -207,7 +207,7 @@ def check_prompts(
     Texts that spell special tokens or are truncated are left out.
 
     Raises:
-        VerificationError: It gives other ids.
+        VerificationError: It gives different ids.
     """
     prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
     for text, prompt in zip(examples.texts, prompts, strict=True):
@@ -216,7 +216,7 @@ def check_prompts(
             rendered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             if rendered["input_ids"] != prompt:
                 raise VerificationError(
-                    f"for the text {text!r}, the saved chat template gives other token ids than training used, "
+                    f"for the text {text!r}, the saved chat template gives different token ids from training, "
                     "so the published model would not see the prompt that it was tuned on."
                 )
 

@@ -109,7 +109,7 @@ def known_secrets(environment: Mapping[str, str], folder: str) -> dict[str, str]
 
 
 def _names_of_the_machine(repo_id: str | None) -> dict[str, str]:
-    """Return login name and home folder, unless they are too common to tell, or public as the repository's owner."""
+    """Return login name and home folder, unless too common to be telling, or public as the repository's owner."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # in a container, the user may have no name

@@ -164,7 +164,7 @@ def _check_new(repo_id: str, user: dict[str, Any], config: PushConfig, flag: str
 
 
 def check_kind(repo: HubRepo, adapter_only: bool) -> None:
-    """Refuse to push an adapter over a whole model: anyone who loads that with AutoModel would get another model.
+    """Refuse to push an adapter over a whole model: anyone who loads it with AutoModel would get another model.
 
     Raises:
         InputError: The repository holds the weights of a whole model.
@@ -414,7 +414,7 @@ def read_back(published: Published, folder: str, reference: Reference, device: t
     difference, equal, count = check.max_logit_difference, check.equal_generations, check.num_examples
     if equal < count or not difference <= MAX_LOGIT_DIFFERENCE:
         raise VerificationError(
-            f"{published.url} gives other outputs than {folder}: {equal} of {count} answers are equal, and logits "
+            f"{published.url} gives different outputs from {folder}: {equal} of {count} answers are equal, and logits "
             f"differ by up to {difference:.3g}. Do not use it."
         )
     return ReadBack(**vars(check), files=sum(len(names) for _, _, names in os.walk(folder)))

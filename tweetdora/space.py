@@ -72,7 +72,7 @@ def build_page(folder: str, built: str, repo_id: str, records: Records, publicat
 
     Raises:
         InputError: The folder holds something that should not be published.
-        VerificationError: The page fails, or gives other labels than the model.
+        VerificationError: The page fails, or its labels differ from the model's.
     """
     texts = build_space(folder, publication.hub_model_id or folder_name(built), records, publication)
     check_contents(folder, f"{repo_id}/{publication.hub_model_id}", SPACE_FILES)
@@ -154,7 +154,7 @@ def check_page(folder: str, model: str, expected: list[str | None]) -> None:
     """Run `app.py --check` in the page's folder, with its own copy of the package, and compare the labels.
 
     Raises:
-        VerificationError: The check fails, or gives other labels.
+        VerificationError: The check fails, or the labels differ.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"  # the folder is pushed as it is

@@ -47,7 +47,7 @@ def check_converter(llama_cpp: str, architecture: str) -> None:
 
 
 def write_gguf(folder: str, name: str, kind: str, llama_cpp: str) -> str:
-    """Convert the model in a folder to a GGUF file next to it, of type q8_0 or f16, and return the file's name.
+    """Convert the model in a folder to a GGUF file in it, of type q8_0 or f16, and return the file's name.
 
     Raises:
         VerificationError: The converter failed.
