@@ -74,9 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     output = options.output or (QUICK_OUTPUT if options.quick else OUTPUT)
     parts = read_bench(output).parts
-    facts = describe(
-        argv, settings
-    )  # only once, since writing a tracked record would change the state of the checkout
+    # Only once: the record, written after each part, may be a tracked file, and writing it changes the git state.
+    facts = describe(argv, settings)
     for part in options.only:
         created, before = utc_now(), cpu_times()
         samples = {variant: run_worker(part, variant, argv) for variant in PARTS[part][1]}
