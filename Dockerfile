@@ -1,4 +1,4 @@
-# The scripts with their pinned packages. Not built by the project's tests; docs/elsewhere.md says how to use it.
+# The scripts with their pinned packages. The project's tests do not build it; docs/elsewhere.md shows how to use it.
 FROM python:3.11
 WORKDIR /tweetdora
 COPY requirements.txt .

@@ -1,12 +1,12 @@
-# make demo     the main job on a real model and real tweets, offline but for the packages; ends with a table
+# make demo     train, evaluate and build a real model on real tweets, offline except for packages; ends with a table
 # make test     all tests, offline
-# make test-compat   the published folder in an older transformers as well
-# make soak     kill -9 a run at random moments, 20 runs over, and compare each with one left alone
-# make app      a page in the browser, to try a finished run on
+# make test-compat   load the published folder in an older transformers too
+# make soak     kill -9 a run at random moments, 20 times, and compare each run with an uninterrupted one
+# make app      a page in the browser to try a finished run
 # make quality  formatter, linter and type checker
-# make bench    measure this project side by side with TRL and PEFT, about an hour and a half on two cores
+# make bench    benchmark this project against TRL and PEFT, about an hour and a half on two cores
 # make .llama.cpp    llama.cpp's converter, for push_to_hub.py --gguf
-# Each makes .venv from the pinned requirements when it is missing or older than they are. Nothing global is touched.
+# Each target creates .venv from the pinned requirements if it is missing or outdated. Nothing is installed globally.
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,7 +41,7 @@ test-compat: $(VENV)/.dev assets .compat/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .compat -r requirements-compat.txt
 	touch $@
 
-# A page to try a finished run on: make app MODEL=runs/quickstart
+# A page to try a finished run: make app MODEL=runs/quickstart
 MODEL ?= $(DEMO_DIR)
 
 app: $(VENV)/.app
@@ -58,7 +58,7 @@ $(VENV)/.app: requirements-app.txt $(VENV)/.runtime
 	$(BIN)/python -m quickstart.converter
 	touch $@
 
-# transformers.js and its runtime, for the test of page/index.html.
+# transformers.js and its runtime, to test page/index.html.
 .npm/.done: page/index.html
 	rm -rf .npm && mkdir -p .npm/transformers .npm/onnxruntime-web
 	cd .npm && npm pack --silent @huggingface/transformers@4.3.1 onnxruntime-web@1.31.0-dev.20260914-8d85527a0
@@ -82,7 +82,7 @@ assets: $(VENV)/.runtime
 	$(BIN)/python -m quickstart
 
 $(VENV)/.runtime: requirements.txt
-	@echo "Installing the pinned packages into $(VENV), a minute or two ..."
+	@echo "Installing the pinned packages into $(VENV); this takes a minute or two ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -4,12 +4,12 @@
     python push_to_hub.py runs/quickstart --dry_run true      # build and verify the folder, push nothing
     python push_to_hub.py runs/quickstart --hub_model_id owner/name --private true
     python push_to_hub.py --adapter_only true --hub_model_id owner/name-adapter   # for PEFT, not merged
-    python push_to_hub.py --space owner/name                  # and a page to try it on
-    python push_to_hub.py --gguf q8_0 --onnx true             # for llama.cpp, Ollama and transformers.js as well
+    python push_to_hub.py --space owner/name                  # also a Space to try the model on
+    python push_to_hub.py --gguf q8_0 --onnx true             # also for llama.cpp, Ollama and transformers.js
 
-Reads <run folder>/run.json, adapter and evaluation/<split>.json; leaves <run folder>/publish, which is what is pushed,
-and publish.json, which says what the Hub holds then and what reading it back has shown (publish_adapter and
-publish_adapter.json with --adapter_only).
+Reads <run folder>/run.json, the adapter and evaluation/<split>.json. Writes <run folder>/publish, the folder that is
+pushed, and publish.json, which records what the Hub holds after the push and the result of reading it back
+(publish_adapter and publish_adapter.json with --adapter_only).
 """
 
 import tweetdora  # noqa: F401  (before torch, whose threads it sets up)
@@ -74,7 +74,7 @@ log = logging.getLogger("tweetdora.push_to_hub")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script; the exit status."""
+    """Run the script and return its exit status."""
     # parse
     config, run_dir = parse_with_target(argv, PushConfig, __doc__.partition("\n")[0], "Run folder of train.py.")
     run = read_run(run_dir)
@@ -92,14 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     check_formats(run, run_dir, config, examples.texts)
     use_cache_if_unreachable(run.base_model.name_or_path)
     repo, space = inspect_repos(records, publication, config)
-    # The merged model and its conversions, and the copy that is read back, or the base in the cache.
+    # Space for the merged model, its conversions, and the copy that is read back (or the base in the cache).
     check_free_space(folder, (2 + 2 * config.onnx + (config.gguf != "none")) * 4 * run.base_model.parameters)
     device = compute_state().device
     use_cpu_threads(device, 1)
 
     # work
     if publication.license is None:
-        log.info("note: the base model's card names no licence, so the card has none; --license sets one")
+        log.info("note: the base model's card names no licence, so this card has none either; set one with --license")
     with staged_folder(folder) as beside:
         check, reference = build_model(run_dir, run, examples, config, device, beside)
         conversions, failure = convert(beside, title(run, publication.hub_model_id), config, reference)
@@ -107,15 +107,15 @@ def main(argv: list[str] | None = None) -> int:
     log.info("%s", format_build(records, folder, config, check, conversions))
     if failure is not None:
         log.info(
-            "One format failed, and nothing was published. The folder is complete without it, and the same command "
-            "without that format publishes it."
+            "One format failed, so nothing was published. The folder is complete without it. To publish, run the same "
+            "command without that format."
         )
         raise failure
     labels: list[str | None] = []
     if config.space:
         with staged_folder(space_folder) as beside:
             labels = build_page(beside, folder, config.space, records, publication)
-        log.info("Page:  %s, which gives the model's labels for its examples", space_folder)
+        log.info("Page:  %s, checked: it gives the model's labels for its examples", space_folder)
 
     # save
     if repo is None:
@@ -130,10 +130,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_records(run: RunRecord, run_dir: str, config: PushConfig) -> Records:
-    """The records of a run and of its sisters; says what of them a reader of the card should know.
+    """Load the records of a run and of its sisters, and log the notes that the card's reader should see.
 
     Raises:
-        InputError: one is missing, they do not belong together, or the model is no better than guessing.
+        InputError: A record is missing, the records do not belong together, or the model is no better than guessing.
     """
     records = read_records(run, run_dir, config.split)
     check_records(records)
@@ -143,10 +143,10 @@ def load_records(run: RunRecord, run_dir: str, config: PushConfig) -> Records:
 
 
 def check_formats(run: RunRecord, run_dir: str, config: PushConfig, texts: Sequence[str]) -> None:
-    """Refuse formats that this model, its prompt or the texts to compare on cannot have.
+    """Check that the requested formats work with this model, its prompt and the texts of the comparison.
 
     Raises:
-        InputError: says which.
+        InputError: One of them does not.
     """
     check_conversions(config, run.base_model.architecture)
     if config.gguf != "none":
@@ -158,10 +158,12 @@ def check_formats(run: RunRecord, run_dir: str, config: PushConfig, texts: Seque
 def inspect_repos(
     records: Records, publication: Publication, config: PushConfig
 ) -> tuple[HubRepo | None, HubRepo | None]:
-    """The repositories of the model and of its page as they are now; None for what is not pushed.
+    """Look up the current state of the model's repository and of its Space; None for one that is not pushed to.
+
+    Done before the merge, so that a push that the Hub would refuse fails early.
 
     Raises:
-        UserError: the Hub would refuse the push, now rather than after the merge.
+        UserError: The Hub would refuse the push.
     """
     if publication.hub_model_id is None or config.dry_run:
         return None, None
@@ -184,7 +186,7 @@ def push_model(
     device: torch.device,
     record_path: str,
 ) -> PublishRecord:
-    """Push the folder and load it back; what is known by then is on disk, whatever comes next."""
+    """Push the folder, then load it back from the Hub. The record is written after each of the two steps."""
     published = publish(folder, repo, message, config.private)
     save_record(record_path, published, None)
     if config.tag and repo.tag is None:
@@ -198,10 +200,12 @@ def push_model(
 def push_page(
     folder: str, space: HubRepo, config: PushConfig, model: PublishRecord, labels: list[str | None], record_path: str
 ) -> None:
-    """Push the Space, compare it with its folder, and run it on the Hub's model: it must give the built one's labels.
+    """Push the Space, compare it with its folder, and run it on the published model.
+
+    The page must give the labels that it gave on the model in the build folder.
 
     Raises:
-        UserError: it could not be pushed, or is not what was pushed.
+        UserError: The push failed, or the Space does not match what was pushed.
     """
     published = model.published
     try:
@@ -210,19 +214,19 @@ def push_page(
         check_files(page, space, folder)
         check_page(folder, published.repo_id, labels)
     except UserError as error:
-        said = f"the model is published and checked ({published.url}); its page is not: {error}"
-        raise type(error)(f"{said} The same command again commits no model twice.") from error
+        said = f"the model is published and checked ({published.url}), but its page is not: {error}"
+        raise type(error)(f"{said} Run the same command again; it does not commit the model twice.") from error
     log.info("%s", format_page(page))
 
 
 def with_sisters(records: Records, run_dir: str, config: PushConfig) -> Records:
-    """The records with those of runs that differ in the seed alone; says which were found, and which passed over."""
+    """Add the records of the runs that differ in the seed alone, and log which were found and which were skipped."""
     sisters, passed_over = find_sisters(run_dir, config.split, config.sister_runs)
     for sentence in passed_over:
         log.info("note: %s", sentence)
     if sisters is None:
         return records
-    log.info("The card says the mean over seeds %s:", ", ".join(map(str, sisters.seeds)))
+    log.info("The card reports the mean over seeds %s:", ", ".join(map(str, sisters.seeds)))
     for run in sisters.runs:
         log.info("    seed %d, macro-F1 %.3f: %s", run.seed, run.finetuned_metrics.macro_f1, run.folder)
     return replace(records, sisters=sisters)
@@ -237,7 +241,7 @@ def complete(
     reference: Reference,
     conversions: list[Conversion],
 ) -> None:
-    """Put card and plots into the folder of the built model, and look whether it can be published."""
+    """Write the card and the plots to the build folder, and check that the folder can be published."""
     draw_plots(folder, records.run.name, records.result, records.evaluation)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as stream:
         answers = reference.outputs.generations
@@ -255,26 +259,26 @@ def complete(
 def save_record(
     path: str, published: Published, seen: ReadBack | None, space: Published | None = None
 ) -> PublishRecord:
-    """Write publish.json: what the Hub holds, and what reading it back has shown."""
+    """Write publish.json: what the Hub holds, and the result of reading it back."""
     record = PublishRecord(utc_now(), command_line(), published, seen, environment(), space)
     write_record(path, record)
     return record
 
 
 def format_page(page: Published) -> str:
-    """What the Space holds, for a person."""
-    what = "Published the page" if page.changed else "The page is there already"
-    return f"{what}: {page.url}\nRead back: its files are equal by hash, and it gives the model's labels."
+    """Summarize the push of the Space."""
+    what = "Published the page" if page.changed else "The page is already up to date"
+    return f"{what}: {page.url}\nRead back: the file hashes match, and the page gives the model's labels."
 
 
 def format_build(
     records: Records, folder: str, config: PushConfig, check: Comparison, conversions: list[Conversion]
 ) -> str:
-    """What was built, in lines for a person."""
+    """Summarize what was built."""
     what = "Saved the adapter" if config.adapter_only else f"Merged, saved as {config.dtype}"
     data = records.evaluation.data
     return (
-        f"{what} and loaded again: {format_check(check)}\n{format_conversions(conversions)}\n"
+        f"{what} and reloaded: {format_check(check)}\n{format_conversions(conversions)}\n"
         f"{records.run.name}, {data.num_examples:,} examples of {data.split}\n"
         f"{format_results(records.evaluation)}\n\n"
         f"Model: {folder}\nCard:  {os.path.join(folder, 'README.md')}"

@@ -1,1 +1,1 @@
-"""Side-by-side measurements against TRL and PEFT: python -m bench --help."""
+"""Benchmarks against TRL and PEFT: python -m bench --help."""

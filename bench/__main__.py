@@ -1,14 +1,14 @@
-"""Measure this project side by side with TRL 1.16 and PEFT on the CPU, and print the table.
+"""Benchmark this project against TRL 1.16 and PEFT on the CPU, and print the table.
 
-    python -m bench                          # everything but --full, in about an hour and a half
-    python -m bench --only training memory   # some parts; the others stay in the record as they are
+    python -m bench                          # everything except --full, in about an hour and a half
+    python -m bench --only training memory   # some parts; the others stay unchanged in the record
     python -m bench --quick                  # a smoke test: 2 steps of 8 examples, into runs/bench/quick.json
 
-The parts: training (steps, losses, share of the GEMM rate, projection), memory, methods (DoRA against LoRA), prompts
-(longer ones), generation, prediction, launch, and full (the published recipe, with --full or --only full). Each runs
-in processes of its own, so that no part inherits another's memory; sides that are compared run in one, in turn.
+The parts are training (steps, losses, share of the GEMM rate, projection), memory, methods (DoRA and LoRA), prompts
+(longer ones), generation, prediction, saving, launch, and full (the published recipe, with --full or --only full).
+Each part runs in separate processes, so none inherits another's memory. Compared sides are interleaved in one process.
 
-Leaves every raw sample, with machine, versions and commit, in results/bench/cpu.json.
+Writes every raw sample, with machine, versions and commit, to results/bench/cpu.json.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from tweetdora.device import use_cpu_threads
 from tweetdora.files import read_json, write_json
 from tweetdora.provenance import environment, utc_now, without_folders
 
-# Of each part the function and its runs, the words between colons being the function's arguments.
+# For each part, the function and its runs. A run lists the function's arguments, separated by colons.
 PARTS = {
     "training": ("bench.training.measure_training", ["fp32", "bf16"]),
     "memory": (
@@ -66,7 +66,7 @@ QUICK = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure the parts asked for, one after the other; the exit status."""
+    """Measure the requested parts, one after the other, and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     options, settings = parse(argv)
     if options.worker:
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     output = options.output or (QUICK_OUTPUT if options.quick else OUTPUT)
     parts = read_bench(output).parts
-    facts = describe(argv, settings)  # once: the record itself, written after each part, may be a tracked file
+    # Only once: the record, written after each part, may be a tracked file, and writing it changes the git state.
+    facts = describe(argv, settings)
     for part in options.only:
         created, before = utc_now(), cpu_times()
         samples = {variant: run_worker(part, variant, argv) for variant in PARTS[part][1]}
@@ -87,14 +88,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
-    """The flags: what runs, and the settings of the measurement."""
+    """Parse the flags: what to run, and the settings of the measurement."""
     parser = argparse.ArgumentParser("python -m bench", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"Parts to run: {', '.join(PARTS)}.")
-    parser.add_argument("--quick", action="store_true", help="2 steps of 8 examples: whether it runs, not how fast.")
-    parser.add_argument("--full", action="store_true", help="Run the whole published recipe too.")
-    parser.add_argument("--output", metavar="FILE", help=f"The record; without it {OUTPUT}.")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # this process is to do one run: part:variant
+    parser.add_argument("--quick", action="store_true", help="Smoke test: 2 steps of 8 examples.")
+    parser.add_argument("--full", action="store_true", help="Also run the whole published recipe.")
+    parser.add_argument("--output", metavar="FILE", help=f"File of the record (default: {OUTPUT}).")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # do one run, part:variant, in this process
     for item in dataclasses.fields(Settings):
         text = f"{item.metadata['help']} ({item.default})"
         parser.add_argument(f"--{item.name}", type=type(item.default), metavar="VALUE", help=text)
@@ -109,7 +110,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
 
 
 def describe(argv: list[str], settings: Settings) -> dict[str, Any]:
-    """What a record says of each part beside its samples: how, on what and with which code."""
+    """Collect what the record holds of each part in addition to its samples: command, data, environment and code."""
     found, examples = environment(), settings.load("train", settings.train_examples)
     if examples.source is None:
         raise AssertionError("loaded examples have a source")
@@ -125,7 +126,7 @@ def describe(argv: list[str], settings: Settings) -> dict[str, Any]:
 
 
 def cpu_times() -> list[int] | None:
-    """What the cores did since the machine started, in ticks of each kind (proc(5)); None where that is not told."""
+    """Read the cores' time since the machine started, in ticks of each kind (proc(5)); None without /proc/stat."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
             return [int(ticks) for ticks in file.readline().split()[1:9]]
@@ -134,7 +135,7 @@ def cpu_times() -> list[int] | None:
 
 
 def stolen_share(before: list[int] | None, after: list[int] | None) -> float | None:
-    """Share of the cores' time that the host of a virtual machine gave to others.
+    """Compute the share of the cores' time that the host of a virtual machine gave to others.
 
     >>> stolen_share([10, 0, 0, 90, 0, 0, 0, 0], [60, 0, 0, 130, 0, 0, 0, 10])  # the eighth: stolen
     0.1
@@ -146,7 +147,7 @@ def stolen_share(before: list[int] | None, after: list[int] | None) -> float | N
 
 
 def run_worker(part: str, variant: str, argv: list[str]) -> Any:
-    """One run in a process of its own; its samples."""
+    """Do one run in a separate process and return its samples."""
     print(f"{utc_now()} {part} {variant}", flush=True)
     # Model and tweets are local; TRL and transformers would ask the Hub about them.
     calm = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -159,7 +160,7 @@ def run_worker(part: str, variant: str, argv: list[str]) -> Any:
 
 def work(job: str, settings: Settings, output: str) -> None:
     """Do one run in this process."""
-    # sides.py sets a flag by TRL's name for it; transformers 5.23 has another.
+    # sides.py sets a flag by TRL's name, which transformers 5.23 has deprecated.
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     use_cpu_threads(torch.device("cpu"), 1)
     part, *words = job.split(":")

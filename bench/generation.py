@@ -1,4 +1,4 @@
-"""Answering side by side: generate_all against transformers' generate with left padding, base and tuned model."""
+"""Benchmark generation: generate_all against transformers' generate with left padding, base and tuned model."""
 
 import tempfile
 import time
@@ -19,7 +19,7 @@ EVALUATE_BATCH = 128  # evaluate.py's default
 
 
 def measure_generation(settings: Settings) -> dict[str, Any]:
-    """Base and tuned model in float32 and bf16, both ways on the same batches in turn; then a whole validation set."""
+    """Measure base and tuned model in float32 and bf16, both ways interleaved; then time a whole validation set."""
     prompt_tokenizer, examples = settings.prompt_tokenizer(), settings.load("validation", settings.generation_examples)
     measured: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS}
     with tempfile.TemporaryDirectory() as tuned:
@@ -43,7 +43,7 @@ def measure_generation(settings: Settings) -> dict[str, Any]:
 
 
 def save_tuned(settings: Settings, folder: str) -> list[float]:
-    """Train an adapter for a few steps, merge it, and save the model; the losses."""
+    """Train an adapter for a few steps, merge it, save the model, and return the losses."""
     side = our_side(settings, "fp32", learning_rate=5e-4)
     losses = [side.step(batch) for batch in settings.batches(settings.tune_steps)]
     model: Any = side.model
@@ -55,9 +55,9 @@ def save_tuned(settings: Settings, folder: str) -> list[float]:
 def compare_generations(
     settings: Settings, folder: str, precision: str, prompt_tokenizer: PromptTokenizer, examples: Examples
 ) -> dict[str, list[Any] | int]:
-    """Seconds of every batch by both ways, and how many answers are the same, token for token.
+    """Time both ways on every batch, and count the answers that are equal token for token.
 
-    Prompts of like length share a batch on both sides, as generate_all does by itself: the faster order for both.
+    Both sides batch prompts of similar length, as generate_all does by itself. This order is the faster one for both.
     """
     ours = load_base(folder, None, DTYPES[precision], CPU)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).eval()
@@ -66,7 +66,7 @@ def compare_generations(
     longest_first = sorted(range(len(examples)), key=lambda index: -len(prompts[index]))
     size = settings.generation_batch
     chunks = [longest_first[start : start + size] for start in range(0, len(examples), size)]
-    chunks = [chunks[0], *chunks]  # the first of them is the warm-up
+    chunks = [chunks[0], *chunks]  # an extra one for the warm-up
     batches = [
         make_examples([examples.texts[i] for i in chunk], [examples.labels[i] for i in chunk]) for chunk in chunks
     ]
@@ -80,7 +80,7 @@ def compare_generations(
     )
     same = 0
     for chunk, answers in zip(chunks[1:], measured["plain"]["results"][1:], strict=True):
-        # generate_all gives text, not ids, so the ids are generated once more, not timed.
+        # generate_all returns text without ids, so the ids are generated again, untimed.
         ids = generate_packed(ours, [prompts[i] for i in chunk], stop_ids, MAX_NEW_TOKENS)
         same += sum(until_stop(own, stop_ids) == answer for own, (answer, _) in zip(ids, answers, strict=True))
     texts = {
@@ -101,7 +101,7 @@ def compare_generations(
 def answer_ours(
     model: PreTrainedModel, prompt_tokenizer: PromptTokenizer, examples: Examples, settings: Settings, size: int
 ) -> list[Generation]:
-    """Answers as evaluate.py gets them."""
+    """Generate answers as evaluate.py does."""
     words = settings.task().label_words
     answers, _ = generate_all(
         model,
@@ -119,14 +119,14 @@ def answer_ours(
 def answer_plainly(
     model: PreTrainedModel, prompt_tokenizer: PromptTokenizer, examples: Examples, stop_ids: list[int]
 ) -> list[tuple[list[int], str]]:
-    """Ids and text of each answer as a user would write it: tokenise, model.generate, decode."""
+    """Generate ids and text of each answer with a user's usual code: tokenize, model.generate, decode."""
     prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
     answers = [until_stop(ids, stop_ids) for ids in generate_padded(model, prompts, stop_ids, MAX_NEW_TOKENS)]
     return [(ids, str(prompt_tokenizer.tokenizer.decode([i for i in ids if i not in stop_ids]))) for ids in answers]
 
 
 def until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
-    """The ids up to the first stop token, which is kept; what follows it is padding.
+    """Cut the ids after the first stop token; the rest is padding.
 
     >>> until_stop([7, 2, 2, 2], [2])
     [7, 2]

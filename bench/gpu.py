@@ -1,19 +1,21 @@
-"""Check and time on one NVIDIA GPU what `python -m bench` measures on a CPU. Not yet run on a GPU, only on a CPU.
+"""Check and time on one NVIDIA GPU what `python -m bench` measures on a CPU. So far it has only been run on a CPU.
 
     python -m bench.gpu --out FOLDER                       # everything, in one call: FOLDER/gpu.json and a table
-    python -m bench.gpu --out FOLDER --tiny --device cpu   # whether it runs, in seconds
+    python -m bench.gpu --out FOLDER --tiny --device cpu   # a smoke test, in seconds
 
-Besides tweetdora's requirements it needs TRL (requirements-dev.txt) for that column only.
+It needs TRL (requirements-dev.txt) in addition to tweetdora's requirements, but only for TRL's column.
 
-The model is OuteAI/Lite-Oute-1-300M-Instruct's architecture with random weights, unless --model names a folder; the
-rows are random ids of the recipe's lengths. A step is collation, copy, forward, backward, clipping and fused AdamW on
+The model has the architecture of OuteAI/Lite-Oute-1-300M-Instruct and random weights, unless --model names a folder.
+The rows are random ids with the lengths of the recipe's examples. A step is collation, copy, forward, backward,
+clipping and fused AdamW on
 
     ours    what train.py builds: packed batch, our attention and DoRA layer, base in bf16, adapter in float32
     plain   padded batch, logits of the supervised tokens only, PEFT's DoRA, sdpa, base in bf16
     trl     TRL's SFTTrainer, base in float32 under autocast; trl_bf16: base in bf16 (see bench/sides.py, which is for
-            the CPU and needs wandb). Where TRL is missing or fails, the table says so
+            the CPU and needs wandb). If TRL is missing or fails, the table says so
 
-A part that fails costs no other: its traceback goes into the record. With it, or a failed check, the exit status is 1.
+If a part fails, its traceback is recorded and the other parts still run. The exit status is 1 if a part or a check
+failed.
 """
 
 import argparse
@@ -49,7 +51,7 @@ from tweetdora.packing import PackedCollator, PaddedCollator
 from tweetdora.prompts import IGNORE_INDEX
 from tweetdora.provenance import git_state, utc_now
 
-# The base model's own config.json, and one for the test.
+# The shape in the base model's config.json, and a tiny one for the test.
 FULL: dict[str, Any] = dict(
     vocab_size=32768, hidden_size=896, intermediate_size=3584, num_hidden_layers=20, num_attention_heads=16
 )
@@ -63,13 +65,13 @@ PREFIX, OWN_LENGTHS = 46, (20, 60)  # tokens of the system prompt; of a text wit
 STOP, WORDS = 2, (5, 6, 7)  # token ids: <|im_end|>, and one for each label
 TARGETS = {"k_v": ["k_proj", "v_proj"], "all-linear": ["all-linear"]}
 FP32, BF16 = torch.float32, torch.bfloat16
-TOLERANCE = 1e-4  # ||a - b|| / ||b||: float32 lands far below it, TF32 above
+TOLERANCE = 1e-4  # of ||a - b|| / ||b||: float32 is far below it, TF32 above
 GOAL = "<= 20 s"  # 625 steps of 16 examples: the published recipe
 
 
 @dataclass
 class Job:
-    """What is measured, on what, and how often."""
+    """What to measure, on what, and how often."""
 
     model: str
     scratch: str  # a folder that TRL may write into
@@ -77,13 +79,13 @@ class Job:
     vocabulary: int
     steps: int = 625
     batch: int = 16
-    block: int = 25  # steps of one side before it is the next one's turn
+    block: int = 25  # steps of one side before the next side's turn
     rounds: int = 40  # steps of each adapter method, and repeats of the launches
     prompts: int = 2_000
     generation_batch: int = 128  # evaluate.py's default
 
     def rows(self, count: int) -> list[dict[str, Any]]:
-        """Examples as tokenize_examples makes them, of random ids, the same in every run."""
+        """Make examples in the format of tokenize_examples, with random ids that are the same in every run."""
         rng, ids, rows = random.Random(0), range(8, self.vocabulary), []
         prefix = rng.choices(ids, k=PREFIX)
         for example_id in range(count):
@@ -94,12 +96,12 @@ class Job:
         return rows
 
     def batches(self, count: int) -> list[list[dict[str, Any]]]:
-        """`count` batches for training."""
+        """Make `count` training batches."""
         rows = self.rows(count * self.batch)
         return [rows[start : start + self.batch] for start in range(0, len(rows), self.batch)]
 
     def seconds(self, action: Callable[[], Any]) -> float:
-        """Seconds of an action, from an idle GPU to an idle GPU."""
+        """Time an action, from an idle GPU to an idle GPU."""
         wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
         wait()
         started = time.perf_counter()
@@ -108,15 +110,18 @@ class Job:
         return time.perf_counter() - started
 
     def load(self, plain: bool, dtype: torch.dtype) -> Any:
-        """The base as train.py loads it, or as transformers does by itself."""
+        """Load the base as train.py does, or with plain transformers."""
         if not plain:
             return load_base(self.model, None, dtype, torch.device(self.device))
         base: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype, attn_implementation="sdpa")
         return base.to(self.device).eval()
 
     def adapted(self, kind: str, dtype: torch.dtype, targets: str = "k_v", start: Any = None) -> Any:
-        """A model with an adapter, that of the model `start` if given: `ours`; `peft` or `lora`: PEFT's layers on our
-        base; `plain`: PEFT's DoRA on transformers' base."""
+        """Build a model with an adapter, copied from the model `start` if given.
+
+        `ours` is our layer on our base; `peft` and `lora` are PEFT's layers on our base; `plain` is PEFT's DoRA on
+        transformers' base.
+        """
         base = self.load(kind == "plain", dtype)
         torch.manual_seed(42)
         if kind == "ours":
@@ -128,18 +133,18 @@ class Job:
 
 
 def lora_config(targets: str, use_dora: bool = True) -> LoraConfig:
-    """The recipe's adapter in PEFT's words."""
+    """Return the recipe's adapter as a PEFT config."""
     modules = targets if targets == "all-linear" else TARGETS[targets]
     return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=modules, use_dora=use_dora)
 
 
 def adapter_of(model: Any) -> dict[str, torch.Tensor]:
-    """The weights that training changes, by name."""
+    """Return the trainable weights by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def copy_adapter(source: Any, target: Any) -> Any:
-    """Give `target` the adapter of `source`."""
+    """Copy the adapter of `source` to `target`."""
     if adapter_of(source).keys() != adapter_of(target).keys():
         raise AssertionError("the adapters differ in their names")
     target.load_state_dict(adapter_of(source), strict=False)
@@ -147,7 +152,7 @@ def copy_adapter(source: Any, target: Any) -> Any:
 
 
 def disturb(model: Any) -> Any:
-    """Move the adapter off its start, where it changes nothing and lora_A has no gradient."""
+    """Move the adapter away from its initialization, where it changes nothing and lora_A has no gradient."""
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in adapter_of(model).values():
@@ -156,14 +161,14 @@ def disturb(model: Any) -> Any:
 
 
 def loss_and_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean loss, and logits (K, V); trainer.supervised_loss_sum does the same, but its module needs wandb."""
+    """Compute mean loss and logits (K, V), as trainer.supervised_loss_sum does, but that module needs wandb."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "example_ids")}
     logits = model(**inputs, use_cache=False).logits.float().flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, batch["labels"].flatten()), logits
 
 
 class Side:
-    """A model that is trained: how it makes a batch of rows, and the loss of a batch after its backward pass."""
+    """A model to train, its collator, and its backward pass, which returns the loss of a batch."""
 
     def __init__(self, job: Job, model: Any, collate: Callable[..., Any], backward: Any = None) -> None:
         self.job, self.model, self.collate, self.backward = job, model, collate, backward or self._backward
@@ -177,7 +182,7 @@ class Side:
         return loss.detach()
 
     def on_device(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch of rows, where the model is."""
+        """Collate rows and move the batch to the model's device."""
         return send_to_device(dict(self.collate(rows)), self.job.device)
 
     def _step(self, rows: list[dict[str, Any]]) -> None:
@@ -187,12 +192,12 @@ class Side:
         self.optimizer.zero_grad()
 
     def step(self, rows: list[dict[str, Any]]) -> float:
-        """Seconds of one optimizer step."""
+        """Time one optimizer step."""
         return self.job.seconds(partial(self._step, rows))
 
 
 def trl_side(job: Job, dtype: torch.dtype, rows: list[dict[str, Any]]) -> Side:
-    """SFTTrainer, given the ids and which of them to supervise; without gradient checkpointing, which is faster."""
+    """Build SFTTrainer on our token ids and completion mask; gradient checkpointing is off, which is faster."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
@@ -215,18 +220,18 @@ def trl_side(job: Job, dtype: torch.dtype, rows: list[dict[str, Any]]) -> Side:
         peft_config=lora_config("k_v"),
     )
     if [row["labels"] for row in trainer.train_dataset.to_list()] != [row["labels"] for row in rows]:
-        raise AssertionError("TRL would supervise other tokens than we do")
-    model = trainer.accelerator.prepare(trainer.model)  # puts autocast around its forward, as Trainer.train does
+        raise AssertionError("TRL would supervise different tokens from ours")
+    model = trainer.accelerator.prepare(trainer.model)  # wraps its forward in autocast, as Trainer.train does
 
     def backward(batch: dict[str, Any]) -> torch.Tensor:
-        """The mean loss of a supervised token; gradients in the weights."""
+        """Accumulate the gradients and return the mean loss per supervised token."""
         return trainer.training_step(model, batch, num_items_in_batch=(batch["labels"] != IGNORE_INDEX).sum())
 
     return Side(job, model, trainer.data_collator, backward)
 
 
 def check_training(job: Job) -> dict[str, Any]:
-    """Relative errors of loss, logits and every adapter gradient: of packing, our layer, both, and bf16's rounding."""
+    """Compute relative errors of loss, logits and adapter gradients, from packing, our layer, both, and bf16."""
     rows, record = job.rows(job.batch), {}
     packed, padded = (send_to_device(make(rows), job.device) for make in (PackedCollator(), PaddedCollator(STOP)))
     for targets in TARGETS:
@@ -246,12 +251,12 @@ def check_training(job: Job) -> dict[str, Any]:
 
 
 def gradients_of(model: Any) -> dict[str, torch.Tensor]:
-    """The gradient of every adapter weight, after a backward pass."""
+    """Return the gradient of every adapter weight, after a backward pass."""
     return {name: weight.grad for name, weight in adapter_of(model).items() if weight.grad is not None}
 
 
 def results(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Loss, logits and the gradient of every adapter weight."""
+    """Compute the loss, the logits and the gradient of every adapter weight."""
     loss, logits = loss_and_logits(model, batch)
     loss.backward()
     gradients = gradients_of(model)
@@ -260,12 +265,12 @@ def results(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def relative_errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """||a - b|| / ||b|| of each tensor."""
+    """Compute ||a - b|| / ||b|| of each tensor."""
     return {name: ((actual[name] - wanted).norm() / wanted.norm()).item() for name, wanted in expected.items()}
 
 
 def measure_training(job: Job) -> dict[str, Any]:
-    """Steps of all sides in turn, block by block, and the memory that each side adds at its peak, model included."""
+    """Time the sides' steps in alternating blocks, and measure each side's peak memory, including its model."""
     batches = job.batches(job.steps)
     makers = {
         "ours": lambda: Side(job, job.adapted("ours", BF16), PackedCollator()),
@@ -280,11 +285,11 @@ def measure_training(job: Job) -> dict[str, Any]:
             continue
         try:
             sides[name], memory[name] = with_peak_memory(job, make, batches[:3])
-        except Exception:  # recorded; a TRL that does not fit the machine's libraries must not cost the other sides
+        except Exception:  # recorded; an incompatible TRL must not cost the other sides
             if "trl" not in name:
                 raise
             left_out[name] = traceback.format_exc()
-    for side in sides.values():  # all begin alike, warm
+    for side in sides.values():  # all start from the same adapter, warmed up
         copy_adapter(sides["ours"].model, side.model)
         side.losses.clear()
     seconds = in_turn(sides, batches, job.block)
@@ -293,7 +298,7 @@ def measure_training(job: Job) -> dict[str, Any]:
 
 
 def with_peak_memory(job: Job, make: Callable[[], Side], batches: list[Any]) -> tuple[Side, int | None]:
-    """A side, after a few steps, and the bytes of the GPU's memory that it added at most; none on a CPU."""
+    """Build a side, do a few steps, and measure the GPU memory in bytes that it added at its peak; None on a CPU."""
     gc.collect()
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -305,7 +310,7 @@ def with_peak_memory(job: Job, make: Callable[[], Side], batches: list[Any]) -> 
 
 
 def in_turn(sides: dict[str, Side], batches: list[Any], block: int) -> dict[str, list[float]]:
-    """Seconds of each side's steps on the same batches; the sides take turns after each block."""
+    """Time each side's steps on the same batches; the sides take turns after each block."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for start in range(0, len(batches), block):
         for name, side in sides.items():
@@ -314,7 +319,7 @@ def in_turn(sides: dict[str, Side], batches: list[Any], block: int) -> dict[str,
 
 
 def measure_methods(job: Job) -> dict[str, dict[str, list[float]]]:
-    """Seconds of steps on packed batches with our DoRA layer, PEFT's, and LoRA."""
+    """Time steps on packed batches with our DoRA layer, PEFT's DoRA and LoRA."""
     batches, record = job.batches(job.rounds + 3), {}
     for targets in TARGETS:
         sides = {k: Side(job, job.adapted(k, BF16, targets), PackedCollator()) for k in ("ours", "peft", "lora")}
@@ -323,9 +328,10 @@ def measure_methods(job: Job) -> dict[str, dict[str, list[float]]]:
 
 
 def measure_answers(job: Job) -> dict[str, Any]:
-    """Equal answers in float32, with a disturbed adapter and rows that stop at different tokens; then seconds in bf16.
+    """Compare answers in float32, with a disturbed adapter and rows that stop at different tokens; then time bf16.
 
-    A tuned model writes two tokens, word and stop; random weights never stop, so the longest answer sets the count.
+    A tuned model writes two tokens, the word and the stop token. Random weights never stop, so max_new_tokens sets the
+    count.
     """
     prompts = sorted((row["input_ids"][:-2] for row in job.rows(job.prompts)), key=len, reverse=True)
     batches = [prompts[start : start + job.generation_batch] for start in range(0, len(prompts), job.generation_batch)]
@@ -334,7 +340,7 @@ def measure_answers(job: Job) -> dict[str, Any]:
     stop_ids = list(range(STOP, job.vocabulary, 8))
     own = generate_packed(ours.eval().get_base_model(), batches[0], stop_ids, 16)
     others = generate_padded(plain, batches[0], stop_ids, 16)
-    # Ours end with the stop token; generate() pads behind it.
+    # Our answers end with the stop token; generate() pads after it.
     same = [answer + [STOP] * (len(other) - len(answer)) == other for answer, other in zip(own, others, strict=True)]
     record: dict[str, Any] = {"passed": all(same), "same": sum(same), "of": len(same), "lengths": [*map(len, own)]}
     ways = {"ours": partial(generate_packed, job.load(False, BF16))}
@@ -349,14 +355,16 @@ def measure_answers(job: Job) -> dict[str, Any]:
 
 
 def measure_launches(job: Job) -> dict[str, Any]:
-    """How long the GPU computes in a step of ours, and what forward and backward take when replayed as a graph."""
+    """Measure how long the GPU computes during our step, and the time of forward and backward as a CUDA graph."""
     side, rows = Side(job, job.adapted("ours", BF16), PackedCollator()), job.rows(job.batch)
     seconds = [side.step(rows) for _ in range(3 + job.rounds)][3:]
-    for _ in range(2):  # the first one starts the profiler
-        with profile() as profiler:  # of the CPU, and of the GPU where there is one
+    for _ in range(2):  # the first one warms up the profiler
+        with profile() as profiler:  # of the CPU, and of the GPU if there is one
             side.step(rows)
     found = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    found = [event for event in found if not event.is_user_annotation]  # spans over kernels that count themselves
+    found = [
+        event for event in found if not event.is_user_annotation
+    ]  # drops spans over kernels, which are counted themselves
     kernels = [{"name": e.key[:120], "count": e.count, "seconds": e.self_device_time_total / 1e6} for e in found]
     kernels.sort(key=lambda kernel: -kernel["seconds"])
     record = {
@@ -372,14 +380,14 @@ def measure_launches(job: Job) -> dict[str, Any]:
 
 
 def replay(job: Job, side: Side, batch: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of forward and backward on one batch, as they are and as a CUDA graph, and the graph's errors."""
+    """Time forward and backward on one batch, eagerly and as a CUDA graph, and compute the graph's errors."""
 
     def once() -> torch.Tensor:
-        """Forward and backward pass, from no gradients."""
-        side.optimizer.zero_grad()  # to None: the captured pass makes its gradients in the graph's own memory
+        """Do a forward and backward pass, starting without gradients."""
+        side.optimizer.zero_grad()  # to None: the captured pass allocates its gradients in the graph's own memory
         return side.backward(batch)
 
-    stream = torch.cuda.Stream()  # a graph is captured on a stream that was warmed up
+    stream = torch.cuda.Stream()  # capture needs a warmed-up side stream
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         eager = [job.seconds(once) for _ in range(3 + job.rounds)][3:]
@@ -404,7 +412,7 @@ PARTS = {
 
 
 def table(parts: dict[str, Any]) -> str:
-    """The numbers of the parts that ran, beside what they are to be compared with."""
+    """Format the numbers of the parts that ran, next to their goals or what they are compared with."""
     lines = [[f"{name} FAILED", part["error"].splitlines()[-1], ""] for name, part in parts.items() if "error" in part]
     parts = {name: part for name, part in parts.items() if "error" not in part}
     for targets, kinds in parts.get("correctness", {"errors": {}})["errors"].items():
@@ -423,7 +431,7 @@ def table(parts: dict[str, Any]) -> str:
     for targets, seconds in parts.get("methods", {}).items():
         for other, name in (("peft", "PEFT's DoRA"), ("lora", "LoRA")):
             found = format_spread(ratios(seconds["ours"], seconds[other]))
-            lines.append([f"{targets}: step of our DoRA over one of {name}", found, ""])
+            lines.append([f"{targets}: step of our DoRA / step of {name}", found, ""])
     if answers := parts.get("answers"):
         lines.append(["answers equal to generate's, fp32", f"{answers['same']} of {answers['of']}", "all"])
         for count in (name for name in answers if name.endswith("new tokens")):
@@ -432,17 +440,17 @@ def table(parts: dict[str, Any]) -> str:
     if launches := parts.get("launches"):
         step, graph = spread(launches["step_seconds"])["median"], launches["graph"]
         busy = f"{launches['kernels']} kernels, {launches['kernel_seconds']:.4f} s of {step:.4f} s"
-        lines.append(["the GPU computes in a step of ours", busy, "the rest waits for launches"])
+        lines.append(["GPU time of our step", busy, "the rest waits for launches"])
         text = graph.get("error", "").splitlines()[:1]
         if not text:
             eager, replayed = (spread(graph[name])["median"] for name in ("eager_seconds", "replay_seconds"))
-            text = [f"{replayed:.4f} s of {eager:.4f} s; 625 steps in {625 * (step - eager + replayed):.1f} s at best"]
-        lines.append(["forward and backward as a CUDA graph", text[0][:100], "an upper bound of what graphs give"])
+            text = [f"{replayed:.4f} s vs {eager:.4f} s; 625 steps in {625 * (step - eager + replayed):.1f} s at best"]
+        lines.append(["forward and backward as a CUDA graph", text[0][:100], "an upper bound on the gain from graphs"])
     return format_table(["what", "measured", "goal, or compared with"], lines)
 
 
 def describe(job: Job) -> dict[str, Any]:
-    """Versions, hardware and code; environment() would ask for the versions of packages that need not be there."""
+    """Collect versions, hardware and code; environment() would require packages that may be missing here."""
     wanted = ("torch", "transformers", "peft", "accelerate", "tokenizers", "datasets", "trl", "triton")
     counts = {name: value for name, value in asdict(job).items() if isinstance(value, int)}
     facts: dict[str, Any] = {"created": utc_now(), "job": counts}
@@ -458,22 +466,22 @@ def describe(job: Job) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the parts, writing the record after each; the exit status."""
+    """Run the parts, write the record after each, and return the exit status."""
     parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="Where gpu.json goes.")
-    parser.add_argument("--model", metavar="FOLDER", help="A model folder; without it random weights.")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="Folder for gpu.json.")
+    parser.add_argument("--model", metavar="FOLDER", help="Model folder (default: random weights).")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="A tiny model and few steps: whether it runs.")
+    parser.add_argument("--tiny", action="store_true", help="Smoke test: a tiny model and few steps.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no NVIDIA GPU; --tiny --device cpu tries the program without one.")
-    torch.set_float32_matmul_precision("highest")  # no TF32: torch's default, said aloud
+        parser.error("torch sees no NVIDIA GPU; to try the program without one, use --tiny --device cpu.")
+    torch.set_float32_matmul_precision("highest")  # no TF32: torch's default, made explicit
     torch.backends.cudnn.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
         shape = TINY if options.tiny else FULL
-        # Wider than the usual 0.02: answers would hang on the last token alone, and show no fault of attention.
+        # Wider than the usual 0.02, with which answers would depend on the last token alone and hide attention errors.
         config = MistralConfig(**shape, **COMMON, initializer_range=shape["hidden_size"] ** -0.5)
         if not options.model:
             torch.manual_seed(0)

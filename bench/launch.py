@@ -1,4 +1,4 @@
-"""train.py as a process: from `accelerate launch` to the first optimizer step, and the whole published recipe."""
+"""Benchmark train.py as a process: from `accelerate launch` to the first step, and the whole published recipe."""
 
 import os
 import re
@@ -12,14 +12,14 @@ from typing import Any
 from bench.settings import Settings
 from tweetdora.records import RUN_FILE, RunRecord, read_record
 
-PLAN_MARK = "the-plan-begins"  # the plan that train.py prints when all is loaded begins with the run's name
+PLAN_MARK = "the-plan-begins"  # the run's name; train.py prints it as the plan's first line, after it has loaded all
 # A training line of the log: ours, or the Trainer's own dictionary.
 LOG_LINE = re.compile(r"^step +\d+/\d+ +loss |'loss'")
-_IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)")  # own microseconds, module: python -X importtime
+_IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)")  # python -X importtime: own microseconds, module
 
 
 def measure_launch(settings: Settings) -> dict[str, Any]:
-    """Seconds to the end of the first step, twice (the first one warms the disk), and what they are spent on."""
+    """Time a launch to the end of the first step, twice (the first warms the disk cache), and break the time down."""
     launcher = [os.path.join(os.path.dirname(sys.executable), "accelerate"), "launch"]
     launcher += ["--config_file", "accelerate_config.yaml"]
     runs = [first_step(launcher, settings) for _ in range(2)]
@@ -36,12 +36,12 @@ def measure_launch(settings: Settings) -> dict[str, Any]:
             "data_tokens_and_model": plain["to_plan"] - sum(imports.values()),
             "trainer_and_first_step": plain["to_first_step"] - plain["to_plan"],
         },
-        "spent_note": "by a run of python -X importtime train.py, which is a little slower; launcher is a difference",
+        "spent_note": "from python -X importtime train.py, which is a little slower; launcher is a difference",
     }
 
 
 def first_step(launcher: list[str], settings: Settings) -> dict[str, Any]:
-    """Seconds until the plan is printed (everything is loaded) and until the first training line (a step is done)."""
+    """Time a launch until the plan is printed (all is loaded) and until the first training log (a step is done)."""
     with tempfile.TemporaryDirectory() as folder:
         flags = train_flags(settings, os.path.join(folder, "run"))
         flags += ["--max_steps", "1", "--logging_steps", "1", "--run_name", PLAN_MARK]
@@ -55,7 +55,7 @@ def first_step(launcher: list[str], settings: Settings) -> dict[str, Any]:
 
 
 def import_seconds(lines: list[str]) -> Counter[str]:
-    """Seconds of importing, by the first part of the modules' names.
+    """Sum the seconds of imports by top-level package.
 
     >>> import_seconds(["import time:   1500000 |    2000000 |   torch.nn", "import time: 500000 | 500000 | torch"])
     Counter({'torch': 2.0})
@@ -68,13 +68,13 @@ def import_seconds(lines: list[str]) -> Counter[str]:
 
 
 def measure_full(settings: Settings) -> dict[str, Any]:
-    """Wall seconds of train.py with the published settings in bf16, without validation, and of its steps alone."""
+    """Time train.py with the published settings in bf16, without validation: the whole process, and training alone."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = os.path.join(folder, "run")
         _, seconds = run_timed([sys.executable, "train.py", *train_flags(settings, run_dir)])
         result = read_record(RunRecord, os.path.join(run_dir, RUN_FILE)).result
     if result is None:
-        raise AssertionError("train.py ended well, but its record has no result")
+        raise AssertionError("train.py succeeded, but its record has no result")
     return {
         "seconds": seconds,
         "training_seconds": result.seconds,
@@ -84,7 +84,7 @@ def measure_full(settings: Settings) -> dict[str, Any]:
 
 
 def train_flags(settings: Settings, run_dir: str) -> list[str]:
-    """train.py's flags: the published recipe in bf16 on the bench's model and tweets, no validation, no tracker."""
+    """Return train.py's flags: the published recipe in bf16, on the bench's data, without validation or tracker."""
     task = settings.task()
     flags = ["--model_name_or_path", settings.model, "--dataset_name", task.dataset_name]
     flags += ["--dataset_config", task.dataset_config] if task.dataset_config else []
@@ -93,7 +93,7 @@ def train_flags(settings: Settings, run_dir: str) -> list[str]:
 
 
 def run_timed(command: list[str]) -> tuple[list[tuple[float, str]], float]:
-    """Run a process; its lines with the seconds at which they came, and the seconds until it ended."""
+    """Run a process; return its lines, each with the seconds until it was printed, and the seconds until it ended."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = time.perf_counter()
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Classifying side by side: by likelihood, as predict.py does, by generation, and by transformers' pipeline."""
+"""Benchmark classification: by likelihood, as predict.py does, by generation, and by transformers' pipeline."""
 
 import tempfile
 import time
@@ -16,11 +16,11 @@ from tweetdora.prompts import PromptTokenizer, freeze_template
 from tweetdora.scoring import score_all
 
 PIPELINE_BATCHES = (1, 8, 32, 128)
-_TRIED, _ROUNDS = 64, 5  # examples to find the pipeline's best batch size with; rounds over all examples
+_TRIED, _ROUNDS = 64, 5  # examples for choosing the pipeline's batch size; rounds over all examples
 
 
 def measure_prediction(settings: Settings, precision: str) -> dict[str, Any]:
-    """The three on the same tuned model and validation examples, in turn."""
+    """Measure the three ways on the same tuned model and validation examples, interleaved."""
     prompt_tokenizer = settings.prompt_tokenizer()
     examples = settings.load("validation", settings.generation_examples)
     words = settings.task().label_words
@@ -61,7 +61,7 @@ def measure_prediction(settings: Settings, precision: str) -> dict[str, Any]:
 
 
 def make_pipeline(model: Any, prompt_tokenizer: PromptTokenizer, settings: Settings, examples: Examples) -> Any:
-    """transformers' text-generation pipeline as a user would call it, and the conversations to give it."""
+    """Build transformers' text-generation pipeline as a user would call it, and the conversations to pass to it."""
     task, tokenizer = settings.task(), prompt_tokenizer.tokenizer
     freeze_template(tokenizer, prompt_tokenizer.format, task)
     tokenizer.padding_side = "left"
@@ -72,7 +72,7 @@ def make_pipeline(model: Any, prompt_tokenizer: PromptTokenizer, settings: Setti
 
     @torch.no_grad()
     def answer(chats: list[Any], size: int) -> list[str]:
-        """The answers to some conversations."""
+        """Answer some conversations."""
         found = made(chats, batch_size=size, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_full_text=False)
         return [one[0]["generated_text"] for one in found]
 

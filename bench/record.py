@@ -1,4 +1,4 @@
-"""The record of the bench: for each part how, on what and with which code it was measured, and every raw sample."""
+"""The bench's record: for each part, how, on what and with which code it was measured, and every raw sample."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ class BenchData(DataSource):
 
 @dataclass(frozen=True)
 class BenchPart:
-    """One part, such as training; `samples` are by variant, such as bf16."""
+    """One part, such as training; `samples` are keyed by variant, such as bf16."""
 
     created: str
     command: str
@@ -30,27 +30,27 @@ class BenchPart:
     data: BenchData
     openmp: dict[str, str | None]
     environment: Environment
-    stolen_share: float | None  # of the cores' time, that the host gave to others
+    stolen_share: float | None  # share of the cores' time that the host gave to others
     samples: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """Parts, which may have been measured at different times."""
+    """The parts, which may have been measured at different times."""
 
     parts: dict[str, BenchPart]
 
 
 def write_bench(path: str, record: BenchRecord) -> None:
-    """Write the record, whole or not at all."""
+    """Write the record atomically."""
     write_json(path, {"record_version": BENCH_VERSION, **asdict(record)})
 
 
 def read_bench(path: str) -> BenchRecord:
-    """Read a record; an empty one if there is no file.
+    """Read a record; return an empty one if there is no file.
 
     Raises:
-        InputError: it is of a version that is not read, or does not hold what BenchRecord says.
+        InputError: The record's version is not supported, or its fields are not those of BenchRecord.
     """
     if not os.path.isfile(path):
         return BenchRecord({})
@@ -72,7 +72,7 @@ _RENAMED = {
 
 
 def _from_version_1(value: Any) -> Any:
-    """A record of version 1 under today's names; its data was local, and how its code was changed was not kept."""
+    """Convert a record of version 1 to current names; its data was local, and changes of its code have no hash."""
     if isinstance(value, list):
         return [_from_version_1(item) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The table of a record: each row what was measured, ours, the other's, and their ratio."""
+"""Format a record as a table; a row holds what was measured, our number, the other's, and their ratio."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ HEADER = ("what", "ours", "other", "other / ours")
 
 
 def table(parts: dict[str, BenchPart]) -> str:
-    """All parts of a record as one table; medians, in brackets the quartiles."""
+    """Format all parts of a record as one table of medians, with quartiles in brackets."""
     rows: list[Sequence[str]] = []
     for name, lines in _LINES.items():
         if name in parts:
@@ -141,7 +141,7 @@ def _saving(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     cells = [format_spread(spread(sample[f"{what}_seconds"]), "s") for what in ("save", "step")]
     share = format_spread(ratios(sample["save_seconds"], sample["step_seconds"]))
     return [
-        [f"saving a checkpoint of {sample['checkpoint_bytes'] / 1e6:.1f} MB, bf16 step beside it", *cells, ""],
+        [f"saving a checkpoint of {sample['checkpoint_bytes'] / 1e6:.1f} MB, next to a bf16 step", *cells, ""],
         ["    save / step", share, "", ""],
     ]
 

@@ -1,4 +1,4 @@
-"""What a checkpoint costs: the seconds of each save beside those of the step before it, in a run of train.py's own."""
+"""Benchmark checkpoints: the seconds of each save next to those of the step before it, in a run of train.py."""
 
 import os
 import tempfile
@@ -12,7 +12,7 @@ from tweetdora import trainer
 
 
 def measure_saving(settings: Settings) -> dict[str, Any]:
-    """Seconds of each step and of the checkpoint after it; bf16, written, summed up and waited for by fsync."""
+    """Time each step in bf16 and the checkpoint after it, including its checksums and fsync."""
     import train  # the script at the top
 
     steps: list[float] = []
@@ -22,14 +22,14 @@ def measure_saving(settings: Settings) -> dict[str, Any]:
     original_step, original_save = kind.training_step, kind._save_checkpoint
 
     def training_step(self: trainer.ClassificationTrainer, *arguments: Any) -> Any:
-        """A step's forward and backward pass, timed; without the optimizer's part, so that the ratio is too high."""
+        """Time a step's forward and backward pass; without the optimizer, so the ratio save / step is too high."""
         began = time.perf_counter()
         result = original_step(self, *arguments)
         steps.append(time.perf_counter() - began)
         return result
 
     def save_checkpoint(self: trainer.ClassificationTrainer, *arguments: Any) -> None:
-        """A save, timed, and its size."""
+        """Time a save and record its size."""
         began = time.perf_counter()
         original_save(self, *arguments)
         saves.append(time.perf_counter() - began)

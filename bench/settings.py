@@ -1,4 +1,4 @@
-"""What is measured: model, examples and counts; one flag of `python -m bench` for each field."""
+"""Settings of a measurement: model, examples and counts. Each field is a flag of `python -m bench`."""
 
 import os
 from dataclasses import dataclass, field
@@ -19,44 +19,44 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how often."""
+    """What to measure, and how often."""
 
     model: str = _setting("assets/SmolLM2-135M-Instruct", "Base model: local folder or Hub id.")
     dataset_name: str = _setting(
         _TWEET_EVAL if os.path.isdir(_TWEET_EVAL) else "assets/hutto_tweets",
-        "Tweets: TweetEval where its folder lies beside the checkout, else the quickstart's.",
+        "Tweets: TweetEval if its folder is in ../shared, else the quickstart's.",
     )
-    dataset_config: str = _setting("sentiment", "Configuration of the data set, where it has several.")
+    dataset_config: str = _setting("sentiment", "Configuration of the data set, if it has several.")
     batch_size: int = _setting(16, "Examples in a training step.")
     steps: int = _setting(20, "Measured steps of each side.")
-    warmup: int = _setting(2, "Steps of each side before those.")
+    warmup: int = _setting(2, "Warm-up steps of each side.")
     loss_steps: int = _setting(50, "Steps over which the float32 losses are compared.")
     generation_examples: int = _setting(256, "Validation examples answered by both sides.")
     generation_batch: int = _setting(32, "Examples that both sides answer at once.")
-    tune_steps: int = _setting(60, "Training steps of the tuned model that answers, learning rate 5e-4.")
+    tune_steps: int = _setting(60, "Training steps of the tuned model, at learning rate 5e-4.")
     validation_examples: int = _setting(2_000, "Validation examples answered by the tuned model.")
-    train_examples: int = _setting(10_000, "Examples of the published recipe: launch, --full and the projection.")
+    train_examples: int = _setting(10_000, "Training examples of launch, --full and the projection.")
 
     def task(self, prompt_repeats: int = 1) -> TaskConfig:
-        """The task, its system prompt repeated to make it longer."""
+        """Return the task, its system prompt repeated to make it longer."""
         config = None if self.dataset_name.startswith("assets") else self.dataset_config
         prompt = " ".join([SYSTEM_PROMPT] * prompt_repeats)
         return TaskConfig(dataset_name=self.dataset_name, dataset_config=config, system_prompt=prompt)
 
     def prompt_tokenizer(self, prompt_repeats: int = 1) -> PromptTokenizer:
-        """Token ids of prompts and completions."""
+        """Return the tokenizer of prompts and completions."""
         task, tokenizer = self.task(prompt_repeats), load_tokenizer(self.model)
         return PromptTokenizer(tokenizer, read_prompt_format(tokenizer, task), task.max_length)
 
     def batches(self, count: int, prompt_repeats: int = 1) -> list[list[dict[str, Any]]]:
-        """The first `count` training batches, in the data set's order; they begin again where there are fewer."""
+        """Return the first `count` training batches in the data set's order, which repeats if it is too short."""
         examples = self.load("train", count * self.batch_size, prompt_repeats)
         features = tokenize_examples(examples, self.prompt_tokenizer(prompt_repeats)).features
         places = [range(number * self.batch_size, (number + 1) * self.batch_size) for number in range(count)]
         return [[features[place % len(features)] for place in batch] for batch in places]
 
     def load(self, split: str, count: int, prompt_repeats: int = 1) -> Examples:
-        """The first `count` examples of a split."""
+        """Load the first `count` examples of a split."""
         task = self.task(prompt_repeats)
         revision = pin_revision(task.dataset_name, task.dataset_revision, "dataset")
         return load_examples(task, split, revision).head(count)

@@ -1,16 +1,17 @@
-"""The two sides of a measurement behind one interface: `step(rows)` trains on encoded rows and returns the mean loss.
+"""The two sides of a measurement, with one interface: `step(rows)` trains on tokenized rows and returns the mean loss.
 
-ours: packed batch, our attention and DoRA layer, base in the compute precision: what train.py builds.
+ours: what train.py builds: packed batch, our attention and DoRA layer, base in the compute precision.
 
-trl: TRL's SFTTrainer with PEFT's DoRA. It gets the token ids that we made, with a completion mask on the answer and
-its stop token, so both sides supervise the same tokens. Left to itself it would supervise more: the line end that the
-ChatML template writes behind the stop token (given prompt and completion as messages), or every token of the
-conversation (given messages only). Its gradient checkpointing, on by default, is off here, which is faster; bf16 is
-tried in both of its forms (`trl`: base in float32 under autocast, its default; `trl_bf16`: base in bf16). The step is
-collator, SFTTrainer.training_step, clipping and optimizer, without the rest of Trainer's loop (logs, callbacks,
-data loader), whose time is thus left out on both sides. On a CPU, SFTTrainer 1.16 computes the logits of every token;
-it leaves the others out where it has Triton. Both sides have the threads that importing tweetdora sets up
-(GOMP_SPINCOUNT), so what that saves on a busy machine is not in their ratio.
+trl: TRL's SFTTrainer with PEFT's DoRA. It gets our token ids, with a completion mask on the answer and its stop token,
+so both sides supervise the same tokens. With its own tokenization it would supervise more: the line end that the
+ChatML template writes after the stop token (given prompt and completion as messages), or every token of the
+conversation (given messages only). Gradient checkpointing, on by default in TRL, is off here, which is faster. bf16 is
+tried in both of TRL's forms: `trl` has the base in float32 under autocast, its default; `trl_bf16` has it in bf16.
+
+A step of TRL is collator, SFTTrainer.training_step, clipping and optimizer. The rest of Trainer's loop (logs,
+callbacks, data loader) is left out on both sides. On a CPU, SFTTrainer 1.16 computes the logits of every token; where
+it has Triton, it leaves the unsupervised ones out. Both sides use the thread settings that importing tweetdora makes
+(GOMP_SPINCOUNT), so the time that these save on a busy machine does not show in the ratio.
 """
 
 import time
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Side:
-    """A model that is trained, how it makes a batch of rows, and the mean loss of a batch after its backward pass."""
+    """A model to train, its collator, and its forward and backward pass, which returns the mean loss of a batch."""
 
     model: torch.nn.Module
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
@@ -42,11 +43,11 @@ class Side:
 
     def __post_init__(self) -> None:
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        # The Trainer's default optimizer, which train.py uses too.
+        # The Trainer's default optimizer, as in train.py.
         self.optimizer = torch.optim.AdamW(self.weights, lr=self.learning_rate, weight_decay=0.0, fused=True)
 
     def step(self, rows: Sequence[dict[str, Any]]) -> float:
-        """One optimizer step, collation included; the mean loss of a supervised token."""
+        """Do one optimizer step, including collation, and return the mean loss per supervised token."""
         loss = self.forward_and_backward(self.collate(rows))
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
@@ -55,17 +56,17 @@ class Side:
 
 
 def our_side(settings: Settings, precision: str, learning_rate: float = 3e-5) -> Side:
-    """Base and adapter as train.py makes them, on packed batches."""
+    """Build base and adapter as train.py does, on packed batches."""
     base = load_base(settings.model, None, DTYPES[precision], CPU)
     torch.manual_seed(42)
     return packed_side(attach_adapter(base, ModelConfig(model_name_or_path=settings.model)), learning_rate)
 
 
 def packed_side(model: torch.nn.Module, learning_rate: float = 3e-5) -> Side:
-    """Any adapter model on packed batches."""
+    """Train any adapter model on packed batches."""
 
     def forward_and_backward(batch: dict[str, Any]) -> float:
-        """The mean loss of a supervised token; gradients in the weights."""
+        """Accumulate the gradients and return the mean loss per supervised token."""
         loss = supervised_loss_sum(model, batch) / batch["labels"].numel()
         loss.backward()
         return loss.item()
@@ -74,7 +75,7 @@ def packed_side(model: torch.nn.Module, learning_rate: float = 3e-5) -> Side:
 
 
 def trl_side(settings: Settings, precision: str, rows: list[dict[str, Any]], folder: str, kind: str = "trl") -> Side:
-    """SFTTrainer and PEFT's DoRA; it prepares `rows` and may write into `folder`; `kind` is trl or trl_bf16."""
+    """Build SFTTrainer with PEFT's DoRA; it prepares `rows` and may write to `folder`. `kind` is trl or trl_bf16."""
     import datasets
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -103,11 +104,11 @@ def trl_side(settings: Settings, precision: str, rows: list[dict[str, Any]], fol
     )
     prepared = cast(Any, trainer.train_dataset).to_list()
     if [row["labels"] for row in prepared] != [row["labels"] for row in rows]:
-        raise AssertionError("TRL would supervise other tokens than we do")
-    model = trainer.accelerator.prepare(trainer.model)  # puts autocast around its forward, as Trainer.train does
+        raise AssertionError("TRL would supervise different tokens from ours")
+    model = trainer.accelerator.prepare(trainer.model)  # wraps its forward in autocast, as Trainer.train does
 
     def forward_and_backward(batch: dict[str, Any]) -> float:
-        """The mean loss of a supervised token; gradients in the weights."""
+        """Accumulate the gradients and return the mean loss per supervised token."""
         supervised = (batch["labels"] != IGNORE_INDEX).sum()
         return trainer.training_step(model, batch, num_items_in_batch=supervised).item()
 
@@ -115,7 +116,7 @@ def trl_side(settings: Settings, precision: str, rows: list[dict[str, Any]], fol
 
 
 def copy_adapter(source: Side, target: Side) -> None:
-    """Give `target` the adapter weights of `source`, name by name."""
+    """Copy the adapter weights of `source` to `target`, name by name."""
     weights = {name: weight for name, weight in source.model.named_parameters() if weight.requires_grad}
     own = {name: weight for name, weight in target.model.named_parameters() if weight.requires_grad}
     if weights.keys() != own.keys():
@@ -128,9 +129,10 @@ def copy_adapter(source: Side, target: Side) -> None:
 def time_in_turn(
     actions: Mapping[str, Callable[[int], Any]], rounds: int, warmup: int
 ) -> dict[str, dict[str, list[Any]]]:
-    """Call every action in every round, one after the other; seconds and results of each, of the warm-up the results.
+    """Call every action in every round, one after the other; return the seconds and results of each action.
 
-    Actions of one round meet the same load of a shared machine, so their ratio is worth more than their seconds.
+    Warm-up rounds give results but no seconds. The actions of a round see the same load of a shared machine, so their
+    ratio is more reliable than their seconds.
     """
     measured: dict[str, dict[str, list[Any]]] = {name: {"seconds": [], "results": []} for name in actions}
     for number in range(warmup + rounds):

@@ -1,4 +1,4 @@
-"""Medians, the operations of a step, and the table: plain numbers, no model."""
+"""Medians, the operation count of a step, and the table: plain numbers, no model."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles (the middle half lies between them).
+    """Compute the median and the quartiles (the middle half lies between them).
 
     >>> spread([4.0, 1.0, 2.0, 3.0, 9.0])
     {'median': 3.0, 'q1': 2.0, 'q3': 4.0, 'n': 5}
@@ -18,7 +18,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Spread of the ratios of pairs: what slows one member of a pair slows the other, so it cancels.
+    """Compute the spread of the ratios of pairs; a slowdown that hits both members of a pair cancels.
 
     >>> ratios([6.0, 9.0, 40.0], [2.0, 3.0, 10.0])
     {'median': 3.0, 'q1': 3.0, 'q3': 3.5, 'n': 3}
@@ -28,7 +28,7 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
 
 @dataclass
 class ModelShape:
-    """The sizes of a Llama-like model that decide how much there is to compute."""
+    """The sizes of a Llama-like model that determine its operation count."""
 
     layers: int
     hidden: int
@@ -42,22 +42,22 @@ class ModelShape:
 def step_operations(
     shape: ModelShape, own_lengths: Sequence[int], prefix: int, supervised: int, rank: int
 ) -> dict[str, int]:
-    """Multiplications and additions that a training step of a packed batch needs, adapter on k_proj and v_proj.
+    """Count the multiplications and additions of a training step on a packed batch, adapter on k_proj and v_proj.
 
-    A product of (T, in) and (in, out) is 2 * T * in * out. With T the tokens of the packed batch (`prefix`, and
-    `own_lengths` of the rows), P the weights of the decoder's linear layers and K the supervised tokens:
+    A product of (T, in) and (in, out) is 2 * T * in * out. T is the number of tokens of the packed batch (`prefix`,
+    and `own_lengths` of the rows), P that of weights in the decoder's linear layers, K that of supervised tokens:
 
-        linear     forward 2 P T; backward 2 P T for the gradient at the inputs. The weights are frozen and need none;
-                   nor do the inputs of the first layer's q, k and v, which are embeddings
-        attention  a query and a key that it sees: 2 * heads * head_width for the score, as much for the values;
-                   backward twice that. Only pairs that are seen: causal, and no row sees another
+        linear     forward 2 P T; backward 2 P T for the gradient of the inputs. The weights are frozen and need no
+                   gradient; neither do the inputs of the first layer's q, k and v, which are embeddings
+        attention  for a query and a key that it sees, 2 * heads * head_width for the score and as much for the values;
+                   backward twice that. Counts only visible pairs: causal, and no row sees another
         head       2 K hidden vocabulary forward, as much backward; only the supervised tokens have logits
-        adapter    of each layer's k and v: 2 T rank (in + out) forward; backward as much for the weights, and again
-                   for the input, but in the first layer
+        adapter    for each layer's k and v, 2 T rank (in + out) forward; backward as much for the weights, and again
+                   for the input, except in the first layer
 
-    What is not counted (DoRA's norms, normalisation, rotary embedding, softmax, optimizer) is work too, so the share
-    of the machine's rate that follows from the count is a lower bound. Nor is counted what is computed in vain:
-    scores that the mask hides, padding inside attention.
+    DoRA's norms, normalisation, rotary embedding, softmax and optimizer are work too but not counted, so the share of
+    the machine's rate computed from this count is a lower bound. Wasted work (scores that the mask hides, padding
+    inside attention) is not counted either.
     """
     tokens = prefix + sum(own_lengths)
     query_width, key_width = shape.heads * shape.head_width, shape.key_value_heads * shape.head_width
@@ -74,7 +74,7 @@ def step_operations(
 
 
 def format_spread(found: dict[str, float], unit: str = "") -> str:
-    """Median and quartiles as one cell.
+    """Format median and quartiles as one cell.
 
     >>> format_spread({"median": 3.0, "q1": 2.0, "q3": 40.04, "n": 5}, "s")
     '3.00 s [2.00, 40.0]'
@@ -84,7 +84,7 @@ def format_spread(found: dict[str, float], unit: str = "") -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits: 0.123, 1.23, 12.3, 1,230."""
+    """Format a number with three digits: 0.123, 1.23, 12.3, 1,230."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     if abs(value) < 0.001:
@@ -93,7 +93,7 @@ def _short(value: float) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it can be read as text too.
+    """Format a Markdown table, padded so that it is also readable as plain text.
 
     >>> print(format_table(["what", "ours"], [["step", "1.5 s"]]))
     | what | ours  |

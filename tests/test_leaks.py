@@ -77,7 +77,7 @@ def test_the_header_of_weights_is_read_too(folder):
 @pytest.mark.parametrize("name", ["optimizer.pt", ".env", "notes.txt", "adapter/training_args.bin", ".hidden.json"])
 def test_a_file_of_another_kind_is_refused(folder, name):
     (folder / name).write_text("x")
-    assert re.search(rf"{re.escape(name)} is not among the files that are published", refused(folder))
+    assert re.search(rf"{re.escape(name)} is not of a kind that is published", refused(folder))
 
 
 def test_the_values_of_this_machine_are_found_whatever_their_form(folder, tmp_path, monkeypatch):

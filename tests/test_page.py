@@ -177,7 +177,7 @@ def test_a_file_is_uploaded_and_comes_back_labelled(page, model, tmp_dir, tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", b"first,second\n1,2\n", "its columns are first, second. Name one with “Column of the texts”."),
+        ("a.csv", b"first,second\n1,2\n", "its columns are first, second. Name one with “Text column”."),
         ("a.csv", b"id;text\n1;good\n", 'Its fields look separated by a semicolon: give “Delimiter” ";".'),
         ("a.csv", "text\nschön\n".encode("latin-1"), "Give its own by “Encoding”, such as latin-1 or cp1252."),
         ("a.parquet", b"PAR1", "a.parquet is not readable Parquet"),
@@ -221,7 +221,7 @@ def test_a_run_that_was_not_measured_has_a_page_and_a_damaged_record_none(model,
     with pytest.raises(InputError, match=r"test\.json"):
         about_run(str(run))
     record.unlink()
-    assert about_run(str(run))["notes"] == ["It was not measured yet."]
+    assert about_run(str(run))["notes"] == ["It has not been evaluated yet."]
 
 
 def test_a_file_without_texts_is_answered_with_its_columns(page, tmp_path):
@@ -277,7 +277,7 @@ def test_the_browser_alone_answers_as_the_model_does(browser, hub, model, scheme
     page = browser.new_page(color_scheme=scheme)
     page.route(f"{CDN}**", from_npm)
     page.goto(f"{hub}?model=owner/small&host={hub}")
-    page.get_by_text("Ready. It answers with negative, neutral, positive").wait_for(timeout=180_000)
+    page.get_by_text("Ready. It answers every text with one of negative, neutral, positive").wait_for(timeout=180_000)
     found = []
     for row in rows:
         page.get_by_label("Text").fill(row["text"])
@@ -302,10 +302,10 @@ def test_an_answer_that_is_no_label_is_shown_as_such(browser, hub):
     body = json.dumps({**other, "max_new_tokens": 3})
     page.route("**/task.json", lambda route: route.fulfill(body=body, content_type="application/json"))
     page.goto(f"{hub}?model=owner/small&host={hub}")
-    page.get_by_text("Ready. It answers with yes, no").wait_for(timeout=180_000)
+    page.get_by_text("Ready. It answers every text with one of yes, no").wait_for(timeout=180_000)
     page.get_by_label("Text").fill("a good day")
     page.get_by_role("button").click()
-    page.get_by_text(re.compile("It answered “.*”, which is none of its labels")).wait_for(timeout=60_000)
+    page.get_by_text(re.compile("It answered “.*”, which is not one of its labels")).wait_for(timeout=60_000)
     assert page.locator("output").inner_text() == "no label"
     page.close()
 
@@ -314,7 +314,7 @@ def test_a_library_that_cannot_be_loaded_is_said(browser, hub):
     page = browser.new_page()
     page.route(f"{CDN}**", lambda route: route.abort())
     page.goto(f"{hub}?model=owner/small&host={hub}")
-    page.get_by_text("It failed: transformers.js cannot be loaded from cdn.jsdelivr.net").wait_for(timeout=30_000)
+    page.get_by_text("Error: transformers.js could not be loaded from cdn.jsdelivr.net").wait_for(timeout=30_000)
     page.close()
 
 
@@ -330,7 +330,7 @@ def from_npm(route: Any) -> None:
     ("query", "said"),
     [
         ("", "Name a model in the address: ?model=owner/name"),
-        ("?model=owner/none&host={hub}", "It failed: owner/none has no task.json"),
+        ("?model=owner/none&host={hub}", "Error: owner/none has no task.json"),
     ],
 )
 @pytest.mark.skipif(not (NPM / ".done").is_file(), reason="`make .npm/.done` fetches transformers.js")

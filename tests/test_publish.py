@@ -237,7 +237,7 @@ def test_a_repository_in_which_another_file_lies_than_was_sent_is_not_called_pub
         said = trained.run(str(PUSH), "--hub_model_id", f"{REPO}-2", *ANYHOW, ok=False)
     finally:
         trained.hub.tampered.clear()
-    assert "does not hold what runs/llm-course-hw3-dora/publish does: config.json. Do not use it" in said
+    assert "does not match runs/llm-course-hw3-dora/publish: config.json. Do not use it" in said
     assert "Published" not in said
     record = json.loads((trained.folder / "runs/llm-course-hw3-dora/publish.json").read_text())
     assert record["read_back"] is None and record["published"]["repo_id"] == f"{REPO}-2"
@@ -246,7 +246,7 @@ def test_a_repository_in_which_another_file_lies_than_was_sent_is_not_called_pub
 def test_the_adapter_alone_is_published_and_its_card_is_true(trained: Desk):
     repo_id = f"{REPO}-adapter"
     said = trained.run(str(PUSH), "--adapter_only", "true", "--hub_model_id", repo_id, *ANYHOW)
-    assert "Saved the adapter and loaded again: 24 of 24 answers equal" in said
+    assert "Saved the adapter and reloaded: 24 of 24 answers equal" in said
     assert "24 of 24 answers equal, largest logit difference 0.0e+00." in said.split("Read back")[1]
     files = trained.hub.store.repositories["models", repo_id].commit_of("main").files
     assert {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"} < set(files)
@@ -324,14 +324,14 @@ def refused(push: Callable, *words: str) -> str:
 def test_the_same_command_again_publishes_nothing_new(push, trained: Desk):
     assert "Published: " in push(f"{REPO}-twice")
     again = push(f"{REPO}-twice")
-    assert "Nothing to publish, it is there already: " in again and "Read back from an empty cache: " in again
+    assert "Nothing to publish, the Hub already holds it: " in again and "Read back from an empty cache: " in again
     assert len(trained.history(f"{REPO}-twice")) == 2
 
 
 def test_a_private_repository_is_read_back_with_the_token(push, trained: Desk):
     assert "4 of 4 answers equal" in push(f"{REPO}-private", "--private", "true").split("Read back")[1]
     assert trained.hub.store.repositories["models", f"{REPO}-private"].private
-    assert "is public already" in refused(push, f"{REPO}-twice", "--private", "true")
+    assert "is already public" in refused(push, f"{REPO}-twice", "--private", "true")
 
 
 def test_tag_and_branch_are_those_that_were_asked_for(push, trained: Desk):
@@ -386,13 +386,17 @@ def test_an_upload_that_broke_is_gone_on_with_by_the_same_command(push, trained:
 @pytest.mark.parametrize(
     ("change", "flags", "message"),
     [
-        (lambda hub: hub.card_errors.append('"license" must be one of'), (), "the Hub refuses the card's metadata: "),
+        (lambda hub: hub.card_errors.append('"license" must be one of'), (), "the Hub rejects the card's metadata: "),
         (lambda hub: hub.faults.append(Fault("POST /api/validate-yaml", 503, times=99)), (), "could not be asked"),
-        (lambda hub: hub.tokens.update({TOKEN: User(REPO.split("/")[0], "read")}), (), "may only read"),
-        (lambda hub: hub.tokens.clear(), (), "does not take the token"),
+        (lambda hub: hub.tokens.update({TOKEN: User(REPO.split("/")[0], "read")}), (), "is read-only"),
+        (lambda hub: hub.tokens.clear(), (), "rejected the token"),
         (lambda hub: hub.faults.append(Fault("GET .*/whoami-v2", 429, times=9)), (), "hit the rate limit for the"),
-        (lambda hub: hub.tokens.update({TOKEN: User("bob")}), (), "bob cannot make it"),
-        (lambda hub: hub.faults.append(Fault("GET /api/models/", 403, times=99)), (), "the Hub says of "),
+        (lambda hub: hub.tokens.update({TOKEN: User("bob")}), (), "bob cannot create it"),
+        (
+            lambda hub: hub.faults.append(Fault("GET /api/models/", 403, times=99)),
+            (),
+            "the Hub could not be asked about ",
+        ),
         (lambda hub: None, ("--license", "apache"), "the Hub knows no licence 'apache'"),
         (lambda hub: None, ("--hub_model_id", "model"), "--hub_model_id is 'model'; expected owner/name."),
         (lambda hub: None, ("--adapter_only", "true", "--dtype", "bfloat16"), "leave --dtype bfloat16 out"),
@@ -421,7 +425,7 @@ def test_an_adapter_alone_has_no_repository_by_default(push):
 
 def test_too_little_room_is_said_before_the_merge(push, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 1000))
-    assert "are needed for the model. Free disk space" in refused(push, f"{REPO}-never")
+    assert " GB. Free disk space" in refused(push, f"{REPO}-never")
     assert not (tmp_path / "publish").exists()
 
 
@@ -447,7 +451,7 @@ def test_the_page_is_published_beside_the_model_and_gives_its_labels(trained: De
     space = trained.hub.store.repositories["spaces", SPACE]
     head = space.commit_of("main")
     assert f"Published the page: {trained.hub.endpoint}/spaces/{SPACE}/commit/{head.oid}" in said
-    assert "Read back: its files are equal by hash, and it gives the model's labels." in said
+    assert "Read back: the file hashes match, and the page gives the model's labels." in said
     assert [commit.title for commit in space.history("main")] == [f"Page for {REPO}-page", "initial commit"]
     assert {"README.md", "app.py", "space.json", "requirements.txt", "tweetdora/classifier.py"} < set(head.files)
     record = json.loads((trained.folder / "runs/llm-course-hw3-dora/publish.json").read_text())
@@ -466,7 +470,7 @@ def test_the_page_is_published_beside_the_model_and_gives_its_labels(trained: De
     here = (ROOT / "requirements.txt").read_text()
     assert "torch" in pins and all(f"{name}=={version}" in here for name, version in pins.items())
 
-    assert "The page is there already" in trained.run(*words)
+    assert "The page is already up to date" in trained.run(*words)
     assert space.commit_of("main").oid == head.oid
 
 
@@ -478,21 +482,21 @@ def test_a_page_that_fails_is_said_beside_the_model_that_is_published(push, trai
         f"the model is published and checked ({trained.hub.endpoint}/{REPO}-half/commit/{head}); its page is not: "
         f"pushing to {SPACE}-half failed: "
     )
-    assert said.endswith("The same command again commits no model twice.")
+    assert said.endswith("Run the same command again; it does not commit the model twice.")
 
 
 def test_somebodys_other_app_is_left_alone(trained: Desk):
     trained.hub.store.upload("spaces", f"{SPACE}-2", {"app.py": b"print('mine')", "README.md": b"# Mine"})
     words = ("--hub_model_id", f"{REPO}-other", "--space", f"{SPACE}-2", *ANYHOW)
     said = trained.run(str(PUSH), *words, ok=False)
-    assert f"--space {SPACE}-2 holds another app (app.py). Give another name." in said
+    assert f"--space {SPACE}-2 holds another app (app.py). Choose another name." in said
     assert ("models", f"{REPO}-other") not in trained.hub.store.repositories, "found before any work"
 
 
 def test_a_dry_run_builds_the_page_and_checks_it(trained: Desk):
     said = trained.run(str(PUSH), "--space", SPACE, "--dry_run", "true", "--output_dir", "dry")
     folder = trained.folder / "runs/llm-course-hw3-dora/space"
-    assert "/space, which gives the model's labels for its examples" in said and (folder / "app.py").is_file()
+    assert "/space, checked: it gives the model's labels for its examples" in said and (folder / "app.py").is_file()
     assert not list(folder.rglob("*.pyc")), "what its check leaves would be pushed"
     (folder / "app.py").write_text("raise SystemExit('broken')")
     with pytest.raises(VerificationError, match="the page's own check failed: broken; expected "):
@@ -504,7 +508,7 @@ def test_a_dry_run_builds_the_page_and_checks_it(trained: Desk):
 
 def test_a_folder_of_another_kind_is_not_replaced_by_a_page(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="is no Space that was built here"):
+    with pytest.raises(InputError, match="is not an earlier build of a Space"):
         check_space_dir(str(tmp_path))
     (tmp_path / "space.json").write_text("{}")
     check_space_dir(str(tmp_path))

@@ -97,14 +97,14 @@ def test_nothing_is_changed_by_looking(hub):
     ("token", "message"),
     [
         (None, "no Hub token: run `hf auth login` or set HF_TOKEN"),
-        ("hf_wrong", "the Hub does not take the token, or cannot be reached: Invalid user token. Log in"),
+        ("hf_wrong", "the Hub rejected the token, or cannot be reached: Invalid user token. Log in"),
         (
             READER,
-            "the Hub token of acme may only read. Make one with write access at http://127.0.0.1:[0-9]+/settings",
+            "the Hub token of acme is read-only. Create one with write access at http://127.0.0.1:[0-9]+/settings",
         ),
         (
             OTHER,
-            "acme/model does not exist, and bob cannot make it: acme is neither bob nor one of",
+            "acme/model does not exist, and bob cannot create it: acme is neither bob nor one of",
         ),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_token_that_cannot_do_it_is_said_before_any_work(hub, monkeypatch, tok
 
 def test_a_hub_that_cannot_be_reached_is_said(hub, monkeypatch):
     log_in(monkeypatch, hub, OWNER, endpoint="http://127.0.0.1:9")
-    assert refused(inspect_repo, REPO, config()).startswith("the Hub does not take the token, or cannot be reached: ")
+    assert refused(inspect_repo, REPO, config()).startswith("the Hub rejected the token, or cannot be reached: ")
 
 
 def test_without_write_access_the_remedies_are_named(hub, monkeypatch):
@@ -130,14 +130,14 @@ def test_without_write_access_the_remedies_are_named(hub, monkeypatch):
 def test_a_private_repository_of_someone_else_looks_like_none(hub, monkeypatch):
     hub.store.upload("models", REPO, {}, private=True)
     log_in(monkeypatch, hub, OTHER)
-    assert "acme/model does not exist, and bob cannot make it" in refused(inspect_repo, REPO, config())
+    assert "acme/model does not exist, and bob cannot create it" in refused(inspect_repo, REPO, config())
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"private": True}, "--private true, but acme/model is public already"),
-        ({"tag": "v1"}, "--tag v1 is there already in acme/model"),
+        ({"private": True}, "--private true, but acme/model is already public"),
+        ({"tag": "v1"}, "--tag v1 already exists in acme/model"),
     ],
 )
 def test_what_contradicts_the_repository_is_refused(hub, settings, message):
@@ -148,12 +148,12 @@ def test_what_contradicts_the_repository_is_refused(hub, settings, message):
 
 
 def test_a_pull_request_needs_a_repository(hub):
-    assert "there is no acme/model on the Hub" in refused(inspect_repo, REPO, config(create_pr=True))
+    assert "acme/model does not exist on the Hub" in refused(inspect_repo, REPO, config(create_pr=True))
 
 
 @pytest.mark.parametrize("name", ["acme/mo del", "acme/model--x", "acme/-model", "acme/model.git"])
 def test_a_name_that_is_none_is_refused_without_asking(hub, name):
-    assert refused(inspect_repo, name, config()).startswith(f"--hub_model_id {name} is no name of a repository")
+    assert refused(inspect_repo, name, config()).startswith(f"--hub_model_id {name} is not a valid repository name")
     assert hub.requests == []
 
 
@@ -168,7 +168,7 @@ def test_an_adapter_does_not_take_a_whole_models_place(hub):
 def test_too_little_space_is_said_with_what_is_needed(tmp_path):
     check_free_space(str(tmp_path / "not" / "yet" / "there"), 1)
     said = refused(check_free_space, str(tmp_path), 10**18)
-    assert said.startswith(f"{tmp_path} has ") and "1000000000.0 GB are needed" in said
+    assert said.startswith(f"{tmp_path} has ") and "the model needs 1000000000.0 GB" in said
 
 
 # The commit
@@ -243,7 +243,7 @@ def test_a_tag_names_the_commit(hub, folder):
     published = publish(folder, inspect_repo(REPO, config()), "better", False)
     add_tag(published, "v1")
     assert hub.store.repositories["models", REPO].refs["refs/tags/v1"] == published.commit
-    assert "is published, but --tag v1 could not be put on it" in refused(add_tag, published, "v1")
+    assert "is published, but could not be tagged with --tag v1" in refused(add_tag, published, "v1")
 
 
 def test_the_same_command_with_a_tag_goes_on_where_it_was_interrupted(hub, folder):
@@ -255,7 +255,7 @@ def test_the_same_command_with_a_tag_goes_on_where_it_was_interrupted(hub, folde
     assert (again.changed, again.commit) == (False, published.commit)
     Path(folder, "README.md").write_text("---\nlicense: mit\n---\nother\n")
     said = refused(publish, folder, repo, "better", False)
-    assert said.startswith(f"--tag v1 is there already in {REPO}, on another commit; give another")
+    assert said.startswith(f"--tag v1 already exists in {REPO}, on another commit. Choose another")
     assert history(hub)[0] == "better" and files_of(hub) == sorted([".gitattributes", *FILES])
 
 
@@ -299,7 +299,7 @@ def test_two_publishers_at_once_do_not_overwrite_one_another(hub, folder, tmp_pa
     other = write(tmp_path / "other", {"config.json": "the other one's"})
     publish(other, inspect_repo(REPO, config()), "first", False)
     said = refused(publish, folder, target, "second", False)
-    assert "someone else committed" in said and "Nothing of yours was published" in said
+    assert "someone else committed" in said and "nothing of yours was published" in said
     assert history(hub) == ["first", "Upload", "initial commit"]
 
 
@@ -308,8 +308,8 @@ def test_a_hub_that_falls_silent_leaves_the_question_open_in_words(hub, folder):
     target = inspect_repo(REPO, config())
     hub.faults = [Fault("POST .*/commit/", drop=True), Fault(f"GET /api/models/{REPO}", 403, times=99)]
     said = refused(publish, folder, target, "better", False)
-    assert "the answer to the commit was lost" in said and "the Hub does not say what it holds" in said
-    assert "the same command again commits nothing twice" in said
+    assert "the Hub's reply to the commit was lost" in said and "the Hub does not say what it holds" in said
+    assert "run the same command again; it commits nothing twice" in said
     hub.faults = []
     assert not publish(folder, inspect_repo(REPO, config()), "better", False).changed
 
@@ -325,7 +325,7 @@ def test_a_final_refusal_is_not_tried_again(hub, folder, status):
 def test_a_card_that_the_hub_refuses_is_no_commit(hub, folder):
     hub.card_errors.append("license must be one of ...")
     said = refused(publish, folder, inspect_repo(REPO, config()), "better", False)
-    assert "the Hub refuses it" in said and "license must be one of" in said
+    assert "the Hub rejects it" in said and "license must be one of" in said
     assert history(hub) == ["initial commit"]
 
 

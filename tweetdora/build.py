@@ -1,6 +1,6 @@
-"""The publishable folder: merged model or adapter alone, saved, loaded again and compared.
+"""Build the publishable folder: save the merged model or the adapter alone, reload it, and compare the outputs.
 
-publish.py takes it to the Hub.
+publish.py pushes the folder to the Hub.
 """
 
 import json
@@ -45,46 +45,44 @@ from tweetdora.records import (
     write_record,
 )
 
-# The merge is a sum in float32 either way; what differs is the order of the sums.
+# Merged or not, the model computes the same sums in float32; only their order differs.
 MAX_LOGIT_DIFFERENCE = 1e-2
 _EXAMPLES_AT_ONCE = 32
-MIN_EQUAL_GENERATIONS = 0.9  # for weights in half precision, whose answers may differ here and there
-# A folder that holds these, and an adapter in one of the two places, was built here.
-_CARD, _CURVES = "README.md", ("plots/training.png", "figures/training.png")  # the second: until record version 2
+MIN_EQUAL_GENERATIONS = 0.9  # for weights in half precision, where a few answers may differ
+# A folder with the card, a training plot, and an adapter in one of the two places is an earlier build.
+_CARD, _CURVES = "README.md", ("plots/training.png", "figures/training.png")  # the second until record version 2
 _ADAPTER_FILES = ("adapter/adapter_config.json", "adapter_config.json")
 
 
 def check_output_dir(folder: str, run_dir: str) -> None:
-    """Refuse a folder that a build must not replace; everything that is in it would go.
+    """Refuse a folder that a build must not replace, because everything in it would be lost.
 
     Raises:
-        InputError: it is a file, holds the run or the working folder, or holds something that was not built here.
+        InputError: It is a file, holds the run or the working folder, or holds anything but an earlier build.
     """
     path = os.path.realpath(folder)
     for kept, what in ((run_dir, "the run folder"), (os.getcwd(), "the working folder")):
         if os.path.commonpath([path, os.path.realpath(kept)]) == path:
-            raise InputError(f"--output_dir {folder} is {what} or holds it; give the build a folder of its own.")
+            raise InputError(f"--output_dir {folder} is {what} or contains it. Choose a separate folder.")
     if os.path.isfile(path):
-        raise InputError(f"--output_dir {folder} is a file; give a folder.")
+        raise InputError(f"--output_dir {folder} is a file. Choose a folder.")
     found = os.listdir(path) if os.path.isdir(path) else []
 
     def has(name: str) -> bool:
-        """Whether the folder holds the file."""
+        """True if the folder holds the file."""
         return os.path.isfile(os.path.join(path, name))
 
     built_here = has(_CARD) and any(map(has, _CURVES)) and any(map(has, _ADAPTER_FILES))
     if found and (not built_here or ".git" in found):
         raise InputError(
-            f"{folder} would be replaced, but is no earlier build of push_to_hub.py: it holds "
-            f"{', '.join(sorted(found)[:5])}. Give another --output_dir, or empty the folder yourself."
+            f"{folder} would be replaced, but it is not an earlier build of push_to_hub.py: it holds "
+            f"{', '.join(sorted(found)[:5])}. Choose another --output_dir, or empty the folder yourself."
         )
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model made of some examples: for each the logits of the first new token, float32 of shape (V,), and the
-    text that it generated.
-    """
+    """A model's outputs, one per example: the logits of the first new token, float32 (V,), and the generation."""
 
     logits: list[torch.Tensor]
     generations: list[str]
@@ -92,7 +90,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the saved model made of some examples: what is loaded from the Hub later must do the same."""
+    """The saved model's outputs on some examples, and their inputs; the model on the Hub must reproduce them."""
 
     examples: Examples
     task: TaskConfig
@@ -105,11 +103,14 @@ class Reference:
 def build_model(
     run_dir: str, run: RunRecord, examples: Examples, config: PushConfig, device: torch.device, folder: str
 ) -> tuple[Comparison, Reference]:
-    """Save the merged model, or the adapter alone, to `folder`, load that again and compare; what the check saw.
+    """Save the merged model, or the adapter alone, to `folder`, reload it, and compare it with base and adapter.
+
+    Returns:
+        The result of the comparison, and the reloaded model's outputs.
 
     Raises:
-        InputError: the base is another one.
-        VerificationError: what was saved does not answer as base and adapter do.
+        InputError: The base is not the run's base model.
+        VerificationError: The saved model's outputs differ from those of base and adapter.
     """
     task, name, revision = run.task, run.base_model.name_or_path, run.base_model.revision
     adapter_dir = os.path.join(run_dir, ADAPTER_DIR)
@@ -120,7 +121,7 @@ def build_model(
     base = load_base(name, revision, torch.float32, device)
     if (identity := base_identity(base, name, revision)) != run.base_model:
         raise InputError(
-            f"{name} is not the base model of this run: found {asdict(identity)}, expected {asdict(run.base_model)}."
+            f"{name} is not this run's base model: found {asdict(identity)}, expected {asdict(run.base_model)}."
         )
     with_adapter = load_adapter(base, adapter_dir)
     expected = logits_and_generations(with_adapter, tokenizer, prompt_tokenizer, examples, task, run.max_new_tokens)
@@ -142,7 +143,7 @@ def build_model(
 
 
 def write_task(folder: str, run: RunRecord) -> None:
-    """Write task.json: what the model was trained to do. Local folders in it lose what only this machine has."""
+    """Write task.json: what the model was trained to do. Absolute paths of this machine are shortened."""
     name = without_folders(run.task.dataset_name)
     task = replace(run.task, dataset_name=name, dataset_revision=run.train_data.revision)
     shares = label_shares(run.train_data, task.label_words, task.balance_labels)
@@ -152,14 +153,14 @@ def write_task(folder: str, run: RunRecord) -> None:
 def load_vanilla(
     name_or_path: str, adapter_only: bool, device: torch.device, **where: Any
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel | PeftModel]:
-    """Tokenizer and model as any user loads them: nothing of ours takes part in making the model or the prompt.
+    """Load tokenizer and model as any user does, without this project's code.
 
-    `where` goes to from_pretrained: revision, cache_dir.
+    `where` is passed to from_pretrained: revision, cache_dir.
     """
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
     model: Any
     if adapter_only:
-        # In float32, as the adapter was measured, whatever format the base is stored in.
+        # In float32, as the adapter was measured, regardless of the base's stored dtype.
         model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32, **where)
     else:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **where)
@@ -174,7 +175,7 @@ def logits_and_generations(
     task: TaskConfig,
     max_new_tokens: int,
 ) -> Outputs:
-    """For each example the logits of the first new token, and what is generated greedily."""
+    """Return, for each example, the logits of the first new token and the greedy generation."""
     prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
     logits: list[torch.Tensor] = []
     for start in range(0, len(prompts), _EXAMPLES_AT_ONCE):
@@ -201,10 +202,12 @@ def logits_and_generations(
 def check_prompts(
     tokenizer: PreTrainedTokenizerBase, prompt_tokenizer: PromptTokenizer, examples: Examples, task: TaskConfig
 ) -> None:
-    """The saved chat template must give a user the token ids that the model was trained with.
+    """Check that the saved chat template gives a user the token ids that the model was trained with.
+
+    Texts that spell special tokens or are truncated are left out.
 
     Raises:
-        VerificationError: it does not, for an ordinary text.
+        VerificationError: It gives different ids.
     """
     prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
     for text, prompt in zip(examples.texts, prompts, strict=True):
@@ -213,18 +216,18 @@ def check_prompts(
             rendered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             if rendered["input_ids"] != prompt:
                 raise VerificationError(
-                    f"the saved chat template gives other token ids than training used for the text {text!r}; "
-                    "the published model would not see the prompt that it was tuned on."
+                    f"for the text {text!r}, the saved chat template gives different token ids from training, "
+                    "so the published model would not see the prompt that it was tuned on."
                 )
 
 
 def compare_outputs(expected: Outputs, found: Outputs) -> Comparison:
-    """How far the outputs of two models for the same examples are apart."""
+    """Compare the outputs of two models on the same examples."""
     pairs = zip(expected.logits, found.logits, strict=True)
     return Comparison(
         num_examples=len(expected.generations),
         equal_generations=sum(a == b for a, b in zip(expected.generations, found.generations, strict=True)),
-        # Of NaN and a number, max() takes whichever comes first; torch's keeps the NaN.
+        # torch's max() propagates NaN. Python's returns NaN or the number, depending on their order.
         max_logit_difference=torch.stack([(a - b).abs().max() for a, b in pairs]).max().item(),
     )
 
@@ -233,7 +236,7 @@ def check_saved(expected: Outputs, found: Outputs, dtype: str) -> Comparison:
     """Compare the saved model with base and adapter.
 
     Raises:
-        VerificationError: more than rounding lies between the two.
+        VerificationError: They differ by more than rounding.
     """
     check = compare_outputs(expected, found)
     difference, equal, count = check.max_logit_difference, check.equal_generations, check.num_examples
@@ -241,14 +244,14 @@ def check_saved(expected: Outputs, found: Outputs, dtype: str) -> Comparison:
     too_far = difference > MAX_LOGIT_DIFFERENCE or equal < count if exact else equal < MIN_EQUAL_GENERATIONS * count
     if too_far or difference != difference:
         raise VerificationError(
-            f"the saved {dtype} model is not the adapter model: logits differ by up to {difference:.3g}, {equal} of "
-            f"{count} answers are equal. Nothing was published."
+            f"the saved {dtype} model does not match base and adapter: logits differ by up to {difference:.3g}, and "
+            f"{equal} of {count} answers are equal. Nothing was published."
         )
     return check
 
 
 def format_check(check: Comparison) -> str:
-    """How like the two models answered."""
+    """Format a comparison as one line."""
     return (
         f"{check.equal_generations} of {check.num_examples} answers equal, largest logit difference "
         f"{check.max_logit_difference:.1e}."
@@ -256,7 +259,7 @@ def format_check(check: Comparison) -> str:
 
 
 def copy_adapter(adapter_dir: str, folder: str, base_name: str, base_revision: str | None) -> None:
-    """Copy the adapter's two files; its settings name the base as the card does, not by a path of this machine."""
+    """Copy the adapter's two files, and name the base in its config as the card does, not by a local path."""
     os.makedirs(folder, exist_ok=True)
     shutil.copy2(os.path.join(adapter_dir, ADAPTER_WEIGHTS), folder)
     settings = read_json(os.path.join(adapter_dir, "adapter_config.json"))
@@ -266,7 +269,7 @@ def copy_adapter(adapter_dir: str, folder: str, base_name: str, base_revision: s
 
 
 def draw_plots(folder: str, name: str, result: TrainingResult, evaluation: EvaluationRecord) -> None:
-    """Draw the plots that the card shows, from the records that its numbers are from."""
+    """Draw the card's plots from the records that its numbers come from."""
     plots = os.path.join(folder, "plots")
     os.makedirs(plots)
     plot_training(result.log_history, os.path.join(plots, "training.png"), name)
@@ -280,12 +283,12 @@ def draw_plots(folder: str, name: str, result: TrainingResult, evaluation: Evalu
 
 @contextmanager
 def staged_folder(folder: str) -> Iterator[str]:
-    """A new folder beside `folder`, to be filled; it takes its place at the end, and a failure leaves the old one."""
-    folder = os.path.realpath(folder)  # "publish/" + ".part" would lie inside it
+    """Yield a new folder next to `folder`, which replaces it at the end; after a failure, the old one stays."""
+    folder = os.path.realpath(folder)  # drops a trailing slash: "publish/" + ".part" would be inside the folder
     beside, old = f"{folder}.{os.getpid()}.part", f"{folder}.{os.getpid()}.old"
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(beside)
-    with ExitStack() as on_failure:  # an interrupt included
+    with ExitStack() as on_failure:  # including an interrupt
         on_failure.callback(shutil.rmtree, beside, ignore_errors=True)
         yield beside
         on_failure.pop_all()

@@ -1,4 +1,4 @@
-"""The published model in other formats: written, loaded again by the engine that they are for, and compared."""
+"""Convert the merged model to other formats, load each in its engine, and compare the answers."""
 
 import logging
 import os
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def check_conversions(config: PushConfig, architecture: str) -> None:
-    """Look before any work whether the other formats that are asked for can be written here.
+    """Check, before any work, that the requested formats can be written here.
 
     Raises:
-        InputError: says what is missing.
+        InputError: Something is missing; the message says what.
     """
     if config.gguf != "none":
         check_converter(config.llama_cpp, architecture)
@@ -30,20 +30,20 @@ def check_conversions(config: PushConfig, architecture: str) -> None:
 
 
 def check_gguf(prompts: PromptTokenizer, system_prompt: str, texts: Sequence[str]) -> None:
-    """Look before any work whether the prompt can be in a Modelfile, and some of the texts can be compared.
+    """Check, before any work, that a Modelfile can hold the prompt and that some of the texts can be compared.
 
     Raises:
-        InputError: says why not.
+        InputError: One of the two is not possible.
     """
     modelfile("model.gguf", prompts.format, system_prompt, 1)
     if not any(_comparable(prompts, texts)):
         raise InputError(
-            "--gguf: all examples spell special tokens or are truncated, so that none can be compared. Leave it out."
+            "--gguf: all examples spell special tokens or are truncated, so none can be compared. Leave --gguf out."
         )
 
 
 def _comparable(prompts: PromptTokenizer, texts: Sequence[str]) -> list[bool]:
-    """For each text whether llama.cpp sees what we see: it reads special tokens as such, and truncates nothing."""
+    """For each text, True if llama.cpp sees our prompt: it parses special tokens and truncates nothing."""
     lengths = map(len, prompts.prompt_ids(texts)[0])
     return [
         prompts.is_plain(text) and length < prompts.max_prompt_length
@@ -54,10 +54,10 @@ def _comparable(prompts: PromptTokenizer, texts: Sequence[str]) -> list[bool]:
 def convert(
     folder: str, name: str, config: PushConfig, reference: Reference
 ) -> tuple[list[Conversion], Exception | None]:
-    """Write the formats that are asked for into the merged model's folder, and compare their answers with its own.
+    """Write the requested formats into the merged model's folder, and compare their answers with the model's.
 
-    The second value says what went wrong: a converter failed, or what it wrote answers otherwise. The folder holds
-    nothing of a format that failed, and the merged model is as it was.
+    The second value is the error if a converter failed or its model answers differently, else None. The files of a
+    failed format are removed, and the merged model is unchanged.
     """
     found: list[Conversion] = []
     before = set(_files(folder))
@@ -71,7 +71,7 @@ def convert(
             write_onnx(folder)
             found += [_compare_onnx(folder, kind, config.dtype, reference) for kind in FILES]
             declare_onnx(folder)
-    except Exception as error:  # an engine's own too: the merged model must not be lost by it
+    except Exception as error:  # also an engine's own errors: they must not cost the merged model
         for path in set(_files(folder)) - before:
             os.remove(path)
         return [one for one in found if os.path.isfile(os.path.join(folder, one.file))], error
@@ -112,24 +112,26 @@ def _compare_onnx(folder: str, kind: str, dtype: str, reference: Reference) -> C
     if kind == "float32":
         pairs = zip(logits, reference.outputs.logits, strict=True)
         difference = torch.stack([(torch.from_numpy(a) - b).abs().max() for a, b in pairs]).max().item()
-        # A model that is published in half a precision computes in it, and its logits are rounded.
+        # The logits of a model that is published in half precision are rounded.
         too_far = difference > MAX_LOGIT_DIFFERENCE and dtype == "float32"
         if too_far or difference != difference:
-            raise VerificationError(f"{file} is not the published model: logits differ by up to {difference:.3g}.")
+            raise VerificationError(
+                f"{file} does not match the merged model: logits differ by up to {difference:.3g}."
+            )
     return _checked(Conversion(f"ONNX {kind}", file, engine, len(answers), equal))
 
 
 def _checked(found: Conversion) -> Conversion:
     if found.equal_generations < MIN_EQUAL_GENERATIONS * found.num_examples:
         raise VerificationError(
-            f"{found.file} does not answer as the published model does: {found.equal_generations} of "
+            f"{found.file} answers differently from the merged model: {found.equal_generations} of "
             f"{found.num_examples} answers are equal in {found.engine}."
         )
     return found
 
 
 def format_conversions(found: list[Conversion]) -> str:
-    """What was written and compared, in lines for a person."""
+    """Summarize the conversions, one line for each."""
     return "".join(
         f"{one.format}: {one.file}, {one.equal_generations} of {one.num_examples} answers equal in {one.engine}\n"
         for one in found

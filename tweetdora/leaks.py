@@ -1,4 +1,4 @@
-"""What may leave the machine: a closed list of kinds of file, and in them no secret and no trace of the machine."""
+"""Check a folder before it leaves the machine: only allowed kinds of file, no secrets, no trace of the machine."""
 
 import getpass
 import json
@@ -14,7 +14,8 @@ from tweetdora.errors import InputError
 
 _KINDS = (".safetensors", ".json", ".md", ".png", ".gguf", ".onnx", ".onnx_data", ".yaml")
 _BY_NAME = ("chat_template.jinja", "Modelfile")
-# Secrets by their form. A W&B key of the old form, 40 hexadecimal digits, looks like a git commit: only by its value.
+# Secrets found by their form. An old W&B key, 40 hexadecimal digits, looks like a git commit, so it is found
+# only by its value or next to its name.
 _FORMS = {
     "a Hugging Face token": r"\b(hf|api_org)_[A-Za-z0-9]{30,}",
     "a W&B key": r"\bwandb_v1_[A-Za-z0-9_]{20,}|(?i:wandb[_ -]?api[_ -]?key\W{1,5}[0-9a-f]{40})",
@@ -24,7 +25,7 @@ _FORMS = {
     "an API key": r"\bsk-[A-Za-z0-9_-]{32,}",
     "a home folder": r"(?<![A-Za-z0-9.])(/home/|/Users/|[A-Za-z]:\\\\?Users\\\\?)[A-Za-z0-9._-]+",
 }
-_SHORTEST_VALUE = 8  # shorter values of .env are words that may stand anywhere
+_SHORTEST_VALUE = 8  # shorter values in .env are words that may occur anywhere
 _COMMON_USERS = (
     "root",
     "user",
@@ -41,10 +42,10 @@ _COMMON_USERS = (
 
 
 def check_contents(folder: str, repo_id: str | None, kinds: tuple[str, ...] = _KINDS) -> None:
-    """Refuse a folder with a file of another kind, or with something that should not be published.
+    """Refuse a folder with a file of another kind, or with content that should not be published.
 
     Raises:
-        InputError: names the file, the line and what is there, not the secret itself.
+        InputError: There is one; the message names the file, the line and the kind of secret, not the secret itself.
     """
     values = known_secrets(os.environ, os.getcwd())
     names = _names_of_the_machine(repo_id)
@@ -54,19 +55,19 @@ def check_contents(folder: str, repo_id: str | None, kinds: tuple[str, ...] = _K
             name = os.path.relpath(path, folder)
             if not file.endswith(kinds) and file not in _BY_NAME or file.startswith("."):
                 raise InputError(
-                    f"{path} is not among the files that are published ({', '.join(kinds)}, "
-                    f"{', '.join(_BY_NAME)}). Remove it, or build the folder anew."
+                    f"{path} is not of a kind that is published ({', '.join(kinds)}, "
+                    f"{', '.join(_BY_NAME)}). Remove it, or rebuild the folder."
                 )
             for line, text in _lines(path):
                 if what := find_secret(text, values, names):
                     raise InputError(
-                        f"{name}, line {line}, holds {what}. Nothing was published. Take it out of the settings, the "
-                        "prompt or the data that it comes from, and build the folder anew."
+                        f"{name}, line {line}, holds {what}. Nothing was published. Remove it from the settings, the "
+                        "prompt or the data that it comes from, and rebuild the folder."
                     )
 
 
 def find_secret(text: str, values: Mapping[str, str], names: Mapping[str, str]) -> str | None:
-    """What in a line should not be published, or None.
+    """Say what in a line should not be published; None if nothing.
 
     >>> find_secret("token: hf_" + "x" * 34, {}, {})
     'a Hugging Face token'
@@ -85,7 +86,7 @@ def find_secret(text: str, values: Mapping[str, str], names: Mapping[str, str]) 
 
 
 def known_secrets(environment: Mapping[str, str], folder: str) -> dict[str, str]:
-    """The secrets of this machine, by what they are: the Hub's and W&B's logins, and the values of .env."""
+    """Collect this machine's secrets, keyed by a description: the Hub's and W&B's logins, and the values in .env."""
     found = {"the Hub token of this machine": get_token() or ""}
     for name in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         found[f"the value of {name}"] = environment.get(name, "")
@@ -95,7 +96,7 @@ def known_secrets(environment: Mapping[str, str], folder: str) -> dict[str, str]
             login = logins.authenticators(host)
             found[f"the password for {host} in .netrc"] = login[2] if login else ""
     except (OSError, netrc.NetrcParseError):
-        pass  # no readable file, no password in it
+        pass  # without a readable file there is no password to look for
     try:
         with open(os.path.join(folder, ".env"), encoding="utf-8") as stream:
             for line in stream:
@@ -108,10 +109,10 @@ def known_secrets(environment: Mapping[str, str], folder: str) -> dict[str, str]
 
 
 def _names_of_the_machine(repo_id: str | None) -> dict[str, str]:
-    """Login name and home folder, unless they say nothing or are public as the repository's owner."""
+    """Return login name and home folder, unless too common to be telling, or public as the repository's owner."""
     try:
         user = getpass.getuser()
-    except (OSError, KeyError):  # a container may have no name for its user
+    except (OSError, KeyError):  # in a container, the user may have no name
         user = ""
     home = os.path.expanduser("~")
     names = {}
@@ -123,7 +124,7 @@ def _names_of_the_machine(repo_id: str | None) -> dict[str, str]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file, numbered from 1; of weights the header, whose entries anyone may read."""
+    """Yield the lines of a file, numbered from 1. For weights, yield the text in their header."""
     if path.endswith(".safetensors"):
         with open(path, "rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
@@ -132,7 +133,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
         fields = gguf.GGUFReader(path).fields.values()
         text = "\n".join(str(field.contents()) for field in fields if field.types == [gguf.GGUFValueType.STRING])
     elif path.endswith(".onnx_data"):
-        text = ""  # weights alone; what names them stands in the .onnx file
+        text = ""  # only weights; their names are in the .onnx file
     else:
         with open(path, "rb") as stream:
             text = stream.read().decode("utf-8", "replace")

@@ -1,8 +1,8 @@
-"""The way of a built folder to the Hub: look first, commit once, read it back.
+"""Push a built folder to the Hub: check first, commit once, read it back.
 
-inspect_repo    before any work: token, rights, name, what is there already
-publish         one commit on top of what was found; after a lost answer look, then decide
-read_back       every file by its hash, and the model itself from an empty cache
+inspect_repo    before any work: check the token, its permissions, the name, and what the repository already holds
+publish         one commit on top of the head that was found; if the Hub's reply is lost, check before retrying
+read_back       compare every file by hash, and load the model itself from an empty cache
 """
 
 import os
@@ -30,13 +30,13 @@ from tweetdora.config import PushConfig
 from tweetdora.errors import HubError, InputError, ResourceError, VerificationError
 from tweetdora.records import Published, ReadBack
 
-# What the Hub's client raises when a server refuses or is not reached; hf_xet raises the built-in ConnectionError.
+# What the Hub's client raises if a server refuses or cannot be reached; hf_xet raises the built-in ConnectionError.
 HUB_ERRORS = (HTTPError, OSError)
-WAITS = (1.0, 2.0, 4.0)  # seconds before a failed commit is tried again
-# Statuses after which the same request can only fail again.
+WAITS = (1.0, 2.0, 4.0)  # seconds before each retry of a failed commit
+# Statuses that are not worth retrying: the same request would fail again.
 _FINAL = (400, 401, 403, 404, 413, 422)
-# What a publish of ours may have left in a repository. Above all a root adapter_config.json: transformers would load
-# base and adapter in place of the merged model.
+# Files that an earlier publish may have left in a repository. The dangerous one is adapter_config.json at the root:
+# transformers would load base and adapter instead of the merged model.
 _OURS = re.compile(
     r"README\.md|model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetensors|chat_template\.jinja"
     r"|(config|generation_config|model\.safetensors\.index|adapter_config|tokenizer|tokenizer_config)\.json"
@@ -48,30 +48,32 @@ _OURS_IN_A_SPACE = re.compile(r"README\.md|app\.py|requirements\.txt|space\.json
 
 @dataclass(frozen=True)
 class HubRepo:
-    """A repository as it was found before the work began."""
+    """A repository as it was before the push."""
 
     repo_id: str
     exists: bool
-    head: str | None = None  # the commit that the new one goes on top of
+    head: str | None = None  # the parent of the new commit
     files: tuple[str, ...] = ()
-    revision: str | None = None  # branch; None: the default one
+    revision: str | None = None  # branch; None for the default one
     create_pr: bool = False
     repo_type: Literal["model", "space"] = "model"
     private: bool = False
-    tag: str | None = None  # the one that is asked for, where the head has it already
+    tag: str | None = None  # the requested tag, if it is already on the head
 
     @property
     def address(self) -> str:
-        """Where a browser finds it, behind the Hub's own address."""
+        """The path of the repository's page, relative to the Hub's address."""
         return f"spaces/{self.repo_id}" if self.repo_type == "space" else self.repo_id
 
 
 def inspect_repo(repo_id: str, config: PushConfig, repo_type: Literal["model", "space"] = "model") -> HubRepo:
-    """Look at the repository, and refuse what could not be pushed to it. Tag, branch and pull request are a model's.
+    """Look up the repository and check that the push would be accepted.
+
+    Tag, branch and pull request apply to a model repository only.
 
     Raises:
-        InputError: a name that is none, or a contradiction with what is there.
-        HubError: no token, or one that may not write.
+        InputError: The name is invalid, or the flags contradict what the repository holds.
+        HubError: There is no token, or it may not write.
     """
     flag = "--space" if repo_type == "space" else "--hub_model_id"
     if repo_type == "space":
@@ -79,7 +81,7 @@ def inspect_repo(repo_id: str, config: PushConfig, repo_type: Literal["model", "
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise InputError(f"{flag} {repo_id} is no name of a repository: {error}") from error
+        raise InputError(f"{flag} {repo_id} is not a valid repository name: {error}") from error
     api = HfApi()
     user = _who_may_write(api)
     try:
@@ -89,11 +91,11 @@ def inspect_repo(repo_id: str, config: PushConfig, repo_type: Literal["model", "
         _check_new(repo_id, user, config, flag)
         return HubRepo(repo_id, exists=False, revision=config.revision, repo_type=repo_type)
     except HUB_ERRORS as error:
-        raise HubError(f"the Hub says of {repo_id}: {_said(error)}") from error
+        raise HubError(f"the Hub could not be asked about {repo_id}: {_said(error)}") from error
     if config.private and not info.private:
         raise InputError(
-            f"--private true, but {repo_id} is public already, and a push would not change that. Make it private in "
-            f"its settings on the Hub first, or give another {flag}."
+            f"--private true, but {repo_id} is already public, and a push would not change that. Make it private in "
+            f"its settings on the Hub first, or choose another {flag}."
         )
     if not config.create_pr:
         try:
@@ -113,7 +115,7 @@ def inspect_repo(repo_id: str, config: PushConfig, repo_type: Literal["model", "
         private=bool(info.private),
     )
     if config.revision is None or config.revision in [branch.name for branch in refs.branches]:
-        repo = _with_head(api, repo)  # else _make_repository makes the branch
+        repo = _with_head(api, repo)  # otherwise, _make_repository creates the branch
     for tag in refs.tags:
         if tag.name == config.tag:
             if tag.target_commit != repo.head:
@@ -123,7 +125,7 @@ def inspect_repo(repo_id: str, config: PushConfig, repo_type: Literal["model", "
 
 
 def _tag_is_there(tag: str, repo: HubRepo) -> str:
-    return f"--tag {tag} is there already in {repo.repo_id}, on another commit; give another, or delete it on the Hub."
+    return f"--tag {tag} already exists in {repo.repo_id}, on another commit. Choose another, or delete it on the Hub."
 
 
 def _who_may_write(api: HfApi) -> dict[str, Any]:
@@ -136,70 +138,72 @@ def _who_may_write(api: HfApi) -> dict[str, Any]:
         user = api.whoami()
     except HUB_ERRORS as error:
         raise HubError(
-            f"the Hub does not take the token, or cannot be reached: {_said(error)}. Log in again with `hf auth "
+            f"the Hub rejected the token, or cannot be reached: {_said(error)}. Log in again with `hf auth "
             "login`, or build the folder with --dry_run true."
         ) from error
     if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise HubError(
-            f"the Hub token of {user['name']} may only read. Make one with write access at "
-            f"{api.endpoint}/settings/tokens, then `hf auth login` or HF_TOKEN."
+            f"the Hub token of {user['name']} is read-only. Create one with write access at "
+            f"{api.endpoint}/settings/tokens, then run `hf auth login` or set HF_TOKEN."
         )
     return user
 
 
 def _check_new(repo_id: str, user: dict[str, Any], config: PushConfig, flag: str) -> None:
     if config.create_pr:
-        raise InputError(f"--create_pr true, but there is no {repo_id} on the Hub that {user['name']} can see.")
+        raise InputError(
+            f"--create_pr true, but {repo_id} does not exist on the Hub, or {user['name']} cannot see it."
+        )
     owner = repo_id.split("/")[0]
     owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs") or [])]
     if owner not in owners:
         raise InputError(
-            f"{repo_id} does not exist, and {user['name']} cannot make it: {owner} is neither {user['name']} nor one "
-            f"of their organisations{': ' + ', '.join(owners[1:]) if owners[1:] else ''}. Give another {flag}."
+            f"{repo_id} does not exist, and {user['name']} cannot create it: {owner} is neither {user['name']} nor "
+            f"one of their organisations{': ' + ', '.join(owners[1:]) if owners[1:] else ''}. Choose another {flag}."
         )
 
 
 def check_kind(repo: HubRepo, adapter_only: bool) -> None:
-    """Refuse to put an adapter in a whole model's place: who loads that by AutoModel would get another model.
+    """Refuse to push an adapter over a whole model: anyone who loads it with AutoModel would get another model.
 
     Raises:
-        InputError: the repository holds a model's weights.
+        InputError: The repository holds the weights of a whole model.
     """
     if adapter_only and {"model.safetensors", "model.safetensors.index.json"} & set(repo.files):
         raise InputError(
-            f"--adapter_only true, but {repo.repo_id} holds a whole model. Give the adapter a repository of its own "
-            "with --hub_model_id."
+            f"--adapter_only true, but {repo.repo_id} holds a whole model. Choose a separate repository for the "
+            "adapter with --hub_model_id."
         )
 
 
 def check_metadata(metadata: str) -> None:
-    """Let the Hub look at the card's metadata, which it would refuse the commit for otherwise.
+    """Have the Hub validate the card's metadata, since it refuses a commit with an invalid card.
 
     Raises:
-        HubError: what the Hub's validator says.
+        HubError: The metadata is invalid, or the Hub cannot be reached.
     """
     try:
         ModelCard(f"---\n{metadata}\n---\n").validate(repo_type="model")
     except ValueError as error:
         raise HubError(
-            f"the Hub refuses the card's metadata: {_said(error)}. It comes from the base model's card and the run's "
-            "record; --license sets the licence."
+            f"the Hub rejects the card's metadata: {_said(error)}. The metadata comes from the base model's card and "
+            "the run's record; set the licence with --license."
         ) from error
     except HUB_ERRORS as error:
-        raise HubError(f"the Hub could not be asked about the card's metadata: {_said(error)}.") from error
+        raise HubError(f"the Hub could not validate the card's metadata: {_said(error)}.") from error
 
 
 def check_free_space(folder: str, needed_bytes: int) -> None:
-    """Refuse to begin where the model, or the copy of it that is read back, would not fit.
+    """Check that the disk has space for the model and for the copy that is read back.
 
     Raises:
-        ResourceError: names the folder, what is free and what is needed.
+        ResourceError: It does not; the message names the folder, the free space and the space needed.
     """
     for place in dict.fromkeys([_nearest(folder), tempfile.gettempdir()]):
         free = shutil.disk_usage(place).free
         if free < needed_bytes:
             raise ResourceError(
-                f"{place} has {free / 1e9:.1f} GB free, and {needed_bytes / 1e9:.1f} GB are needed for the model. "
+                f"{place} has {free / 1e9:.1f} GB free, but the model needs {needed_bytes / 1e9:.1f} GB. "
                 "Free disk space, or choose another --output_dir (TMPDIR for the copy that is read back)."
             )
 
@@ -212,11 +216,11 @@ def _nearest(folder: str) -> str:
 
 
 def publish(folder: str, repo: HubRepo, message: str, private: bool) -> Published:
-    """Make the repository's files those of the folder in one commit; what others put there is left alone.
+    """Update the repository to the folder's files in one commit; files that others put there are left alone.
 
     Raises:
-        HubError: nothing was published, or what is there is not known; it says which.
-        InputError: the tag that is asked for is on the head, which holds other files.
+        HubError: Nothing was published, or it is unknown what the Hub holds; the message says which.
+        InputError: The requested tag is on the head, and the head holds other files.
     """
     api = HfApi()
     names = sorted(
@@ -224,7 +228,7 @@ def publish(folder: str, repo: HubRepo, message: str, private: bool) -> Publishe
     )
     repo = _make_repository(api, repo, private)
     there, ours = set(repo.files) - set(names) - {".gitattributes"}, _OURS
-    # A GGUF file of this name as well: it would be of other weights than those that are published now.
+    # Also a GGUF file with this name: it would hold other weights than those that are published now.
     own_gguf = re.compile(rf"{re.escape(repo.repo_id.rpartition('/')[2])}-(Q8_0|F16)\.gguf")
     if repo.repo_type == "space":
         ours = _OURS_IN_A_SPACE
@@ -258,7 +262,7 @@ def publish(folder: str, repo: HubRepo, message: str, private: bool) -> Publishe
 
 
 def _make_repository(api: HfApi, repo: HubRepo, private: bool) -> HubRepo:
-    """The repository and the branch, made where they are missing; with what is in them."""
+    """Create the repository and the branch if they are missing, and look up what they hold."""
     try:
         if not repo.exists:
             sdk = "gradio" if repo.repo_type == "space" else None
@@ -266,16 +270,18 @@ def _make_repository(api: HfApi, repo: HubRepo, private: bool) -> HubRepo:
         if repo.revision is not None and repo.head is None:
             api.create_branch(repo.repo_id, branch=repo.revision, exist_ok=True)
     except HUB_ERRORS as error:
-        raise HubError(f"{repo.repo_id} could not be made: {_said(error)}. Nothing was pushed to it.") from error
+        raise HubError(f"{repo.repo_id} could not be created: {_said(error)}. Nothing was pushed to it.") from error
     return repo if repo.head is not None else _with_head(api, repo)
 
 
 def _with_head(api: HfApi, repo: HubRepo) -> HubRepo:
-    """The repository with what its branch holds now."""
+    """Look up what the repository's branch holds now."""
     try:
         info: Any = api.repo_info(repo.repo_id, repo_type=repo.repo_type, revision=repo.revision)
     except HUB_ERRORS as error:
-        raise HubError(f"the Hub says of {repo.repo_id}: {_said(error)}. Nothing was pushed to it.") from error
+        raise HubError(
+            f"the Hub could not be asked about {repo.repo_id}: {_said(error)}. Nothing was pushed to it."
+        ) from error
     return replace(repo, exists=True, head=info.sha, files=tuple(file.rfilename for file in info.siblings or []))
 
 
@@ -290,10 +296,10 @@ class _Landed:
 def _commit(
     api: HfApi, folder: str, repo: HubRepo, additions: list[CommitOperationAdd], removed: list[str], message: str
 ) -> _Landed:
-    """Commit on top of the head that was found; after a failure look at the head before anything else is done.
+    """Commit on top of the head that was found, and retry at most three times.
 
-    Four attempts at most. Asked a second time without looking, the Hub might hold the commit twice: an answer can be
-    lost on its way back.
+    After each failure, it checks the head first. The commit may have landed although the Hub's reply was lost, and a
+    blind retry would commit twice.
     """
     operations: list[Any] = [*additions, *(CommitOperationDelete(name, is_folder=False) for name in removed)]
     for wait in (*WAITS, None):
@@ -308,8 +314,8 @@ def _commit(
                 parent_commit=repo.head,
             )
             return _Landed(done.oid, done.pr_revision)
-        except ValueError as error:  # above all the Hub's own check of the card
-            raise HubError(_nothing_published(repo, folder, f"the Hub refuses it: {_said(error)}")) from error
+        except ValueError as error:  # usually the Hub's validation of the card
+            raise HubError(_nothing_published(repo, folder, f"the Hub rejects it: {_said(error)}")) from error
         except HUB_ERRORS as failure:
             status = getattr(getattr(failure, "response", None), "status_code", None)
             if status not in _FINAL and (landed := _after_failure(api, folder, repo, failure)):
@@ -321,10 +327,10 @@ def _commit(
 
 
 def _after_failure(api: HfApi, folder: str, repo: HubRepo, failure: Exception) -> _Landed | None:
-    """The commit if it landed although its answer was lost; None if the repository is as it was.
+    """Return the commit if it landed although the Hub's reply was lost; None if the repository is unchanged.
 
     Raises:
-        HubError: someone else's commit is there, or the Hub does not say.
+        HubError: Someone else has committed in the meantime, or the Hub does not say.
     """
     try:
         if repo.create_pr:
@@ -340,18 +346,18 @@ def _after_failure(api: HfApi, folder: str, repo: HubRepo, failure: Exception) -
             return _Landed(head)
     except HUB_ERRORS as error:
         raise HubError(
-            f"the answer to the commit was lost ({_said(failure)}), and the Hub does not say what it holds "
-            f"({_said(error)}). Look at {api.endpoint}/{repo.address}/commits; the same command again commits "
-            f"nothing twice. The folder {folder} is complete."
+            f"the Hub's reply to the commit was lost ({_said(failure)}), and the Hub does not say what it holds "
+            f"({_said(error)}). Check {api.endpoint}/{repo.address}/commits, or run the same command again; it "
+            f"commits nothing twice. The folder {folder} is complete."
         ) from error
     raise HubError(
-        f"someone else committed {head[:8]} to {repo.repo_id} in the meantime. Nothing of yours was published; the "
-        f"same command again goes on top of it. The folder {folder} is complete."
+        f"someone else committed {head[:8]} to {repo.repo_id} in the meantime, so nothing of yours was published. Run "
+        f"the same command again to commit on top of it. The folder {folder} is complete."
     ) from failure
 
 
 def differing_files(api: HfApi, folder: str, repo: HubRepo, revision: str) -> list[str]:
-    """Files of the folder that the Hub does not hold byte for byte at that revision, by its own listing."""
+    """List the folder's files that the Hub lacks or holds with another hash at this revision."""
     found = api.verify_repo_checksums(repo.repo_id, repo_type=repo.repo_type, revision=revision, local_dir=folder)
     return sorted([*(mismatch["path"] for mismatch in found.mismatches), *found.extra_paths])
 
@@ -361,7 +367,7 @@ def _nothing_published(repo: HubRepo, folder: str, why: str) -> str:
 
 
 def _said(error: Exception) -> str:
-    """An error in one line."""
+    """Format an error as one line."""
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
@@ -369,22 +375,22 @@ def add_tag(published: Published, tag: str) -> None:
     """Put a tag on the commit.
 
     Raises:
-        HubError: the Hub refused; the commit stays.
+        HubError: The Hub refused; the commit stays.
     """
     try:
         HfApi().create_tag(published.repo_id, tag=tag, revision=published.commit)
     except HUB_ERRORS as error:
         raise HubError(
-            f"{published.url} is published, but --tag {tag} could not be put on it: {_said(error)}."
+            f"{published.url} is published, but could not be tagged with --tag {tag}: {_said(error)}."
         ) from error
 
 
 def read_back(published: Published, folder: str, reference: Reference, device: torch.device) -> ReadBack:
-    """Compare what the Hub holds with the folder, file by file, and what anyone loads from it with the folder's model.
+    """Compare the Hub's files with the folder's by hash, and the outputs of the model on the Hub with `reference`.
 
     Raises:
-        VerificationError: something differs.
-        HubError: it could not be read.
+        VerificationError: Something differs.
+        HubError: The repository could not be read.
     """
     try:
         check_files(published, HubRepo(published.repo_id, exists=True), folder)
@@ -393,8 +399,8 @@ def read_back(published: Published, folder: str, reference: Reference, device: t
             tokenizer, model = load_vanilla(published.repo_id, reference.adapter_only, device, **where)
     except HUB_ERRORS as error:
         raise HubError(
-            f"{published.url} is published, but could not be read back: {_said(error)}. The same command again "
-            "commits nothing new and checks it."
+            f"{published.url} is published, but could not be read back: {_said(error)}. Run the same command again to "
+            "check it; it commits nothing new."
         ) from error
     found = logits_and_generations(
         model,
@@ -408,17 +414,18 @@ def read_back(published: Published, folder: str, reference: Reference, device: t
     difference, equal, count = check.max_logit_difference, check.equal_generations, check.num_examples
     if equal < count or not difference <= MAX_LOGIT_DIFFERENCE:
         raise VerificationError(
-            f"{published.url} does not answer as {folder} does: {equal} of {count} answers are equal, logits "
+            f"{published.url} gives different outputs from {folder}: {equal} of {count} answers are equal, and logits "
             f"differ by up to {difference:.3g}. Do not use it."
         )
     return ReadBack(**vars(check), files=sum(len(names) for _, _, names in os.walk(folder)))
 
 
 def check_files(published: Published, repo: HubRepo, folder: str) -> None:
-    """Compare what the Hub holds with the folder, file by file.
+    """Compare the Hub's files with the folder's by hash.
 
     Raises:
-        VerificationError: something differs.
+        VerificationError: Something differs.
+        HubError: The Hub could not be asked.
     """
     try:
         differing = differing_files(HfApi(), folder, repo, published.revision)
@@ -426,21 +433,21 @@ def check_files(published: Published, repo: HubRepo, folder: str) -> None:
         raise HubError(f"{published.url} is published, but could not be read back: {_said(error)}.") from error
     if differing:
         raise VerificationError(
-            f"{published.url} does not hold what {folder} does: {', '.join(differing)}. Do not use it; push again."
+            f"{published.url} does not match {folder}: {', '.join(differing)}. Do not use it; push again."
         )
 
 
 def format_published(published: Published, seen: ReadBack) -> str:
-    """What is on the Hub, in lines for a person."""
-    what = "Published" if published.changed else "Nothing to publish, it is there already"
+    """Summarize what is on the Hub."""
+    what = "Published" if published.changed else "Nothing to publish, the Hub already holds it"
     lines = [
         f"{what}: {published.url}",
-        f"Read back from an empty cache: {seen.files} files equal by hash, {format_check(seen)}",
+        f"Read back from an empty cache: {seen.files} files match by hash, {format_check(seen)}",
     ]
     if published.pull_request:
         lines.append(f"Pull request: revision {published.pull_request}")
     if published.removed:
-        lines.append(f"Removed, from an earlier publish: {', '.join(published.removed)}")
+        lines.append(f"Removed files of an earlier publish: {', '.join(published.removed)}")
     if published.left_alone:
-        lines.append(f"Left alone, not ours: {', '.join(published.left_alone)}")
+        lines.append(f"Left other files alone: {', '.join(published.left_alone)}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""A Space of the Hub for a published model: space/app.py, the package, and what the page says of the model.
+"""Build a Space for a published model: space/app.py, the package, and the facts that the page shows.
 
-The Space installs the versions that this machine has, runs app.py, and loads the model from the Hub.
+The Space installs the package versions of this machine, runs app.py, and loads the model from the Hub.
 """
 
 import glob
@@ -31,30 +31,30 @@ from tweetdora.records import folder_name, read_run
 GRADIO_VERSION = "6.31.0"  # as in requirements-app.txt; the Space's machine installs it
 ABOUT = "space.json"
 SPACE_FILES = (".py", ".json", ".md", ".txt")
-# What the package imports to classify; the other packages are for training and for the card.
+# The packages needed to classify; the others are for training and for the card.
 _PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "datasets", "huggingface_hub"),
     *("numpy", "jinja2", "pyyaml", "tqdm"),
 )
-_KEPT = ("README.md", ".gitattributes")  # what a new Space holds already
+_KEPT = ("README.md", ".gitattributes")  # the files of a new, empty Space
 _PAGE_DID_NOT_RUN = "the page's own check failed"
 
 
 def check_space_dir(folder: str) -> None:
-    """Refuse a folder that holds something else than a Space built here.
+    """Refuse a folder that holds anything but an earlier build of a Space.
 
     Raises:
-        InputError: names it.
+        InputError: It does; the message names the folder.
     """
     if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(os.path.join(folder, ABOUT)):
-        raise InputError(f"{folder} would be replaced, but is no Space that was built here. Move it away.")
+        raise InputError(f"{folder} would be replaced, but it is not an earlier build of a Space. Move it away.")
 
 
 def check_space(repo: HubRepo, model: HubRepo) -> None:
-    """Refuse to put the page over somebody's other app, and a page for a model that it could not load.
+    """Check that the Space holds no other app and that the page could load the model.
 
     Raises:
-        InputError: the Space holds one, or the model is private.
+        InputError: The Space holds another app, or the model is private.
     """
     if model.private:
         raise InputError(
@@ -63,16 +63,16 @@ def check_space(repo: HubRepo, model: HubRepo) -> None:
         )
     if ABOUT not in repo.files and (others := set(repo.files) - set(_KEPT)):
         raise InputError(
-            f"--space {repo.repo_id} holds another app ({', '.join(sorted(others)[:5])}). Give another name."
+            f"--space {repo.repo_id} holds another app ({', '.join(sorted(others)[:5])}). Choose another name."
         )
 
 
 def build_page(folder: str, built: str, repo_id: str, records: Records, publication: Publication) -> list[str | None]:
-    """Fill the folder, look into it and run it on the model in the folder `built`; the labels of the page's examples.
+    """Fill the folder, check its contents, and run the page on the model in `built`; return its examples' labels.
 
     Raises:
-        InputError: the folder holds what should not be published.
-        VerificationError: the page fails, or gives other labels than the model.
+        InputError: The folder holds something that should not be published.
+        VerificationError: The page fails, or its labels differ from the model's.
     """
     texts = build_space(folder, publication.hub_model_id or folder_name(built), records, publication)
     check_contents(folder, f"{repo_id}/{publication.hub_model_id}", SPACE_FILES)
@@ -82,9 +82,9 @@ def build_page(folder: str, built: str, repo_id: str, records: Records, publicat
 
 
 def build_space(folder: str, model: str, records: Records, publication: Publication) -> list[str]:
-    """Fill the folder; the example texts.
+    """Fill the folder and return the example texts.
 
-    `model` is the published model's id, or its folder's name in a dry run.
+    `model` is the published model's id or, in a dry run, its folder's name.
     """
     name = title(records.run, publication.hub_model_id)
     about = _about(model, name, records)
@@ -94,7 +94,7 @@ def build_space(folder: str, model: str, records: Records, publication: Publicat
     os.mkdir(package)
     for path in glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), "*.py")):
         shutil.copy2(path, package)
-    pins = [f"{name}=={version(name).partition('+')[0]}" for name in _PACKAGES]  # torch's +cpu is this machine's
+    pins = [f"{name}=={version(name).partition('+')[0]}" for name in _PACKAGES]  # without this machine's +cpu of torch
     with open(os.path.join(folder, "requirements.txt"), "w", encoding="utf-8") as stream:
         stream.write("\n".join(pins) + "\n")
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as stream:
@@ -103,10 +103,10 @@ def build_space(folder: str, model: str, records: Records, publication: Publicat
 
 
 def about_run(run_dir: str, split: str = "test") -> dict[str, Any]:
-    """What the page says of a run; of one that is not measured only its name."""
+    """Collect the facts that the page shows of a run; without an evaluation, only its name."""
     run = read_run(run_dir)
     if not os.path.isfile(evaluation_path(run_dir, split)):
-        return {"model": run_dir, "title": run.name, "notes": ["It was not measured yet."], "examples": []}
+        return {"model": run_dir, "title": run.name, "notes": ["It has not been evaluated yet."], "examples": []}
     return _about(run_dir, run.name, read_records(run, run_dir, split))
 
 
@@ -117,13 +117,13 @@ def _about(model: str, name: str, records: Records) -> dict[str, Any]:
 
 
 def _notes(records: Records) -> list[str]:
-    """What a visitor should know of the model."""
+    """Write the notes that a visitor should see."""
     data, found = records.evaluation.data, records.finetuned
     low, high = found.intervals.macro_f1
     return [
         f"On {data.num_examples:,} examples of {data.display_name}, {data.split}, its answers have a macro-F1 of "
         f"{found.macro_f1:.3f} (95 % interval {low:.3f} to {high:.3f}).",
-        "Other topics, times, languages and text forms than those of its training data were not measured.",
+        "It was not evaluated on topics, times, languages or kinds of text that its training data does not cover.",
     ]
 
 
@@ -147,17 +147,17 @@ def _metadata(name: str, publication: Publication) -> dict[str, Any]:
 
 def _readme(name: str, publication: Publication) -> str:
     link = f"[{name}](https://huggingface.co/{publication.hub_model_id})" if publication.hub_model_id else name
-    return f"Try {link}: type a text, or upload a file. Limits and results are on the model's card.\n"
+    return f"Try {link}: type a text, or upload a file. The model card has its results and limitations.\n"
 
 
 def check_page(folder: str, model: str, expected: list[str | None]) -> None:
-    """Run the page's own check in its folder, with its own copy of the package; it must give the expected labels.
+    """Run `app.py --check` in the page's folder, with its own copy of the package, and compare the labels.
 
     Raises:
-        VerificationError: it fails, or gives other labels.
+        VerificationError: The check fails, or the labels differ.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # the folder is what is pushed
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # the folder is pushed as it is
     words = [sys.executable, "app.py", model, "--check"]
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()

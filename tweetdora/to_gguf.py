@@ -1,7 +1,7 @@
-"""The published model as a GGUF file, for llama.cpp and Ollama, made by llama.cpp's own converter.
+"""Convert the merged model to a GGUF file for llama.cpp and Ollama, with llama.cpp's own converter.
 
-The converter comes with llama.cpp's source, in no package: `make .llama.cpp` unpacks the one of llama-cpp-python's
-source archive, and any checkout of llama.cpp has one too.
+No package contains the converter; it comes with llama.cpp's source. `make .llama.cpp` unpacks the one in
+llama-cpp-python's source archive, and any checkout of llama.cpp works too.
 """
 
 import json
@@ -21,40 +21,38 @@ from tweetdora.records import PromptFormat
 
 CONVERTER = "convert_hf_to_gguf.py"
 _PACKAGES = ("gguf", "sentencepiece", "xllamacpp")
-_CONTEXT = (
-    256  # tokens beyond the longest prompt and answer, as llama.cpp counts a template's tokens a little otherwise
-)
+_CONTEXT = 256  # tokens beyond the longest prompt and answer, as llama.cpp tokenizes a template slightly differently
 _LAST_LINES = 5
-_SECONDS = 60.0  # to wait for llama.cpp's own server, in this process
+_SECONDS = 60.0  # timeout for llama.cpp's server, which runs in this process
 
 
 def check_converter(llama_cpp: str, architecture: str) -> None:
-    """Look for the converter, the packages and the architecture before any work.
+    """Check, before any work, for the packages, the converter and its support of the architecture.
 
     Raises:
-        InputError: says what is missing, and how it is got.
+        InputError: Something is missing; the message says what, and how to get it.
     """
     check_installed("--gguf", "gguf", _PACKAGES)
     path = os.path.join(llama_cpp, CONVERTER)
     if not os.path.isfile(path):
         raise InputError(
-            f"--gguf needs llama.cpp's converter, and there is no {path}. `make .llama.cpp` fetches it, or name a "
-            "checkout of llama.cpp with --llama_cpp (git clone --depth 1 https://github.com/ggml-org/llama.cpp)."
+            f"--gguf needs llama.cpp's converter, but {path} does not exist. Fetch it with `make .llama.cpp`, or name "
+            "a checkout of llama.cpp with --llama_cpp (git clone --depth 1 https://github.com/ggml-org/llama.cpp)."
         )
     done = _run(path, "--print-supported-models")
     if done.returncode:
         raise InputError(f"{path} does not run here: {_last_lines(done.stdout)}")
     if not re.search(rf"^.*- {re.escape(architecture)}$", done.stdout, re.MULTILINE):
-        raise InputError(f"--gguf: the converter in {llama_cpp} knows no {architecture}. Leave --gguf out.")
+        raise InputError(f"--gguf: the converter in {llama_cpp} does not support {architecture}. Leave --gguf out.")
 
 
 def write_gguf(folder: str, name: str, kind: str, llama_cpp: str) -> str:
-    """Convert the model in a folder to a GGUF file beside it, of number format q8_0 or f16; the file's name.
+    """Convert the model in a folder to a GGUF file in it, of type q8_0 or f16, and return the file's name.
 
     Raises:
-        VerificationError: the converter failed.
+        VerificationError: The converter failed.
     """
-    file = f"{name}-{kind.upper()}.gguf"  # as the Hub and Ollama look for them
+    file = f"{name}-{kind.upper()}.gguf"  # the form of name that the Hub and Ollama look for
     words = [os.path.join(llama_cpp, CONVERTER), folder, "--outtype", kind, "--model-name", name]
     done = _run(*words, "--outfile", os.path.join(folder, file))
     if done.returncode:
@@ -63,7 +61,7 @@ def write_gguf(folder: str, name: str, kind: str, llama_cpp: str) -> str:
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # it would look for the base model's card on the Hub
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # otherwise it looks up the base model's card
     return subprocess.run(
         [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
@@ -76,13 +74,13 @@ def _last_lines(text: str) -> str:
 def modelfile(
     file: str, prompt_format: PromptFormat, system_prompt: str, max_new_tokens: int, added_bos: str = ""
 ) -> str:
-    """The Modelfile with which Ollama makes a model of the GGUF file: `ollama create NAME -f Modelfile`.
+    """Write the Modelfile from which Ollama creates a model: `ollama create NAME -f Modelfile`.
 
-    Ollama's templates are Go's, and it does not translate a chat template that it does not know. So the prompt is
-    spelled out, as the model was trained with it; but for `added_bos`, which the engine puts before every prompt.
+    Ollama uses Go templates and does not translate a chat template that it does not know. So the Modelfile spells out
+    the prompt that the model was trained with, without `added_bos`, which the engine puts before every prompt.
 
     Raises:
-        InputError: the prompt holds what a Modelfile cannot hold.
+        InputError: A Modelfile cannot hold this prompt.
     """
     head, tail = prompt_format.head.removeprefix(added_bos), prompt_format.tail
     before, found, behind = head.partition(system_prompt)
@@ -99,20 +97,20 @@ def modelfile(
 
 
 def _go(text: str) -> str:
-    """Text in a Go template as it stands."""
+    """Escape a text for a Go template."""
     return text.replace("{{", '{{ "{{" }}')
 
 
 def _quoted(text: str) -> str:
-    """Text as a value in a Modelfile."""
+    """Quote a text as a value in a Modelfile."""
     if '"""' in text:
-        raise InputError('the prompt holds """, which a Modelfile of Ollama cannot hold. Leave --gguf out.')
+        raise InputError('the prompt holds """, which Ollama does not allow in a Modelfile. Leave --gguf out.')
     return f'"""{text}"""'
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What llama.cpp made of some conversations: the answers, its version, and whether it begins prompts with BOS."""
+    """llama.cpp's answers to some conversations, its version, and whether it starts prompts with BOS."""
 
     answers: list[str]
     engine: str
@@ -122,7 +120,7 @@ class Answered:
 def answer_by_llama_cpp(
     path: str, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int, longest_prompt: int
 ) -> Answered:
-    """The greedy answers of llama.cpp to some conversations, by the file's own chat template."""
+    """Generate llama.cpp's greedy answers to some conversations, with the chat template in the file."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
@@ -136,13 +134,13 @@ def answer_by_llama_cpp(
         request = {"messages": messages, "temperature": 0, "max_tokens": max_new_tokens}
         answer: Any = server.handle_chat_completions(request)
         if "choices" not in answer:
-            raise VerificationError(f"llama.cpp does not answer with {path}: {answer}.")
+            raise VerificationError(f"llama.cpp gave no answer with {path}: {answer}.")
         answers.append(answer["choices"][0]["message"]["content"] or "")
     return Answered(answers, f"llama.cpp (xllamacpp {version('xllamacpp')})", _adds_bos(server.listening_address))
 
 
 def _adds_bos(address: str) -> bool:
-    """Whether llama.cpp begins a text with a special token: asked of itself, as its file need not say it."""
+    """True if llama.cpp starts a text with a special token. The server is asked, as the file need not say so."""
     body = json.dumps({"content": "", "add_special": True}).encode()
     request = urllib.request.Request(f"{address}/tokenize", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=_SECONDS) as answer:

@@ -1,10 +1,10 @@
-"""The published model as ONNX files, for onnxruntime and transformers.js, made by onnxruntime-genai's model builder.
+"""Export the merged model to ONNX files for onnxruntime and transformers.js, with onnxruntime-genai's model builder.
 
     onnx/model.onnx              float32
-    onnx/model_quantized.onnx    weights of the linear layers in 8 bits, what transformers.js calls q8
+    onnx/model_quantized.onnx    weights of the linear layers in 8 bits, which transformers.js calls q8
 
-The weights lie beside, in <file>_data, where transformers.js looks for them. (optimum-onnx 0.1 cannot be used here: it
-needs transformers below 4.58.)
+The weights are next to each file, in <file>_data, where transformers.js looks for them. (optimum-onnx 0.1 cannot be
+used here: it needs transformers below 4.58.)
 """
 
 import os
@@ -24,33 +24,34 @@ from tweetdora.files import read_json, write_json
 FOLDER = "onnx"
 FILES = {"float32": "model.onnx", "int8": "model_quantized.onnx"}
 _PACKAGES = ("onnxruntime_genai", "onnxruntime", "onnx", "onnx_ir")
-# Activations stay in float32 (accuracy level 1): with those in 8 bits too, one first token in 16 was another (LOG.md).
+# Activations stay in float32 (accuracy level 1): in 8 bits, they changed one first token in 16 (LOG.md).
 _OPTIONS = {"float32": ["-p", "fp32"], "int8": ["-p", "int8", "--extra_options", "accuracy_level=1"]}
 
 
 def check_exporter(architecture: str) -> None:
-    """Look for the packages and the architecture before any work.
+    """Check, before any work, for the packages and the exporter's support of the architecture.
 
     Raises:
-        InputError: says what is missing.
+        InputError: Something is missing; the message says what.
     """
     check_installed("--onnx", "onnx", _PACKAGES)
     import onnxruntime_genai
 
-    # The builder has no list of what it knows, but a chain of comparisons.
+    # The builder has no list of architectures, only a chain of comparisons, so its source is searched.
     builder = os.path.join(os.path.dirname(onnxruntime_genai.__file__), "models", "builder.py")
     with open(builder, encoding="utf-8") as stream:
         if f'"{architecture}"' not in stream.read():
             raise InputError(
-                f"--onnx: onnxruntime-genai {version('onnxruntime-genai')} knows no {architecture}. Leave --onnx out."
+                f"--onnx: onnxruntime-genai {version('onnxruntime-genai')} does not support {architecture}. "
+                "Leave --onnx out."
             )
 
 
 def write_onnx(folder: str) -> None:
-    """Export the model in a folder to its subfolder onnx.
+    """Export the model in a folder to its subfolder `onnx`.
 
     Raises:
-        VerificationError: the exporter failed.
+        VerificationError: The exporter failed.
     """
     os.makedirs(os.path.join(folder, FOLDER))
     for kind, file in FILES.items():
@@ -71,21 +72,21 @@ def write_onnx(folder: str) -> None:
 
 
 def declare_onnx(folder: str) -> None:
-    """Say in the model's config.json where transformers.js finds the weights."""
+    """Tell transformers.js, in the model's config.json, where the weights are."""
     path = os.path.join(folder, "config.json")
     where = {"use_external_data_format": {file: 1 for file in FILES.values()}}
     write_json(path, {**read_json(path), "transformers.js_config": where})
 
 
 def _take(place: str, folder: str, file: str) -> None:
-    """Move a built model to the folder's `onnx` under another name; the graph names the file of its weights."""
+    """Move an exported model to the folder's `onnx` under a new name, and rename its weights in the graph."""
     import onnx
 
     width = _head_dim(read_json(os.path.join(folder, "config.json")))
     graph = onnx.load(os.path.join(place, "model.onnx"), load_external_data=False)
     for state in (*graph.graph.input, *graph.graph.output):
         if state.name.startswith(("past_key_values", "present")):
-            # The builder gives the width a name; transformers.js makes empty states, and takes 0 for what has a name.
+            # The builder makes the width symbolic, and transformers.js creates the empty states with 0 for a symbol.
             state.type.tensor_type.shape.dim[3].dim_value = width
     for tensor in graph.graph.initializer:
         for entry in tensor.external_data:
@@ -98,7 +99,12 @@ def _take(place: str, folder: str, file: str) -> None:
 def answer_by_onnxruntime(
     folder: str, file: str, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> tuple[str, list[list[int]], list[np.ndarray]]:
-    """The version; greedy new token ids for each prompt, without the stop token; and the first one's logits (V,)."""
+    """Generate greedily with onnxruntime.
+
+    Returns:
+        The engine and its version; for each prompt the new token ids, without the stop token; and for each prompt the
+        logits of the first new token, of shape (V,).
+    """
     import onnxruntime
 
     stop_ids = read_json(os.path.join(folder, "generation_config.json"))["eos_token_id"]
@@ -138,5 +144,5 @@ def answer_by_onnxruntime(
 
 
 def _head_dim(config: dict[str, Any]) -> int:
-    """Numbers in a head's key."""
+    """Return the size of an attention head."""
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
