@@ -178,7 +178,7 @@ def test_null_is_none_where_none_means_something(recipe):
 
 @pytest.mark.parametrize("key", ["learning_rate", "r", "label_words", "output_dir", "global_batch_size", "method"])
 def test_null_is_refused_where_a_value_is_needed(recipe, key):
-    with pytest.raises(InputError, match=rf"recipe.yaml: {key} is empty \(null\); give a value"):
+    with pytest.raises(InputError, match=rf"recipe.yaml: {key} is empty \(null\); set a value"):
         parse(*recipe(f"{key}: null"))
 
 
@@ -543,16 +543,16 @@ def test_precision_and_its_reason(monkeypatch, requested, flags, launcher, devic
 @pytest.mark.parametrize(
     ("requested", "flags", "launcher", "message"),
     [
-        ("fp32", ("bf16",), None, "--bf16 true contradicts --precision fp32. Give the precision in one place"),
-        ("fp32", (), "bf16", "--precision fp32 contradicts accelerate launch's mixed_precision: bf16. Give the"),
-        ("auto", ("bf16", "fp16"), None, "--bf16 true contradicts --fp16 true. Give"),
+        ("fp32", ("bf16",), None, "--bf16 true contradicts --precision fp32. Set the precision in one place"),
+        ("fp32", (), "bf16", "--precision fp32 contradicts accelerate launch's mixed_precision: bf16. Set the"),
+        ("auto", ("bf16", "fp16"), None, "--bf16 true contradicts --fp16 true. Set"),
         (
             "bf16",
             ("bf16",),
             "fp16",
             "--bf16 true contradicts --precision bf16 contradicts accelerate launch's mixed_p",
         ),
-        ("auto", ("bf16",), "fp16", "--bf16 true contradicts accelerate launch's mixed_precision: fp16. Give"),
+        ("auto", ("bf16",), "fp16", "--bf16 true contradicts accelerate launch's mixed_precision: fp16. Set"),
     ],
 )
 def test_contradicting_precisions_are_refused_by_name(requested, flags, launcher, message):
@@ -788,9 +788,9 @@ def test_a_disk_that_takes_no_more_is_a_message_that_names_the_file(code, capsys
     assert (
         status == ResourceError.exit_status
         and said.startswith(f"train.py: [Errno {code}] ")
-        and "'runs/demo/run.json'. M" in said
+        and "'runs/demo/run.json'. F" in said
     )
-    assert said.endswith(", or name another folder.\n") and ("Mend the rights" in said) == (code in (13, 30))
+    assert said.endswith(", or use another folder.\n") and ("Fix its permissions" in said) == (code in (13, 30))
 
 
 def test_another_failure_of_the_system_keeps_its_traceback(silenced):
