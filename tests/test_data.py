@@ -124,7 +124,7 @@ def test_the_class_names_in_another_order_are_refused_with_the_order_to_give(tas
         f"--label_words is {' '.join(words)}, but the labels of {task.dataset_name}, column 'label',"
     )
     in_order = " ".join(sorted(words, key=lambda word: WORDS.index(word.strip().lower())))
-    assert said.endswith(f"come in another order: negative, neutral, positive. Give --label_words {in_order}.")
+    assert said.endswith(f"are in another order: negative, neutral, positive. Set --label_words {in_order}.")
 
 
 def test_the_class_names_in_another_case_are_the_class_names(task):
@@ -218,7 +218,7 @@ def test_a_split_without_rows_is_refused(hub_table, monkeypatch):
         (
             {"label_words": ["bad", "good"]},
             r"--label_words has 2 words \(bad, good\), but column 'label' of .*tiny-tweets has 3 labels \(negative, "
-            r"neutral, positive\). Give one word for each label, in that order",
+            r"neutral, positive\). Give one word per label, in that order",
         ),
     ],
 )
@@ -233,34 +233,34 @@ def test_what_the_folder_does_not_hold_is_refused(task, fields, message):
         (
             "text,label\na,0\nb,3\n",
             {},
-            "rows.csv, split 'train': 1 of 2 rows cannot be used: line 3: --label_column label holds '3'. Labels are "
-            "expected to be one of '0', '1', '2'; name others with --label_values, in the order of --label_words. "
-            "--skip_bad_rows true leaves such rows out, and counts them.",
+            "rows.csv, split 'train': 1 of 2 rows cannot be used: line 3: --label_column label holds '3'. "
+            "Expected one of the labels '0', '1', '2'; set others with --label_values, in the order of --label_words. "
+            "--skip_bad_rows true drops and counts such rows.",
         ),
-        ("text,label\na,0\nb,1.5\n", {}, "line 3: --label_column label holds '1.5'. Labels"),
+        ("text,label\na,0\nb,1.5\n", {}, "line 3: --label_column label holds '1.5'. Expected"),
         ("text,label\na,0\nb,\n", {}, "line 3: --label_column label is empty. --skip_bad_rows"),
         ("text,label\na,0\n\n ,2\n", {}, "line 4: --text_column text is empty. --skip_bad_rows"),
         (
             "text,label\na,neutral\nb,Positive\n",
             {},
-            "line 3: --label_column label holds 'Positive'. Labels are expected to be one of 'negative', 'neutral', "
-            "'positive'; name others",
+            "line 3: --label_column label holds 'Positive'. Expected one of the labels 'negative', 'neutral', "
+            "'positive'; set others",
         ),
         (
             "text,label\na,0\nb,2\n",
             {"label_values": ["0", "4", "8"]},
-            "line 3: --label_column label holds '2'. Labels are expected to be one of '0', '4', '8'; name others",
+            "line 3: --label_column label holds '2'. Expected one of the labels '0', '4', '8'; set others",
         ),
         (
             "text,label\nhi, there,0\nb,1\n",
             {},
-            "line 2: has 3 fields, the header 2 (a text that holds the delimiter needs quotes). --skip_bad_rows",
+            "line 2: has 3 fields, the header 2 (a text that contains the delimiter needs quotes). --skip_bad_rows",
         ),
         ("text,label\na\nb,1\n", {}, "line 2: has 1 fields, the header 2 (a text"),
         (
             'text,label\n"a\nb",0\nc,1\n"d,2\n',
             {},
-            "1 of 3 rows cannot be used: line 5: has a quote that is not closed, or not at the end of its field (",
+            "1 of 3 rows cannot be used: line 5: has a quote that is not closed, or that closes before the end",
         ),
     ],
 )
@@ -292,7 +292,7 @@ def test_the_first_five_bad_rows_are_shown_and_all_are_counted(make_task):
     said = str(refusal.value)
     assert "6 of 8 rows cannot be used: line 3: --text_column text is empty; line 4: --label_column label is " in said
     assert "line 5: is no JSON (" in said and "line 6: is no JSON object; line 7: --label_column label holds 7" in said
-    assert "; and 1 more. Labels are expected to be one of 0, 1, 2" in said and "line 8" not in said
+    assert "; and 1 more. Expected one of the labels 0, 1, 2" in said and "line 8" not in said
     examples = load_examples(make_task("rows.jsonl", content, skip_bad_rows=True), "train", None)
     assert (examples.texts, examples.labels, examples.example_ids) == (["a", "d"], [0, 1], [0, 7])
     reasons = {"a row that cannot be read": 2, "no label": 1, "no text": 2, "unknown label": 1}
@@ -308,7 +308,7 @@ def test_rows_are_not_skipped_if_none_is_left(make_task):
 
 def test_bad_rows_of_a_data_set_that_is_no_text_file_are_named_by_their_number(make_task):
     frame = pandas.DataFrame({"text": ["a", None, "c"], "label": [0, 1, 9]})
-    message = "2 of 3 rows cannot be used: row 1: --text_column text is empty; row 2: --label_column label holds 9. La"
+    message = "2 of 3 rows cannot be used: row 1: --text_column text is empty; row 2: --label_column label holds 9. Ex"
     with pytest.raises(InputError, match=message):
         load_examples(make_task("rows.parquet", frame.to_parquet()), "train", None)
     examples = load_examples(make_task("rows.parquet", frame.to_parquet(), skip_bad_rows=True), "train", None)
@@ -364,7 +364,7 @@ def test_another_encoding_is_refused_with_its_flag_and_read_with_it(make_task, n
 def test_utf_16_of_plain_letters_is_told_from_utf_8_by_its_zeros(make_task):
     """Each of its bytes is UTF-8 too."""
     content = "text,label\nab,0\n".encode("utf-16-le")
-    with pytest.raises(InputError, match="has no column 'text'.* give --encoding utf-16-le."):
+    with pytest.raises(InputError, match="has no column 'text'.* set --encoding utf-16-le."):
         load_examples(make_task("rows.csv", content), "train", None)
 
 
@@ -373,35 +373,37 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(make_task):
 
 
 def test_an_encoding_that_there_is_not_is_refused(make_task):
-    with pytest.raises(InputError, match="^--encoding is 'klingon'; expected one that Python knows, such as utf-8"):
+    with pytest.raises(
+        InputError, match="^--encoding is 'klingon'; expected an encoding that Python knows, such as utf-8"
+    ):
         make_task("rows.csv", ROWS, encoding="klingon")
 
 
 @pytest.mark.parametrize(("delimiter", "shown"), [(";", '";"'), ("\t", "$'\\t'"), ("|", '"|"')])
 def test_another_delimiter_is_refused_with_its_flag_and_read_with_it(make_task, delimiter, shown):
     content = f"text{delimiter}label\nwell, well{delimiter}0\n"
-    with pytest.raises(InputError, match="has no column 'text'.* separated by .*: give") as refusal:
+    with pytest.raises(InputError, match="has no column 'text'.* separated by .*: set") as refusal:
         load_examples(make_task("rows.csv", content, skip_bad_rows=True), "train", None)
-    assert str(refusal.value).endswith(f"give --csv_delimiter {shown}.")
+    assert str(refusal.value).endswith(f"set --csv_delimiter {shown}.")
     examples = load_examples(make_task("rows.csv", content, csv_delimiter=delimiter), "train", None)
     assert (examples.texts, examples.labels) == (["well, well"], [0])
 
 
 @pytest.mark.parametrize(("flag", "value"), [("csv_delimiter", ";"), ("encoding", "latin-1")])
 def test_a_flag_of_text_files_is_refused_elsewhere(task, flag, value):
-    with pytest.raises(InputError, match=f"--{flag} is of a .csv, .tsv or .jsonl file; --dataset_name is"):
+    with pytest.raises(InputError, match=f"--{flag} applies to .csv, .tsv and .jsonl files; --dataset_name is"):
         load_examples(dataclasses.replace(task, **{flag: value}), "train", None)
 
 
 @pytest.mark.parametrize("delimiter", ["", ",,"])
 def test_a_delimiter_is_one_character(make_task, delimiter):
-    with pytest.raises(InputError, match=f"--csv_delimiter is '{delimiter}'; expected one character, no quote"):
+    with pytest.raises(InputError, match=f"--csv_delimiter is '{delimiter}'; expected one character, neither a quote"):
         make_task("rows.csv", ROWS, csv_delimiter=delimiter)
 
 
 def test_a_header_of_quoted_names_between_other_delimiters_is_refused_with_the_flag(make_task):
     content = '"text";"label"\n"a";0\n'
-    with pytest.raises(InputError, match='rows.csv: its header, .* cannot be read .*give --csv_delimiter ";"'):
+    with pytest.raises(InputError, match='rows.csv: its header, .* cannot be read .*set --csv_delimiter ";"'):
         load_examples(make_task("rows.csv", content), "train", None)
     assert load_examples(make_task("rows.csv", content, csv_delimiter=";"), "train", None).texts == ["a"]
 
@@ -410,9 +412,7 @@ def test_files_in_a_folder_that_are_not_what_they_should_be_are_refused_too(tmp_
     """datasets reads them; pandas makes an index of fields that are too many, and another text of the rest."""
     (tmp_path / "semicolons").mkdir()
     (tmp_path / "semicolons" / "train.csv").write_text("text;label\na;0\nb;1\n")
-    with pytest.raises(
-        InputError, match='give --csv_delimiter ";". --dataset_name is then to be one file, not the fol'
-    ):
+    with pytest.raises(InputError, match='set --csv_delimiter ";". --dataset_name must then be one file, not the fol'):
         load_examples(TaskConfig(dataset_name=str(tmp_path / "semicolons")), "train", None)
     (tmp_path / "ragged").mkdir()
     (tmp_path / "ragged" / "train.csv").write_text("text,label\nwell, well,0\nfine, thanks,1\n")
@@ -428,9 +428,7 @@ def test_a_header_that_names_a_column_twice_is_refused(make_task):
 
 
 def test_several_labels_in_a_row_are_refused(make_task):
-    with pytest.raises(
-        InputError, match="line 1: --label_column label holds .0, 2.. Labels are expected to be one of"
-    ):
+    with pytest.raises(InputError, match="line 1: --label_column label holds .0, 2.. Expected one of the labels"):
         load_examples(make_task("rows.jsonl", '{"text": "a", "label": [0, 2]}'), "train", None)
     with pytest.raises(InputError, match="rows.json: --label_column label holds List.*; expected one label in a row"):
         load_examples(make_task("rows.json", '[{"text": "a", "label": [0, 2]}]'), "train", None)
@@ -439,7 +437,7 @@ def test_several_labels_in_a_row_are_refused(make_task):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.csv", "", "rows.csv is empty; expected a header line with the columns' names, and rows"),
+        ("rows.csv", "", "rows.csv is empty; expected a header line with the column names, and rows"),
         ("rows.jsonl", "\n", "rows.jsonl has no rows; the first line of a .csv names the columns"),
         ("rows.json", '{"text": "a"', "rows.json, split 'train': .*JSON parse error"),
         ("rows.parquet", "PAR", "rows.parquet, split 'train': .*(Parquet|too small)"),
@@ -472,7 +470,7 @@ def test_a_data_set_that_is_a_script_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["nix", "nix.csv", "data/nix.jsonl", "some/where/else"])
 def test_a_missing_file_or_folder_is_refused(name):
-    message = f"--dataset_name {name}: there is no such file or folder, and it is not a Hub id (owner/name)."
+    message = f"--dataset_name {name}: it is neither an existing file or folder nor a Hub id (owner/name)."
     with pytest.raises(InputError, match=re.escape(message) + "$"):
         load_examples(TaskConfig(dataset_name=name), "train", None)
 
@@ -480,9 +478,7 @@ def test_a_missing_file_or_folder_is_refused(name):
 def test_missing_assets_come_with_the_command_that_makes_them(tmp_path, monkeypatch):
     """The name of the quickstart's own data set looks like a Hub id."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        InputError, match="assets/hutto_tweets: there is no such .* `make assets` makes the quickstart"
-    ):
+    with pytest.raises(InputError, match="assets/hutto_tweets: it is neither .* `make assets` builds the quickstart"):
         load_examples(TaskConfig(dataset_name="assets/hutto_tweets"), "train", None)
 
 
@@ -597,7 +593,7 @@ def test_max_train_samples_takes_of_what_the_shares_leave(make_task):
     ("counts", "share", "message"),
     [
         ([60, 39, 1], 0.1, r"--test_share 0.1 of 100 rows \(60 negative, 39 neutral, 1 positive\): .*least populated"),
-        ([4, 4, 4], 0.1, "--test_share 0.1 of 12 rows .* Give a larger share or more rows."),
+        ([4, 4, 4], 0.1, "--test_share 0.1 of 12 rows .* Use a larger fraction or more rows."),
     ],
 )
 def test_a_share_in_which_not_every_label_can_be_is_refused(make_task, counts, share, message):
@@ -609,11 +605,11 @@ def test_a_share_in_which_not_every_label_can_be_is_refused(make_task, counts, s
     ("fields", "message"),
     [
         ({"test_share": 0.5, "validation_share": 0.5}, "--validation_share 0.5 and --test_share 0.5 leave nothing to"),
-        ({"test_share": 1.0}, "--test_share is 1.0; expected a share, 0 to below 1."),
-        ({"test_share": -0.1}, "--test_share is -0.1; expected a share"),
+        ({"test_share": 1.0}, "--test_share is 1.0; expected a fraction, 0 to below 1."),
+        ({"test_share": -0.1}, "--test_share is -0.1; expected a fraction"),
         (
             {"test_share": 0.1, "test_split": "train[:5]"},
-            r"--test_share 0.1 is a part of --train_split, but --test_split train\[:5\] is given too. Leave one of",
+            r"--test_share 0.1 takes a part of --train_split, but --test_split train\[:5\] is set too. Leave one of",
         ),
     ],
 )

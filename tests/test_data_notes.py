@@ -35,21 +35,19 @@ def test_texts_in_two_splits_are_counted():
     test = examples("b", MIXED, split="test")
     shared = dataclasses.replace(test, texts=[*train.texts[:7], *test.texts[7:]])
     assert notes_on_splits({"train": train, "test": shared}, WORDS) == [
-        DataNote("test", "7 of 120 texts stand in the train split too")
+        DataNote("test", "7 of 120 texts are in the train split too")
     ]
     validation = dataclasses.replace(test, texts=["x", *test.texts[1:]])
     found = said(train=train, validation=validation, test=shared)
     assert found == [
-        ("test", "7 of 120 texts stand in the train split too"),
-        ("test", "113 of 120 texts stand in the validation split too"),
+        ("test", "7 of 120 texts are in the train split too"),
+        ("test", "113 of 120 texts are in the validation split too"),
     ]
 
 
 def test_the_same_split_twice_is_said():
     same = examples("a", MIXED)
-    assert said(validation=same, test=same) == [
-        ("test", "these are the same examples as those of the validation split")
-    ]
+    assert said(validation=same, test=same) == [("test", "these are the same examples as in the validation split")]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +64,7 @@ def test_labels_that_are_not_there_are_named(labels, text):
 @pytest.mark.parametrize(("number", "noted"), [(99, True), (100, False)])
 def test_few_test_examples_are_said(number, noted):
     labels = ([0, 1, 2] * 40)[:number]
-    expected = [("test", "99 examples are few; the intervals are wide")] if noted else []
+    expected = [("test", "only 99 examples, so the intervals are wide")] if noted else []
     assert said(test=examples("a", labels)) == expected
     assert said(validation=examples("a", labels)) == []
 
@@ -76,7 +74,7 @@ def test_few_test_examples_are_said(number, noted):
 )
 def test_a_part_of_rows_that_come_label_by_label_is_said(is_sorted, is_part, noted):
     found = said(train=examples("a", sorted(MIXED), is_sorted=is_sorted, is_part=is_part))
-    text = f"the rows come label by label, and a part of them in that order is no sample; {CURE}"
+    text = f"the rows are sorted by label, so the first part of them is not a representative sample; {CURE}"
     assert found == ([("train", text)] if noted else [])
 
 

@@ -293,10 +293,10 @@ def notes_of(run: RunRecord, task: TaskConfig, split: str = "test", **flags) -> 
 def test_what_is_measured_is_compared_with_what_was_trained_on(task):
     run = run_on(task)
     assert notes_of(run, task) == [
-        "24 examples are few; the intervals are wide",
-        "24 of 24 texts stand in the train split too",
+        "only 24 examples, so the intervals are wide",
+        "24 of 24 texts are in the train split too",
     ]
-    assert notes_of(run, task, split="validation") == ["12 of 12 texts stand in the train split too"]
+    assert notes_of(run, task, split="validation") == ["12 of 12 texts are in the train split too"]
     assert notes_of(run, task, split="train") == []
 
 

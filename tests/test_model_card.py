@@ -255,7 +255,7 @@ def test_the_limits_hold_what_was_noted_on_the_data_and_what_was_corrected(recor
         {"split": "train", "text": "3 rows were skipped: 3 with no text"},
         {"split": "test", "text": "an older note"},
     ]
-    records["evaluation"]["notes"] = [{"split": "test", "text": "2 of 5 texts stand in the train split too"}]
+    records["evaluation"]["notes"] = [{"split": "test", "text": "2 of 5 texts are in the train split too"}]
     records["evaluation"]["data"]["split"] = "holdout[:5]"
     records["evaluation"]["corrections"] = ["test_split: was 'test', now 'holdout[:5]'"]
     limits = render(records).partition("## Limits\n")[2]
@@ -263,7 +263,7 @@ def test_the_limits_hold_what_was_noted_on_the_data_and_what_was_corrected(recor
         "- Evaluated on other data than the recipe names: test\\_split: was 'test', now 'holdout\\[:5\\]'.\n" in limits
     )
     assert "- `train`: 3 rows were skipped: 3 with no text.\n" in limits
-    assert "- `holdout[:5]`: 2 of 5 texts stand in the train split too.\n" in limits
+    assert "- `holdout[:5]`: 2 of 5 texts are in the train split too.\n" in limits
     assert "older" not in limits
 
 

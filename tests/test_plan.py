@@ -269,7 +269,7 @@ def test_the_plan_of_an_ordinary_run_has_no_note(planned, training):
 
 def test_the_plan_shows_the_notes_on_the_data(planned, training):
     text = format_plan(planned(), training(), 1)
-    assert "  note           test: 24 of 24 texts stand in the train split too\n" in text
+    assert "  note           test: 24 of 24 texts are in the train split too\n" in text
 
 
 def test_the_plan_names_label_words_that_the_prompt_leaves_out(planned, training, task):

@@ -181,7 +181,7 @@ def test_a_file_in_another_dialect_and_encoding_is_read_with_the_flags(model, tm
     (tmp_path / "in.csv").write_bytes("id;text\n1;schöner Tag\n".encode("latin-1"))
     flags = ["--output", tmp_path / "out.csv"]
     assert "--encoding, such as latin-1" in refused(model, tmp_path / "in.csv", *flags)
-    assert 'give --csv_delimiter ";"' in refused(model, tmp_path / "in.csv", *flags, "--encoding", "latin-1")
+    assert 'set --csv_delimiter ";"' in refused(model, tmp_path / "in.csv", *flags, "--encoding", "latin-1")
     main(model, tmp_path / "in.csv", *flags, "--encoding", "latin-1", "--csv_delimiter", ";")
     assert (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()[1].startswith("1;schöner Tag;")
 
@@ -385,7 +385,7 @@ def test_memory_does_not_grow_with_the_file(model, tmp_path, monkeypatch):
         ("in.csv", "", [], "is empty; expected a header line"),
         ("in.csv", "text\n", [], "in.csv has no rows; the first line of a .csv names the columns."),
         ("in.parquet", "PAR", [], "in.parquet is not readable Parquet"),
-        ("in.xlsx", "x", [], "expected a file whose name ends in .csv, .tsv, .jsonl, .parquet or .txt"),
+        ("in.xlsx", "x", [], "expected a file name that ends in .csv, .tsv, .jsonl, .parquet or .txt"),
         ("in.csv", "text\na\n", ["--output", "out.xlsx"], "--output is out.xlsx; expected a name that ends in .csv"),
     ],
 )

@@ -446,7 +446,7 @@ def test_a_finished_run_is_measured_on_other_data_and_the_card_says_so(finished,
     assert main_of("evaluate.py")([str(word) for word in (folder, *flags)]) == 0
     said = capsys.readouterr().out
     assert "note: measured with another text_column: was 'text', now 'tweet'\n" in said
-    assert "note: test: no example has the label neutral" in said and "note: test: 8 examples are few" in said
+    assert "note: test: no example has the label neutral" in said and "note: test: only 8 examples" in said
     record = read(folder / "evaluation/test.json")
     assert (record["data"]["num_examples"], record["data"]["skipped"]) == (8, {"no label": 1})
     assert [line.partition(":")[0] for line in record["corrections"]] == [

@@ -1,4 +1,4 @@
-"""Examples of a data set: texts and label ids, checked before anything else happens."""
+"""Load the examples of a data set, texts and label ids, and check them before anything else happens."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ from tweetdora.records import DataRecord, DataSource
 from tweetdora.tables import hint_for_columns, is_table, read_rows
 
 _SPLIT_HINT = (
-    "Name a split that is there, or a slice of one, with --train_split, --validation_split or --test_split; or take a "
-    "share of the train split with --validation_share or --test_share."
+    "Name an existing split, or a slice of one, with --train_split, --validation_split or --test_split; or hold out a "
+    "fraction of the train split with --validation_share or --test_share."
 )
 _FILE_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _SHOWN_BAD_ROWS = 5
@@ -27,10 +27,10 @@ _SHOWN_BAD_ROWS = 5
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with their label ids, in the data set's order; `example_ids` are the row numbers in the split.
+    """Texts with label ids, in the data set's order; `example_ids` are the row numbers in the split.
 
-    `skipped` counts the rows that were left out, by reason. `is_sorted`: the split's rows come label by label;
-    `is_part`: these are a slice of a split, or its first rows.
+    `skipped` counts the dropped rows by reason. `is_sorted`: the split's rows are sorted by label. `is_part`: these
+    are a slice of a split, or its first rows.
     """
 
     texts: list[str]
@@ -46,20 +46,20 @@ class Examples:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of texts and label ids, in order."""
+        """Return the SHA-256 of texts and label ids, in order."""
         content = hashlib.sha256()
         for text, label in zip(self.texts, self.labels, strict=True):
             content.update(json.dumps([text, label]).encode())
         return content.hexdigest()
 
     def head(self, count: int | None) -> "Examples":
-        """The first `count` examples; all of them if there are fewer or `count` is None."""
+        """Return the first `count` examples; all of them if there are fewer or `count` is None."""
         if count is None or count >= len(self):
             return self
         return replace(self.select(range(count)), is_part=True)
 
     def select(self, places: Iterable[int]) -> "Examples":
-        """The examples at these places, in this order."""
+        """Return the examples at these positions, in this order."""
         places = list(places)
         return replace(
             self,
@@ -70,14 +70,14 @@ class Examples:
 
 
 def make_examples(texts: list[str], labels: list[int], source: DataSource | None = None) -> Examples:
-    """Examples numbered from 0."""
+    """Return examples numbered from 0."""
     if len(texts) != len(labels):
-        raise ValueError(f"{len(texts)} texts and {len(labels)} labels; expected as many")
+        raise ValueError(f"{len(texts)} texts and {len(labels)} labels; expected equal numbers")
     return Examples(texts, labels, list(range(len(texts))), source)
 
 
 def data_record(examples: Examples, label_words: list[str]) -> DataRecord:
-    """What a record says of the examples."""
+    """Return the record of the examples."""
     if examples.source is None:
         raise AssertionError("only examples of a data set have a record")
     return DataRecord(
@@ -92,11 +92,10 @@ def data_record(examples: Examples, label_words: list[str]) -> DataRecord:
 def load_examples(task: TaskConfig, split: str, revision: str | None) -> Examples:
     """Load one split of the task's data set and check every row.
 
-    `split` is a field of the task without its ending: "train", "validation" or "test". `revision` is the data set's
-    commit, None for a local one.
+    `split` is "train", "validation" or "test". `revision` is the data set's commit, None for a local one.
 
     Raises:
-        InputError: the data set, split, column or a row is not what the task says.
+        InputError: the data set, split, column or a row does not match the task.
         HubError: the Hub cannot be reached.
     """
     shared = _has_shares(task) and (split == "train" or getattr(task, f"{split}_share"))
@@ -114,10 +113,9 @@ def load_examples(task: TaskConfig, split: str, revision: str | None) -> Example
 
 
 def balance(examples: Examples, seed: int) -> Examples:
-    """As many examples of each label that there is, in the old order, and about as many together as before.
+    """Return equally many examples of each label that occurs, in the old order; the total stays about the same.
 
-    Of a frequent label some are left out at random; those of a rare one are all taken, several times, and some of them
-    once more.
+    Frequent labels lose some examples at random. Rare labels repeat all of theirs, plus a random part of them.
     """
     generator = np.random.default_rng(seed)
     places: list[int] = []
@@ -135,10 +133,10 @@ def balance(examples: Examples, seed: int) -> Examples:
 
 @dataclass(frozen=True)
 class _Split:
-    """The two columns of a split as they were read, and what could not be.
+    """The two columns of a split as read, and the rows that could not be read.
 
-    `lines` are the rows' lines in a file, where it has some; `problems` are by row. `class_names` are those of a
-    data set that has them; its labels are then ids.
+    `lines` are the rows' line numbers, if they come from a file of lines; `problems` are by row. `class_names` are the
+    data set's class names, if it has them; its labels are then ids.
     """
 
     name: str
@@ -149,7 +147,7 @@ class _Split:
     class_names: list[str] | None = None
 
     def place(self, row: int) -> str:
-        """Where a row is, for a message."""
+        """Return a row's position for a message."""
         return f"line {self.lines[row]}" if self.lines else f"row {row}"
 
 
@@ -157,7 +155,7 @@ def _read_split(task: TaskConfig, split_name: str, revision: str | None) -> _Spl
     is_file = is_table(task.dataset_name)
     if not is_file and (task.csv_delimiter or (task.encoding and not task.dataset_name.endswith(".json"))):
         flag = "--csv_delimiter" if task.csv_delimiter else "--encoding"
-        raise InputError(f"{flag} is of a .csv, .tsv or .jsonl file; --dataset_name is {task.dataset_name}.")
+        raise InputError(f"{flag} applies to .csv, .tsv and .jsonl files; --dataset_name is {task.dataset_name}.")
     if is_file and os.path.isfile(task.dataset_name):
         return _split_of_file(task, split_name)
     table = _load_table(task, split_name, revision)
@@ -165,23 +163,23 @@ def _read_split(task: TaskConfig, split_name: str, revision: str | None) -> _Spl
     feature = table.features[task.label_column]
     if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
         raise InputError(
-            f"{task.dataset_name}: --label_column {task.label_column} holds {feature}; expected one label in a row."
+            f"{task.dataset_name}: --label_column {task.label_column} holds {feature}; expected one label per row."
         )
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    # [:] takes a column whole; datasets would otherwise make its rows one by one.
+    # [:] reads a whole column; datasets would otherwise create its rows one by one.
     return _Split(split_name, table[task.text_column][:], table[task.label_column][:], class_names=names)
 
 
 def _split_of_file(task: TaskConfig, split_name: str) -> _Split:
     rows = list(read_rows(task.dataset_name, task.csv_delimiter, task.encoding))
-    columns = list(dict.fromkeys(name for row in rows for name in row.values))  # JSON lines may leave some out
+    columns = list(dict.fromkeys(name for row in rows for name in row.values))  # JSON lines may omit some
     if not rows:
         raise InputError(
             f"--dataset_name {task.dataset_name} has no rows; the first line of a .csv names the columns."
         )
     try:
         parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": len(rows)})
-    except Exception as error:  # whatever datasets says of a slice
+    except Exception as error:  # datasets raises many kinds of errors for a slice
         said = " ".join(str(error).split())[:200]
         raise InputError(
             f"--dataset_name {task.dataset_name}, split {split_name!r}: {said}. A file is one split, "
@@ -200,16 +198,16 @@ def _split_of_file(task: TaskConfig, split_name: str) -> _Split:
 
 
 def _check_columns(task: TaskConfig, columns: list[str]) -> None:
-    if any(name.startswith("__index_level_") for name in columns):  # pandas makes an index of what is too much
+    if any(name.startswith("__index_level_") for name in columns):  # pandas makes an index of extra fields
         raise InputError(
-            f"{task.dataset_name}: the rows of its .csv files have more fields than their headers; a text that holds "
-            "the delimiter needs quotes."
+            f"{task.dataset_name}: the rows of its .csv files have more fields than their headers; a text that "
+            "contains the delimiter needs quotes."
         )
     for flag, column in (("--text_column", task.text_column), ("--label_column", task.label_column)):
         if column not in columns:
             hint = hint_for_columns(task.dataset_name, columns)
             if hint and not is_table(task.dataset_name):
-                hint += " --dataset_name is then to be one file, not the folder."
+                hint += " --dataset_name must then be one file, not the folder."
             raise InputError(
                 f"{task.dataset_name} has no column {column!r}; its columns are {', '.join(columns)}. "
                 + (hint or f"Name one with {flag}.")
@@ -226,18 +224,18 @@ def _load_table(task: TaskConfig, split_name: str, revision: str | None) -> data
             settings: dict[str, Any] = {"encoding": task.encoding} if task.encoding else {}
             return datasets.load_dataset(_FILE_BUILDERS[ending], data_files=name, split=split_name, **settings)
         if constants.HF_HUB_OFFLINE and name.count("/") != 1 and not os.path.exists(name):
-            # datasets would take whatever folder of that name it has read before from its cache.
+            # datasets would silently use a folder of that name from its cache.
             raise FileNotFoundError(name)
         return datasets.load_dataset(name, task.dataset_config, revision=revision, split=split_name)
-    except StopIteration as error:  # what datasets 5 says of an empty file of JSON lines
+    except StopIteration as error:  # datasets 5 raises this for an empty file of JSON lines
         raise InputError(f"--dataset_name {name}: the file is empty; expected rows.") from error
-    except Exception as error:  # whatever datasets, or the reader of a file behind it, says
+    except Exception as error:  # datasets and its file readers raise many kinds of errors
         raise _dataset_load_error(task, split_name, error) from error
 
 
 def _dataset_load_error(task: TaskConfig, split_name: str, error: Exception) -> UserError:
     name = f"--dataset_name {task.dataset_name}"
-    # datasets says "An error occurred while generating the dataset"; what went wrong is its cause.
+    # datasets says "An error occurred while generating the dataset"; its __cause__ says what went wrong.
     said = " ".join(str(error.__cause__ or error).split())[:300]
     if os.path.exists(task.dataset_name):
         return InputError(
@@ -246,8 +244,8 @@ def _dataset_load_error(task: TaskConfig, split_name: str, error: Exception) -> 
     is_asset = task.dataset_name.startswith("assets/")
     is_file = os.path.splitext(task.dataset_name)[1].lower() in _FILE_BUILDERS
     if is_asset or is_file or task.dataset_name.count("/") != 1:
-        hint = " `make assets` makes the quickstart's data." if is_asset else ""
-        return InputError(f"{name}: there is no such file or folder, and it is not a Hub id (owner/name).{hint}")
+        hint = " `make assets` builds the quickstart's data." if is_asset else ""
+        return InputError(f"{name}: it is neither an existing file or folder nor a Hub id (owner/name).{hint}")
     if isinstance(error, ConnectionError) or "ffline" in said:
         return HubError(
             f"{name}: the Hugging Face Hub cannot be reached ({said}). Without the Hub, "
@@ -262,7 +260,7 @@ def _dataset_load_error(task: TaskConfig, split_name: str, error: Exception) -> 
 
 @dataclass(frozen=True)
 class _BadRow:
-    """A row that cannot be used: where it is, the kind of fault, and the fault."""
+    """A row that cannot be used: its position, the reason, and the details."""
 
     place: str
     reason: str
@@ -270,10 +268,10 @@ class _BadRow:
 
 
 def _usable_examples(split: _Split, task: TaskConfig, source: DataSource) -> Examples:
-    """The rows of a split that can be used.
+    """Return the usable rows of a split.
 
     Raises:
-        InputError: rows are bad and not to be skipped, or none is left.
+        InputError: there are bad rows and --skip_bad_rows is off, or no row is left.
     """
     if not split.texts:
         raise InputError(f"split {split.name!r} of {task.dataset_name} has no rows.")
@@ -304,7 +302,7 @@ def _usable_examples(split: _Split, task: TaskConfig, source: DataSource) -> Exa
 
 
 def _fault(text: Any, label: Any, known: dict[Any, int], task: TaskConfig) -> tuple[str, str] | None:
-    """What is wrong with a row: the kind of fault, and the fault; None for a good one."""
+    """Return why a row cannot be used, as reason and details; None for a good row."""
     if text is None or (isinstance(text, str) and not text.strip()):
         return "no text", f"--text_column {task.text_column} is empty"
     if not isinstance(text, str):
@@ -322,10 +320,10 @@ def _bad_rows_message(bad: list[_BadRow], split: _Split, known: dict[Any, int], 
     labels = ""
     if any(row.reason == "unknown label" for row in bad):
         labels = (
-            f" Labels are expected to be one of {', '.join(map(repr, known))}; name others with --label_values, in "
+            f" Expected one of the labels {', '.join(map(repr, known))}; set others with --label_values, in "
             "the order of --label_words."
         )
-    cure = "" if len(bad) == len(split.texts) else " --skip_bad_rows true leaves such rows out, and counts them."
+    cure = "" if len(bad) == len(split.texts) else " --skip_bad_rows true drops and counts such rows."
     return (
         f"{task.dataset_name}, split {split.name!r}: {len(bad):,} of {len(split.texts):,} rows cannot be used: "
         f"{shown}{more}.{labels}{cure}"
@@ -333,13 +331,13 @@ def _bad_rows_message(bad: list[_BadRow], split: _Split, known: dict[Any, int], 
 
 
 def _known_labels(split: _Split, task: TaskConfig) -> dict[Any, int]:
-    """The values that the label column may hold: label ids, the label words, or --label_values."""
+    """Return the values that the label column may hold: label ids, label words, or --label_values."""
     words, names = task.label_words, split.class_names
     if names is not None and len(names) != len(words):
         raise InputError(
             f"--label_words has {len(words)} words ({', '.join(words)}), but column {task.label_column!r} of "
             f"{task.dataset_name} has {len(names)} labels ({', '.join(names)}). "
-            "Give one word for each label, in that order."
+            "Give one word per label, in that order."
         )
     if task.label_values is not None:
         return {value: number for number, value in enumerate(task.label_values)}
@@ -349,21 +347,21 @@ def _known_labels(split: _Split, task: TaskConfig) -> dict[Any, int]:
         by_word: dict[Any, int] = {word: number for number, word in enumerate(words)}
         if any(label in by_word for label in split.labels if isinstance(label, str)):
             return by_word
-        if any(label in map(str, range(len(words))) for label in split.labels):  # a CSV file has texts only
+        if any(label in map(str, range(len(words))) for label in split.labels):  # CSV files contain only text
             return {str(number): number for number in range(len(words))}
         return by_word
     return {number: number for number in range(len(words))}
 
 
 def _check_order(names: list[str], task: TaskConfig) -> None:
-    """Refuse label words that are the data set's own label names in another order: each would stand for another."""
+    """Refuse label words that are the data set's own label names in another order: they would be swapped."""
     labels = [name.strip().casefold() for name in names]
     words = {word.strip().casefold(): word for word in task.label_words}
     if set(words) == set(labels) and list(words) != labels:
         raise InputError(
             f"--label_words is {' '.join(task.label_words)}, but the labels of {task.dataset_name}, column "
-            f"{task.label_column!r}, come in another order: {', '.join(names)}. "
-            f"Give --label_words {' '.join(words[name] for name in labels)}."
+            f"{task.label_column!r}, are in another order: {', '.join(names)}. "
+            f"Set --label_words {' '.join(words[name] for name in labels)}."
         )
 
 
@@ -375,10 +373,10 @@ def _has_shares(task: TaskConfig) -> bool:
 
 
 def _share(examples: Examples, split: str, task: TaskConfig) -> Examples:
-    """The part of the train split that is `split`, drawn at random within each label.
+    """Return the part of the train split that becomes `split`, drawn at random and stratified by label.
 
     Raises:
-        InputError: a label has too few rows to be in every part.
+        InputError: a label has too few rows for every part.
     """
     counts = {name: round(getattr(task, f"{name}_share") * len(examples)) for name in ("test", "validation")}
     parts, rest = {}, list(range(len(examples)))
@@ -388,16 +386,16 @@ def _share(examples: Examples, split: str, task: TaskConfig) -> Examples:
     parts["train"] = rest
     what = f"{getattr(task, f'{split}_share'):.4g} of it" if split != "train" else "the rest"
     if examples.source is None:
-        raise AssertionError("only the examples of a data set are shared out")
+        raise AssertionError("only the examples of a data set can be split")
     source = replace(examples.source, split=f"{task.train_split} ({what}, seed {task.split_seed})")
-    # Drawn in random order, so that the first N of them are a sample too.
+    # In random order, so that the first N are a sample too.
     return replace(examples.select(parts[split]), source=source, is_sorted=False)
 
 
 def _draw(
     examples: Examples, places: list[int], count: int, split: str, task: TaskConfig
 ) -> tuple[list[int], list[int]]:
-    """`count` of the places, stratified by label, and the others."""
+    """Return `count` of the positions, stratified by label, and the others."""
     labels = [examples.labels[place] for place in places]
     feature = datasets.Features(
         {"place": datasets.Value("int64"), "label": datasets.ClassLabel(names=[*map(str, sorted(set(labels)))])}
@@ -406,11 +404,11 @@ def _draw(
     table = datasets.Dataset.from_dict({"place": places, "label": [ids[label] for label in labels]}, features=feature)
     try:
         drawn = table.train_test_split(test_size=count, seed=task.split_seed, stratify_by_column="label")
-    except ValueError as error:  # a label with one row, or more labels than places
+    except ValueError as error:  # a label with one row, or more labels than positions
         counts = ", ".join(f"{number} {word}" for word, number in label_counts(examples, task.label_words).items())
         raise InputError(
             f"--{split}_share {getattr(task, f'{split}_share'):g} of {len(examples)} rows ({counts}): "
-            f"{' '.join(str(error).split())} Give a larger share or more rows."
+            f"{' '.join(str(error).split())} Use a larger fraction or more rows."
         ) from error
     return cast(list[int], drawn["test"]["place"][:]), cast(list[int], drawn["train"]["place"][:])
 
@@ -419,12 +417,12 @@ def _draw(
 
 
 def label_counts(examples: Examples, label_words: list[str]) -> dict[str, int]:
-    """Examples of each label, by label word."""
+    """Return the number of examples by label word."""
     return {word: examples.labels.count(number) for number, word in enumerate(label_words)}
 
 
 def first_text_per_label(examples: Examples, label_words: list[str]) -> dict[str, str]:
-    """The first text of each label that there is one of, by label word."""
+    """Return the first text of each label that occurs, by label word."""
     return {
         word: examples.texts[examples.labels.index(number)]
         for number, word in enumerate(label_words)
@@ -433,11 +431,11 @@ def first_text_per_label(examples: Examples, label_words: list[str]) -> dict[str
 
 
 def check_trainable(examples: Examples, task: TaskConfig) -> None:
-    """Refuse training examples that cannot teach a distinction."""
+    """Refuse training examples that all have the same label."""
     present = [word for word, count in label_counts(examples, task.label_words).items() if count]
     if len(present) < 2:
         raise InputError(
             f"All {len(examples)} training examples of {task.dataset_name} have the label {present[0]!r}; expected "
-            "two labels or more. Check --label_column, --train_split and --max_train_samples; where the rows come "
-            "label by label, --validation_share and --test_share draw the splits at random."
+            "two labels or more. Check --label_column, --train_split and --max_train_samples; if the rows are "
+            "sorted by label, --validation_share and --test_share draw the splits at random."
         )

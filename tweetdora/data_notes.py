@@ -1,4 +1,4 @@
-"""What a reader of the scores should know of the data: notes for the plan, the records and the card."""
+"""Notes on the data that a reader of the scores should see, for the plan, the records and the card."""
 
 from collections.abc import Iterator
 
@@ -10,10 +10,10 @@ _CURE = "--validation_share and --test_share draw a split at random"
 
 
 def notes_on_splits(splits: dict[str, Examples], label_words: list[str]) -> list[DataNote]:
-    """Notes on each split, and on what two of them share; `splits` are by name, in the order train, validation, test.
+    """Return notes on each split and on texts shared by two splits; `splits` in the order train, validation, test.
 
     >>> notes_on_splits({"train": train, "test": test}, ["bad", "good"])
-    [DataNote(split='test', text='24 of 24 texts stand in the train split too')]
+    [DataNote(split='test', text='24 of 24 texts are in the train split too')]
     """
     notes = []
     for place, (split, examples) in enumerate(splits.items()):
@@ -33,9 +33,9 @@ def _notes_on_one(split: str, examples: Examples, label_words: list[str]) -> Ite
     elif missing:
         yield f"no example has the label {' or '.join(missing)}; {_CURE}"
     elif examples.is_sorted and examples.is_part:
-        yield f"the rows come label by label, and a part of them in that order is no sample; {_CURE}"
+        yield f"the rows are sorted by label, so the first part of them is not a representative sample; {_CURE}"
     if split == "test" and len(examples) < _FEW_TEST_EXAMPLES:
-        yield f"{len(examples)} examples are few; the intervals are wide"
+        yield f"only {len(examples)} examples, so the intervals are wide"
     if examples.skipped:
         reasons = ", ".join(f"{count:,} with {reason}" for reason, count in examples.skipped.items())
         yield f"{sum(examples.skipped.values()):,} rows were skipped: {reasons}"
@@ -43,7 +43,7 @@ def _notes_on_one(split: str, examples: Examples, label_words: list[str]) -> Ite
 
 def _note_on_two(examples: Examples, other: str, before: Examples) -> str | None:
     if (examples.source, examples.labels, examples.texts) == (before.source, before.labels, before.texts):
-        return f"these are the same examples as those of the {other} split"
+        return f"these are the same examples as in the {other} split"
     known = set(before.texts)
     shared = sum(text in known for text in examples.texts)
-    return f"{shared:,} of {len(examples):,} texts stand in the {other} split too" if shared else None
+    return f"{shared:,} of {len(examples):,} texts are in the {other} split too" if shared else None

@@ -1,7 +1,7 @@
-"""Rows of a file, read and written one after the other: CSV, TSV, JSON lines, Parquet, plain text.
+"""Read and write files row by row: CSV, TSV, JSON lines, Parquet, plain text.
 
-The reader says of each row what is wrong with it and goes on, so that all bad rows of a file can be shown together,
-each with the line that it begins on.
+The reader reports what is wrong with a row and continues, so that all bad rows of a file can be shown together, each
+with the line that it starts on.
 """
 
 import codecs
@@ -28,7 +28,7 @@ _BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16
 class Row:
     """A row of a file: the number of its first line, from 1, and its values by column.
 
-    `problem` says why it could not be read; then it has no values, or None in each column.
+    `problem` says why it could not be read; it then has no values, or None in each column.
     """
 
     line: int
@@ -37,29 +37,29 @@ class Row:
 
 
 def is_table(path: str) -> bool:
-    """Whether the file's name ends as those of data sets that are read here."""
+    """True if the file name has one of the endings that this module reads."""
     return os.path.splitext(path)[1].lower() in ENDINGS
 
 
 def read_any_rows(path: str, delimiter: str | None = None, encoding: str | None = None) -> Iterator[Row]:
-    """The rows of a file as read_rows gives them; of Parquet too, and of plain text, a row for each line.
+    """Yield the rows of a file like read_rows, also of Parquet and plain text (one row per line).
 
     Raises:
-        InputError: there is no such file, it cannot be read, or its name ends otherwise.
+        InputError: the file is missing or cannot be read, or its name has another ending.
     """
     ending = os.path.splitext(path)[1].lower()
     if ending not in (*ENDINGS, ".parquet", ".txt"):
-        raise InputError(f"{path}: expected a file whose name ends in {', '.join(ENDINGS)}, .parquet or .txt.")
+        raise InputError(f"{path}: expected a file name that ends in {', '.join(ENDINGS)}, .parquet or .txt.")
     if ending == ".parquet":
         return _parquet_rows(path)
     return read_rows(path, delimiter, encoding)
 
 
 def read_stream(stream: TextIO, form: str, delimiter: str | None = None) -> Iterator[Row]:
-    """The rows of an open stream in the form txt, csv, tsv or jsonl.
+    """Yield the rows of an open stream in the format txt, csv, tsv or jsonl.
 
     Raises:
-        InputError: a header is missing.
+        InputError: the header is missing.
     """
     if form == "txt":
         return _text_rows(stream)
@@ -69,12 +69,12 @@ def read_stream(stream: TextIO, form: str, delimiter: str | None = None) -> Iter
 
 
 def read_rows(path: str, delimiter: str | None = None, encoding: str | None = None) -> Iterator[Row]:
-    """The rows of a file, blank lines left out; in CSV and TSV the first line names the columns.
+    """Yield the rows of a file without blank lines; in CSV and TSV the first line names the columns.
 
     `delimiter` None: a tab in .tsv, a comma in .csv. `encoding` None: UTF-8, with or without a byte order mark.
 
     Raises:
-        InputError: there is no such file, it is in another encoding, or it has no header.
+        InputError: the file is missing, is in another encoding, or has no header.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: there is no such file.")
@@ -87,9 +87,9 @@ def read_rows(path: str, delimiter: str | None = None, encoding: str | None = No
                 yield from _text_rows(stream)
             else:
                 yield from _csv_rows(stream, path, delimiter or ("\t" if ending == ".tsv" else ","))
-    except UnicodeError as error:  # of UTF-16 without its mark too, which is no UnicodeDecodeError
+    except UnicodeError as error:  # UTF-16 without its mark is not a UnicodeDecodeError
         raise InputError(
-            f"{path} is not in the encoding {encoding or 'utf-8'} ({' '.join(str(error).split())}). Give its own by "
+            f"{path} is not in the encoding {encoding or 'utf-8'} ({' '.join(str(error).split())}). Set it with "
             f"--encoding{_guess_encoding(path)}."
         ) from error
 
@@ -129,7 +129,7 @@ def _json_rows(stream: TextIO) -> Iterator[Row]:
 
 
 def _csv_rows(stream: TextIO, path: str, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)  # a text may be longer than the 128 KiB that csv allows otherwise
+    csv.field_size_limit(sys.maxsize)  # by default csv refuses texts of more than 128 KiB
     lines = _Lines(stream)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -140,7 +140,7 @@ def _csv_rows(stream: TextIO, path: str, delimiter: str) -> Iterator[Row]:
         except StopIteration:
             break
         except csv.Error as error:
-            if not header:  # above all quoted names between other delimiters
+            if not header:  # typically quoted names between other delimiters
                 hint = hint_for_columns(path, [lines.last])
                 raise InputError(f"{path}: its header, {lines.last!r}, cannot be read ({error}). {hint}") from error
             yield Row(line, problem=_csv_problem(line, reader.line_num, error))
@@ -153,17 +153,17 @@ def _csv_rows(stream: TextIO, path: str, delimiter: str) -> Iterator[Row]:
             yield Row(
                 line,
                 dict.fromkeys(header),
-                problem=f"has {len(fields)} fields, the header {len(header)} (a text that holds the delimiter needs "
-                "quotes)",
+                problem=f"has {len(fields)} fields, the header {len(header)} (a text that contains the delimiter "
+                "needs quotes)",
             )
         else:
             yield Row(line, dict(zip(header, fields, strict=True)))
     if not header:
-        raise InputError(f"{path} is empty; expected a header line with the columns' names, and rows.")
+        raise InputError(f"{path} is empty; expected a header line with the column names, and rows.")
 
 
 class _Lines:
-    """A stream's lines, of which the last one is kept."""
+    """Iterate over a stream's lines and keep the last one."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self.last = stream, ""
@@ -176,7 +176,7 @@ class _Lines:
 
 def _csv_problem(first: int, last: int, error: csv.Error) -> str:
     until = f" up to line {last}" if last > first else ""
-    return f"has a quote that is not closed, or not at the end of its field{until} ({error})"
+    return f"has a quote that is not closed, or that closes before the end of its field{until} ({error})"
 
 
 def _check_header(header: list[str], path: str) -> list[str]:
@@ -186,20 +186,20 @@ def _check_header(header: list[str], path: str) -> list[str]:
 
 
 def hint_for_columns(path: str, columns: list[str]) -> str:
-    """What may be wrong with a file whose columns are not those that were expected; empty where nothing is known."""
+    """Guess why a file has unexpected columns; empty if there is no guess."""
     if any("\0" in name for name in columns):
-        return f"Its encoding is another one: give --encoding{_guess_encoding(path)}."
+        return f"It has another encoding: set --encoding{_guess_encoding(path)}."
     if len(columns) == 1:
         found = max(_DELIMITERS, key=columns[0].count)
         if found in columns[0]:
             shown = "$'\\t'" if found == "\t" else f'"{found}"'
-            return f"Its fields look separated by {_DELIMITERS[found]}: give --csv_delimiter {shown}."
+            return f"Its fields seem to be separated by {_DELIMITERS[found]}: set --csv_delimiter {shown}."
     return ""
 
 
 def _guess_encoding(path: str) -> str:
-    """The end of a sentence that says which encoding to name."""
-    if not os.path.isfile(path):  # a folder's files, or standard input
+    """Return the end of a sentence that suggests an encoding."""
+    if not os.path.isfile(path):  # files of a folder, or standard input
         return ""
     with open(path, "rb") as stream:
         start = stream.read(4096)
@@ -212,9 +212,9 @@ def _guess_encoding(path: str) -> str:
 
 
 class RowWriter:
-    """Writes rows to an open file, in the form csv, tsv, jsonl or parquet; rows of one file have the same columns.
+    """Write rows to an open file as csv, tsv, jsonl or parquet; all rows of a file have the same columns.
 
-    In CSV and TSV what is missing is an empty field, and lists and mappings are JSON.
+    In CSV and TSV, missing values are empty fields, and lists and mappings are JSON.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class RowWriter:
             self._csv.writerow(self._columns)
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write some rows."""
+        """Write rows."""
         if self._form == "jsonl":
             self._stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         elif self._form == "parquet":
@@ -248,7 +248,7 @@ class RowWriter:
             table = pyarrow.Table.from_pylist(whole, schema=self._schema)
         except pyarrow.ArrowException as error:
             raise InputError(
-                "Parquet has one type in a column, and these rows have several "
+                "Parquet allows one type per column, but these rows have several "
                 f"({' '.join(str(error).split())[:200]}). Write .jsonl instead."
             ) from error
         if self._parquet is None:
@@ -257,7 +257,7 @@ class RowWriter:
         self._parquet.write_table(table)
 
     def close(self) -> None:
-        """End the file; the stream stays open."""
+        """Finish the file; the stream stays open."""
         if self._parquet is not None:
             self._parquet.close()
 
