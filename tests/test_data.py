@@ -430,7 +430,7 @@ def test_a_header_that_names_a_column_twice_is_refused(make_task):
 def test_several_labels_in_a_row_are_refused(make_task):
     with pytest.raises(InputError, match="line 1: --label_column label holds .0, 2.. Expected one of the labels"):
         load_examples(make_task("rows.jsonl", '{"text": "a", "label": [0, 2]}'), "train", None)
-    with pytest.raises(InputError, match="rows.json: --label_column label holds List.*; expected one label in a row"):
+    with pytest.raises(InputError, match="rows.json: --label_column label holds List.*; expected one label per row"):
         load_examples(make_task("rows.json", '[{"text": "a", "label": [0, 2]}]'), "train", None)
 
 

@@ -243,7 +243,7 @@ class TaskConfig:
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": 'Variables of the chat template, as JSON: \'{"reasoning_effort": "low"}\'. Thinking is always off.'
+            "help": 'Variables of the chat template, as JSON: \'{"reasoning_effort": "low"}\'. Thinking is off by default.'
         },
     )
     max_train_samples: int | None = field(
