@@ -243,7 +243,8 @@ class TaskConfig:
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": 'Variables of the chat template, as JSON: \'{"reasoning_effort": "low"}\'. Thinking is off by default.'
+            "help": 'Variables of the chat template, as JSON: \'{"reasoning_effort": "low"}\'. Thinking is off unless '
+            "they turn it on."
         },
     )
     max_train_samples: int | None = field(
