@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +304,16 @@ def model_with_shares(model, tmp_path_factory) -> str:
     task = json.loads((folder / "task.json").read_text())
     (folder / "task.json").write_text(json.dumps({**task, "label_shares": [0.2, 0.3, 0.5]}))
     return str(folder)
+
+
+def test_an_estimate_that_leaves_a_label_without_a_row_is_said():
+    summary = prediction.Summary(Counter(bad=10), corrected={"bad": (0.95, 0.5), "good": (0.05, 0.5)})
+    assert summary.lines(512)[-1] == (
+        "the estimate leaves no row for good: this model's probabilities are too uncertain for it. Compare with "
+        "--prior_correction none"
+    )
+    summary.corrected["good"] = (0.1, 0.5)
+    assert "leaves no row" not in " ".join(summary.lines(512))
 
 
 def test_prior_correction_makes_the_probabilities_add_up_to_the_estimated_shares(
