@@ -82,8 +82,8 @@ class Summary:
             notes.append(f"probabilities corrected for estimated shares of {shares}")
             if gone := [word for word, (share, _) in self.corrected.items() if share * total < 1]:
                 notes.append(
-                    f"the estimate leaves no row for {', '.join(gone)}: this model's probabilities are too uncertain for "
-                    "it. Compare with --prior_correction none"
+                    f"the estimate leaves no row for {', '.join(gone)}: this model's probabilities are too uncertain "
+                    "for it. Compare with --prior_correction none"
                 )
         return notes
 
