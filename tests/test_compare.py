@@ -100,6 +100,20 @@ def test_a_page_is_its_template_with_tables(kept, tmp_path):
     assert re.search(r"\ntest \[0\.\d{3}, 0\.\d{3}\]$", text)
 
 
+def test_runs_are_named_by_what_differs_from_the_reference(kept):
+    (kept / "page.md").write_text(
+        "{{ table('.', against='dora-0.001-*') }}\n\n{{ differences('.', against='dora-0.001-*') }}"
+    )
+    table, lines = render_page(str(kept / "page.md"), CompareConfig()).split("\n\n")
+    names = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
+    assert names == ["reference", "method lora", "learning_rate 0.0001"]
+    named = [line.partition(": ")[0] for line in lines.splitlines()]
+    assert sorted(named) == ["- **learning_rate 0.0001** − reference", "- **method lora** − reference"]
+    (kept / "page.md").write_text("{{ table('.', against='dora-*') }}")
+    with pytest.raises(InputError, match=r"against='dora-\*': expected the runs of one group among those"):
+        render_page(str(kept / "page.md"), CompareConfig())
+
+
 def test_bars_have_the_base_the_baselines_by_score_and_the_groups(kept, monkeypatch):
     from tweetdora import compare
 

@@ -23,6 +23,7 @@ from tweetdora.seeds import (
     resample,
     settings_text,
     summarise,
+    value_text,
 )
 
 WORDS = ["bad", "good"]
@@ -254,3 +255,20 @@ def test_sisters_that_cannot_be_compared_are_passed_over_and_said(tmp_path):
     ]
     assert "is not readable JSON" in passed_over[0] and "on other examples" in passed_over[1]
     assert passed_over[2].endswith("was not measured on the test split")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1.0, "1"),
+        (0.0, "0"),
+        (1, "1"),
+        (True, "yes"),
+        (False, "no"),
+        (None, "all"),
+        (3e-5, "3e-05"),
+        (["a", "b"], "a+b"),
+    ],
+)
+def test_a_number_is_not_taken_for_a_truth_value(value, shown):
+    assert value_text(value) == shown

@@ -13,7 +13,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import jinja2
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = render_page(paths[0], config)
     else:
         groups = group_runs(find_runs(paths, config.split))
-        parts = [format_table(groups, config), format_machines(groups), format_differences(groups, config)]
+        parts = [format_table(groups, config), format_machines(groups), format_differences(all_pairs(groups), config)]
         text = "\n\n".join(filter(None, parts)) + "\n"
         if config.plot:
             draw_plot(groups, config.plot, config.x, config)
@@ -159,10 +159,10 @@ def share_text(share: float) -> str:
     return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %"
 
 
-def format_differences(groups: Sequence[Group], config: CompareConfig) -> str:
-    """A line per pair of groups with the difference and its interval; empty for a single group."""
+def format_differences(pairs: Sequence[tuple[Group, Group]], config: CompareConfig) -> str:
+    """A line per pair of groups with the difference and its interval; empty for no pair."""
     lines = []
-    for first, second in all_pairs(groups):
+    for first, second in pairs:
         found = difference_text(difference(first, second, config.bootstrap_samples))
         lines.append(f"- **{settings_text(first.settings)}** − {settings_text(second.settings)}: {found}")
     return "\n".join(lines)
@@ -226,17 +226,37 @@ class _Page:
         """Group the runs in these folders."""
         return group_runs(find_runs([os.path.join(self.folder, path) for path in paths], split))
 
-    def table(self, *paths: str, split: str = "test") -> str:
-        """The table of these runs."""
-        return format_table(self.groups(*paths, split=split), self.config)
+    def _against(self, reference: str, *paths: str, split: str) -> tuple[list[Group], Group]:
+        """The groups of these runs and that of the reference, named by the settings that differ from its own."""
+        folders = {run.folder for run in find_runs([os.path.join(self.folder, reference)], split)}
+        groups = self.groups(*paths, split=split)
+        found = [group for group in groups if {run.folder for run in group.runs} == folders]
+        if len(found) != 1:
+            raise InputError(f"against={reference!r}: expected the runs of one group among those that are shown.")
+        own = found[0].settings
+        named = [
+            replace(group, settings={name: value for name, value in group.settings.items() if value != own[name]})
+            for group in groups
+        ]
+        return [group for group in named if group.settings], replace(found[0], settings={"": "reference"})
+
+    def table(self, *paths: str, split: str = "test", against: str | None = None) -> str:
+        """The table of these runs; `against`: the reference, from which they are named."""
+        if against is None:
+            return format_table(self.groups(*paths, split=split), self.config)
+        groups, reference = self._against(against, *paths, split=split)
+        return format_table([*groups, reference], self.config)
 
     def machines(self, *paths: str, split: str = "test") -> str:
         """The machines that trained and measured these runs."""
         return format_machines(self.groups(*paths, split=split))
 
-    def differences(self, *paths: str, split: str = "test") -> str:
-        """The paired differences of these runs."""
-        return format_differences(self.groups(*paths, split=split), self.config)
+    def differences(self, *paths: str, split: str = "test", against: str | None = None) -> str:
+        """The paired differences of these runs; `against`: only those to the reference."""
+        if against is None:
+            return format_differences(all_pairs(self.groups(*paths, split=split)), self.config)
+        groups, reference = self._against(against, *paths, split=split)
+        return format_differences([(group, reference) for group in groups], self.config)
 
     def plot(
         self,

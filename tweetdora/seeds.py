@@ -349,7 +349,7 @@ def all_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
 
 def settings_text(settings: dict[str, Any]) -> str:
     """Format a group's settings: learning_rate 0.0005, method dora."""
-    shown = (f"{name} {value_text(value)}" for name, value in settings.items())
+    shown = (f"{name} {value_text(value)}".strip() for name, value in settings.items())
     return ", ".join(shown) or "all runs"
 
 
@@ -357,4 +357,6 @@ def value_text(value: Any) -> str:
     """Format a setting's value."""
     if isinstance(value, list):
         return "+".join(map(str, value))
-    return {None: "all", True: "yes", False: "no"}.get(value, f"{value:g}" if isinstance(value, float) else str(value))
+    if value is None or isinstance(value, bool):  # a mapping would take 1.0 for True
+        return "all" if value is None else ("yes" if value else "no")
+    return f"{value:g}" if isinstance(value, float) else str(value)
