@@ -235,7 +235,7 @@ def test_what_the_folder_does_not_hold_is_refused(task, fields, message):
             {},
             "rows.csv, split 'train': 1 of 2 rows cannot be used: line 3: --label_column label holds '3'. "
             "Expected one of the labels '0', '1', '2'; set others with --label_values, in the order of --label_words. "
-            "--skip_bad_rows true drops and counts such rows.",
+            "--skip_bad_rows true skips and counts such rows.",
         ),
         ("text,label\na,0\nb,1.5\n", {}, "line 3: --label_column label holds '1.5'. Expected"),
         ("text,label\na,0\nb,\n", {}, "line 3: --label_column label is empty. --skip_bad_rows"),
@@ -593,7 +593,7 @@ def test_max_train_samples_takes_of_what_the_shares_leave(make_task):
     ("counts", "share", "message"),
     [
         ([60, 39, 1], 0.1, r"--test_share 0.1 of 100 rows \(60 negative, 39 neutral, 1 positive\): .*least populated"),
-        ([4, 4, 4], 0.1, "--test_share 0.1 of 12 rows .* Use a larger fraction or more rows."),
+        ([4, 4, 4], 0.1, "--test_share 0.1 of 12 rows .* Use a larger share or more rows."),
     ],
 )
 def test_a_share_in_which_not_every_label_can_be_is_refused(make_task, counts, share, message):
@@ -605,8 +605,8 @@ def test_a_share_in_which_not_every_label_can_be_is_refused(make_task, counts, s
     ("fields", "message"),
     [
         ({"test_share": 0.5, "validation_share": 0.5}, "--validation_share 0.5 and --test_share 0.5 leave nothing to"),
-        ({"test_share": 1.0}, "--test_share is 1.0; expected a fraction, 0 to below 1."),
-        ({"test_share": -0.1}, "--test_share is -0.1; expected a fraction"),
+        ({"test_share": 1.0}, "--test_share is 1.0; expected a share, 0 to below 1."),
+        ({"test_share": -0.1}, "--test_share is -0.1; expected a share"),
         (
             {"test_share": 0.1, "test_split": "train[:5]"},
             r"--test_share 0.1 takes a part of --train_split, but --test_split train\[:5\] is set too. Leave one of",

@@ -74,7 +74,7 @@ def test_few_test_examples_are_said(number, noted):
 )
 def test_a_part_of_rows_that_come_label_by_label_is_said(is_sorted, is_part, noted):
     found = said(train=examples("a", sorted(MIXED), is_sorted=is_sorted, is_part=is_part))
-    text = f"the rows are sorted by label, so the first part of them is not a representative sample; {CURE}"
+    text = f"the rows are sorted by label, so a part of them in that order is not a representative sample; {CURE}"
     assert found == ([("train", text)] if noted else [])
 
 

@@ -228,9 +228,9 @@ class _Page:
 
     def _against(self, reference: str, *paths: str, split: str) -> tuple[list[Group], Group]:
         """The groups of these runs and that of the reference, named by the settings that differ from its own."""
-        folders = {run.folder for run in find_runs([os.path.join(self.folder, reference)], split)}
+        folders = {os.path.realpath(run.folder) for run in find_runs([os.path.join(self.folder, reference)], split)}
         groups = self.groups(*paths, split=split)
-        found = [group for group in groups if {run.folder for run in group.runs} == folders]
+        found = [group for group in groups if {os.path.realpath(run.folder) for run in group.runs} == folders]
         if len(found) != 1:
             raise InputError(f"against={reference!r}: expected the runs of one group among those that are shown.")
         own = found[0].settings

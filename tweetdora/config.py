@@ -45,7 +45,7 @@ class Range:
 AT_LEAST_0, AT_LEAST_1 = Range("0 or more", 0), Range("1 or more", 1)
 ABOVE_0 = Range("a number above 0", 0, open_low=True)
 SEED = Range(f"0 to {2**32 - 1}", 0, 2**32 - 1)  # NumPy's limits
-SHARE = Range("a fraction, 0 to below 1", 0, 1 - 1e-9)
+SHARE = Range("a share, 0 to below 1", 0, 1 - 1e-9)
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Flag:
     """Properties of a field beyond type, default and help text.
 
     `affects`: how another value changes the trained adapter. None: not at all. "recipe": a different adapter on any
-    machine. "compute": a different way to compute it. "rounding": only its last digits, so a resumed run may differ
-    here if the user allows it. Records keep all but the first kind.
+    machine. "compute": a different way to compute it. "rounding": only its last digits, so a resumed run may use
+    another value if the user allows it. Records keep all but the first kind.
     """
 
     affects: Literal["recipe", "compute", "rounding"] | None = None
@@ -207,11 +207,11 @@ class TaskConfig:
     test_split: str = field(default="test", metadata={"help": "Split that evaluate.py evaluates; slices work."})
     validation_share: Annotated[float, Flag(range=SHARE)] = field(
         default=0.0,
-        metadata={"help": "Fraction of --train_split to hold out for validation, at random and stratified by label."},
+        metadata={"help": "Share of --train_split to hold out for validation, at random and stratified by label."},
     )
     test_share: Annotated[float, Flag(range=SHARE)] = field(
         default=0.0,
-        metadata={"help": "Fraction of --train_split to hold out for testing, at random and stratified by label."},
+        metadata={"help": "Share of --train_split to hold out for testing, at random and stratified by label."},
     )
     split_seed: Annotated[int, Flag(range=SEED)] = field(
         default=42, metadata={"help": "Seed for --validation_share, --test_share and --balance_labels."}
@@ -220,7 +220,7 @@ class TaskConfig:
     label_column: str = field(default="label", metadata={"help": "Column that holds the label."})
     skip_bad_rows: bool = field(
         default=False,
-        metadata={"help": "Drop and count rows without a text or with an unknown label. If false, refuse them."},
+        metadata={"help": "Skip and count rows without a text or with an unknown label. If false, refuse them."},
     )
     label_words: list[str] = field(
         default_factory=lambda: list(LABEL_WORDS),
@@ -254,7 +254,7 @@ class TaskConfig:
         default=False,
         metadata={
             "help": "Train on equally many examples of each label: repeat some of the rare ones and drop some of the "
-            "frequent ones, at random. The total stays the same."
+            "frequent ones, at random. The total stays about the same."
         },
     )
     max_length: int = field(
@@ -679,17 +679,19 @@ class EvaluateConfig:
     label_values: list[str] | None = _correction("label values, in the order of the label words,")
     csv_delimiter: str | None = _correction(".csv delimiter")
     encoding: str | None = _correction("file encoding")
-    skip_bad_rows: bool | None = _correction("choice for bad rows")
+    skip_bad_rows: bool | None = _correction("choice to skip bad rows")
     base_results: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of an earlier evaluation. Reuse its answers of the base model if they are to the same "
-            "questions."
+            "help": "Folder of an earlier evaluation. Reuse the base model's answers from it, if it is the same "
+            "measurement."
         },
     )
     output_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder for the results. Default: <run folder>/evaluation, or runs/evaluations/<model>."},
+        metadata={
+            "help": "Folder for the results. Default: <run folder>/evaluation, or runs/evaluations/<model or adapter>."
+        },
     )
     report_to: Literal["wandb", "none"] = field(
         default="wandb", metadata={"help": "Add the results to the run's W&B run, if it has one."}
@@ -728,7 +730,7 @@ class PredictConfig:
         default="txt", metadata={"help": "Format of standard input; txt: one text per line."}
     )
     skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Drop and count rows that cannot be read. If false, refuse them."}
+        default=False, metadata={"help": "Skip and count rows that cannot be read. If false, refuse them."}
     )
     prior_correction: Literal["none", "em"] = field(
         default="none",
@@ -850,7 +852,10 @@ class PushConfig:
                 "--adapter_only true: GGUF and ONNX files need the merged model; leave --gguf and --onnx out."
             )
         if self.create_pr and (self.tag or self.revision or self.private):
-            raise InputError("--create_pr true cannot be combined with --tag, --revision or --private.")
+            raise InputError(
+                "--create_pr true cannot be combined with --tag, --revision or --private: a pull request has a branch "
+                "of its own."
+            )
 
 
 # Settings that records keep because they determine the result. world_size is not a field: the launcher sets it.

@@ -19,7 +19,7 @@ from tweetdora.tables import hint_for_columns, is_table, read_rows
 
 _SPLIT_HINT = (
     "Name an existing split, or a slice of one, with --train_split, --validation_split or --test_split; or hold out a "
-    "fraction of the train split with --validation_share or --test_share."
+    "share of the train split with --validation_share or --test_share."
 )
 _FILE_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _SHOWN_BAD_ROWS = 5
@@ -323,7 +323,7 @@ def _bad_rows_message(bad: list[_BadRow], split: _Split, known: dict[Any, int], 
             f" Expected one of the labels {', '.join(map(repr, known))}; set others with --label_values, in "
             "the order of --label_words."
         )
-    cure = "" if len(bad) == len(split.texts) else " --skip_bad_rows true drops and counts such rows."
+    cure = "" if len(bad) == len(split.texts) else " --skip_bad_rows true skips and counts such rows."
     return (
         f"{task.dataset_name}, split {split.name!r}: {len(bad):,} of {len(split.texts):,} rows cannot be used: "
         f"{shown}{more}.{labels}{cure}"
@@ -408,7 +408,7 @@ def _draw(
         counts = ", ".join(f"{number} {word}" for word, number in label_counts(examples, task.label_words).items())
         raise InputError(
             f"--{split}_share {getattr(task, f'{split}_share'):g} of {len(examples)} rows ({counts}): "
-            f"{' '.join(str(error).split())} Use a larger fraction or more rows."
+            f"{' '.join(str(error).split())} Use a larger share or more rows."
         ) from error
     return cast(list[int], drawn["test"]["place"][:]), cast(list[int], drawn["train"]["place"][:])
 

@@ -33,7 +33,7 @@ def _notes_on_one(split: str, examples: Examples, label_words: list[str]) -> Ite
     elif missing:
         yield f"no example has the label {' or '.join(missing)}; {_CURE}"
     elif examples.is_sorted and examples.is_part:
-        yield f"the rows are sorted by label, so the first part of them is not a representative sample; {_CURE}"
+        yield f"the rows are sorted by label, so a part of them in that order is not a representative sample; {_CURE}"
     if split == "test" and len(examples) < _FEW_TEST_EXAMPLES:
         yield f"only {len(examples)} examples, so the intervals are wide"
     if examples.skipped:

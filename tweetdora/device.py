@@ -29,7 +29,7 @@ class Hardware:
 def compute_state() -> PartialState:
     """Return the state of this process within its launch, on a CUDA GPU or the CPU.
 
-    By default accelerate would also use an Apple GPU (mps), for which precision and speed are not handled here.
+    By default accelerate would also use an Apple GPU (mps); precision and speed here are for CUDA and CPUs only.
     """
     return PartialState(cpu=not torch.cuda.is_available())
 

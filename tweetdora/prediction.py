@@ -111,7 +111,7 @@ def scan(path: str, config: PredictConfig) -> Table:
         hint = hint_for_columns(path, list(columns)) if is_table(path) else ""
         raise InputError(
             f"{path}: {len(bad):,} rows cannot be read: {shown}{more}. "
-            f"{hint or '--skip_bad_rows true drops and counts such rows.'}"
+            f"{hint or '--skip_bad_rows true skips and counts such rows.'}"
         )
     return Table(path, list(columns), count, bad)
 
@@ -348,7 +348,7 @@ def predict_stream(
         summary.skipped += len(chunk) - len(good)
         if len(good) < len(chunk) and not config.skip_bad_rows:
             first = next(row for row in chunk if row.problem is not None)
-            raise InputError(f"line {first.line}: {first.problem}. --skip_bad_rows true drops and counts such rows.")
+            raise InputError(f"line {first.line}: {first.problem}. --skip_bad_rows true skips and counts such rows.")
         predictions, truncated = classifier.predict([text_of(row, column) for row in good])
         summary.truncated += truncated
         for prediction in predictions:
