@@ -154,7 +154,7 @@ def test_every_format_answers_as_the_published_model_does(small_run):
     card = (run / "publish/README.md").read_text()
     for name, line in found.items():
         assert line.split(", ", 1)[1].replace(" in ", ", in ") in card, name
-    assert "| Ollama | `ollama create small -f Modelfile`; it holds the prompt | no |" in card
+    assert "| Ollama | `ollama create small -f Modelfile`; the file contains the prompt | no |" in card
 
 
 @needs_converter

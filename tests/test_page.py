@@ -178,8 +178,8 @@ def test_a_file_is_uploaded_and_comes_back_labelled(page, model, tmp_dir, tmp_pa
     ("name", "content", "said"),
     [
         ("a.csv", b"first,second\n1,2\n", "its columns are first, second. Name one with “Text column”."),
-        ("a.csv", b"id;text\n1;good\n", 'Its fields look separated by a semicolon: give “Delimiter” ";".'),
-        ("a.csv", "text\nschön\n".encode("latin-1"), "Give its own by “Encoding”, such as latin-1 or cp1252."),
+        ("a.csv", b"id;text\n1;good\n", 'Its fields seem to be separated by a semicolon: set “Delimiter” ";".'),
+        ("a.csv", "text\nschön\n".encode("latin-1"), "Set it with “Encoding”, such as latin-1 or cp1252."),
         ("a.parquet", b"PAR1", "a.parquet is not readable Parquet"),
         ("a.csv", b"", "a.csv is empty; expected a header line"),
     ],

@@ -737,10 +737,10 @@ def test_a_variable_of_the_template_is_in_the_prompt_and_in_the_published_templa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("{effort: low}", "^--chat_template_kwargs is '{effort: low}', which is no JSON"),
+        ("{effort: low}", "^--chat_template_kwargs is '{effort: low}', which is not JSON"),
         ("[1]", "^--chat_template_kwargs is '.1.'; expected a JSON object"),
-        ({"tokenize": True}, "^--chat_template_kwargs sets tokenize, which is decided here; expected variables"),
-        ('{"add_generation_prompt": false}', "sets add_generation_prompt, which is decided here"),
+        ({"tokenize": True}, "^--chat_template_kwargs sets tokenize, which tweetdora sets itself; expected variables"),
+        ('{"add_generation_prompt": false}', "sets add_generation_prompt, which tweetdora sets itself"),
     ],
 )
 def test_variables_that_are_none_are_refused(given, message):

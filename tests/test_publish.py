@@ -387,7 +387,7 @@ def test_an_upload_that_broke_is_gone_on_with_by_the_same_command(push, trained:
     ("change", "flags", "message"),
     [
         (lambda hub: hub.card_errors.append('"license" must be one of'), (), "the Hub rejects the card's metadata: "),
-        (lambda hub: hub.faults.append(Fault("POST /api/validate-yaml", 503, times=99)), (), "could not be asked"),
+        (lambda hub: hub.faults.append(Fault("POST /api/validate-yaml", 503, times=99)), (), "could not validate"),
         (lambda hub: hub.tokens.update({TOKEN: User(REPO.split("/")[0], "read")}), (), "is read-only"),
         (lambda hub: hub.tokens.clear(), (), "rejected the token"),
         (lambda hub: hub.faults.append(Fault("GET .*/whoami-v2", 429, times=9)), (), "hit the rate limit for the"),
@@ -479,7 +479,7 @@ def test_a_page_that_fails_is_said_beside_the_model_that_is_published(push, trai
     said = refused(push, f"{REPO}-half", "--space", f"{SPACE}-half")
     head = trained.hub.store.repositories["models", f"{REPO}-half"].commit_of("main").oid
     assert said.startswith(
-        f"the model is published and checked ({trained.hub.endpoint}/{REPO}-half/commit/{head}); its page is not: "
+        f"the model is published and checked ({trained.hub.endpoint}/{REPO}-half/commit/{head}), but its page is not: "
         f"pushing to {SPACE}-half failed: "
     )
     assert said.endswith("Run the same command again; it does not commit the model twice.")

@@ -329,6 +329,7 @@ def test_a_checkpoint_of_the_record_version_before_is_refused(training, tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "record_version": 2}))
     make_checkpoint(tmp_path / "run", 10)
     with pytest.raises(
-        InputError, match="has record version 2; this code reads version 3, 4, 5 and 6. Use the version of tweetdora"
+        InputError,
+        match="has record version 2; this code reads version 3, 4, 5, 6 and 7. Use the version of tweetdora",
     ):
         plan_resume(training(resume_from_checkpoint="true"))

@@ -395,7 +395,9 @@ def test_the_published_folder_is_asked_its_own_question_and_answers_as_the_run_d
     flags = ["--precision", "fp32", "--bootstrap_samples", "50", "--output_dir", str(out), "--report_to", "none"]
     data = read(folder / "run.json")["task"]["dataset_name"]
     monkeypatch.chdir(tmp_path)  # task.json names the data set's folder, which lies elsewhere
-    with pytest.raises(UserError, match="--dataset_name tiny-tweets: there is no such file or folder"):
+    with pytest.raises(
+        UserError, match="--dataset_name tiny-tweets: it is neither an existing file or folder nor a Hub id"
+    ):
         main_of("evaluate.py")([str(folder / "publish"), *flags])
     assert main_of("evaluate.py")([str(folder / "publish"), *flags, "--dataset_name", data]) == 0
     record, expected = read(out / "test.json"), read(folder / "evaluation/test.json")

@@ -355,7 +355,7 @@ def test_a_gradient_that_is_nan_stops_the_training_before_it_reaches_the_weights
     trainer = laboratory.trainer()
     weight = next(weight for name, weight in trainer.model.named_parameters() if "lora_B" in name)
     weight.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(DivergedError, match=r"in step 1, training examples \[[0-9, ]+\]\. Start anew") as stopped:
+    with pytest.raises(DivergedError, match=r"in step 1, training examples \[[0-9, ]+\]\. Start again") as stopped:
         trainer.train()
     rows = json.loads(re.search(r"training examples (\[.*?\])", str(stopped.value))[1])
     assert len(set(rows)) == 16 and set(rows) <= set(range(48))
@@ -978,7 +978,7 @@ def test_a_loss_that_is_nan_in_one_process_stops_all(sharp_dir, data_dir, tmp_pa
     assert read_run_file(tmp_path / "run")["status"] == "diverged"
     said = [path.read_text() for path in sorted((tmp_path / "logs").rglob("stderr.log"))]
     found = [
-        re.findall(r"DivergedError: the loss is nan in step 1, training examples (\[.*?\])\. Start anew", text)
+        re.findall(r"DivergedError: the loss is nan in step 1, training examples (\[.*?\])\. Start again", text)
         for text in said
     ]
     assert len(found) == 2 and found[0] == found[1] and len(json.loads(found[0][0])) == 8

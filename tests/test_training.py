@@ -96,9 +96,7 @@ def test_examples_beyond_the_models_last_position_are_refused(load_with, make_mo
 
 
 def test_a_test_split_that_is_not_there_is_said_before_the_training(load_with):
-    with pytest.raises(
-        InputError, match="split 'exam': .*Name a split that is there, or a slice of one, with --train"
-    ):
+    with pytest.raises(InputError, match="split 'exam': .*Name an existing split, or a slice of one, with --train"):
         load_with(task_fields={"test_split": "exam"})
 
 

@@ -45,7 +45,7 @@ def check_contents(folder: str, repo_id: str | None, kinds: tuple[str, ...] = _K
     """Refuse a folder with a file of another kind, or with content that should not be published.
 
     Raises:
-        InputError: There is one; the message names the file, the line and the kind of secret, not the secret itself.
+        InputError: the folder holds one; the message names file, line and kind of the secret, not the secret itself.
     """
     values = known_secrets(os.environ, os.getcwd())
     names = _names_of_the_machine(repo_id)
@@ -109,7 +109,7 @@ def known_secrets(environment: Mapping[str, str], folder: str) -> dict[str, str]
 
 
 def _names_of_the_machine(repo_id: str | None) -> dict[str, str]:
-    """Return login name and home folder, unless too common to be telling, or public as the repository's owner."""
+    """Return login name and home folder, unless too common to identify anyone, or public as the repository's owner."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # in a container, the user may have no name

@@ -171,7 +171,7 @@ def text_of(row: Row, column: str) -> str:
 
 
 def predict_file(classifier: Classifier, table: Table, config: PredictConfig, column: str) -> Summary:
-    """Classify the rows of a file that an interrupted command has not done yet, and write the output.
+    """Classify the rows of a file, skipping those that an interrupted command has already done; write the output.
 
     Raises:
         InputError: the .part file is another command's, or --prior_correction needs label shares that are unknown.

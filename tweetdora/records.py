@@ -146,7 +146,7 @@ class BaseModelCard:
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """What the data set's own card says, as far as it has one; `labels` is its text that names all labels."""
+    """Metadata from the data set's own card, if it has one; `labels` is its text that names all labels."""
 
     license: str | list[str] | None = None
     paper: str | None = None
@@ -868,7 +868,7 @@ _NEW_IN_5: dict[str, dict[str, Any]] = {"task": {"balance_labels": False}, "mode
 
 
 def _from_version_6(kind: type, value: dict[str, Any]) -> dict[str, Any]:
-    """A record of version 6 with what has come since."""
+    """Convert a record of version 6 to version 7: add the new fields."""
     if kind is RunRecord:
         card = {"paper": None, "citation": None, **value["base_model_card"]}
         return {"dataset_card": dataclasses.asdict(DatasetCard()), **value, "base_model_card": card}
