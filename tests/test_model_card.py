@@ -129,7 +129,8 @@ def test_metadata_parses_back_to_the_records(records):
         "| trainable parameters | 448,000 of 1,000,000 (44.800%) |",
         "| steps | 625 steps, 16 examples each: one pass over the training examples |",
         "| learning rate | 3e-05, linear |",
-        "| loss | only on the answer and its stop token, 20,000 of 830,000 tokens; training mean 0.612 |",
+        "| loss | only on the answer and its stop token, 20,000 of the training set's 830,000 tokens; mean training "
+        "loss 0.612 |",
         "| time | 12.6 minutes on 2 cores of Fast CPU |",
         "| peak memory | 2.7 GB of one process's memory |",
         "| `train` | 10,000 | 4,000 | 6,000 |",
@@ -465,7 +466,9 @@ def test_insults_and_personal_data_are_passed_over_and_counted(records):
     text = render(records)
     for hidden in ("idiot", "example.org", "somebody", "4567"):
         assert hidden not in text
-    assert "The rule skipped 2 with personal data and 1 with insults (by a short English word list" in text
+    assert (
+        "The rule skipped examples with personal data (2) and insults (1), found by a short English word list" in text
+    )
     widget = ModelCard(text).data.to_dict()["widget"]
     assert [example["messages"][1]["content"] for example in widget] == ["grand"]
 

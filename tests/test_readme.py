@@ -178,7 +178,7 @@ def test_the_table_of_results_is_the_records():
     low, high = difference.macro_f1.interval
     for line in (
         f"{run.result.steps} steps, one seed ({run.training.seed}), {record.data.num_examples} test examples, "
-        f"answered in {record.precision} ",
+        f"answered in {record.precision} (",
         f"| {run.train_data.display_name}, {record.split}, n = {record.data.num_examples} | macro-F1 |",
         measured(f"base: {run.base_hub_id.rpartition('/')[2]}", "", record.base),
         measured("**fine-tuned: DoRA on k and v, r 8**", "**", record.finetuned),
@@ -222,7 +222,7 @@ def test_the_table_of_the_experiment_is_the_records():
         f"{mean(rate.format('dora', '3e-05'))} ({len(seeds)} seeds, SD {deviation:.3f})",
         mean(rate.format("lora", "3e-05")),
     ]
-    assert cells_of("2e-3, the best of the grid")[1:] == [
+    assert cells_of("2e-3, the best of the learning rates")[1:] == [
         mean(rate.format(name, "0.002")) for name in ("dora", "lora")
     ]
     expected = [mean(f"best/{name}-r16-1e-3-2epochs-*") for name in ("dora", "lora")]

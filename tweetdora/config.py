@@ -344,7 +344,7 @@ class ModelConfig:
     )
     method: Literal["dora", "lora"] = field(default="dora", metadata={"help": "Adapter method."})
     r: int = field(default=8, metadata={"help": "Rank of the adapter matrices."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale the adapter by lora_alpha / r."})
+    lora_alpha: int = field(default=16, metadata={"help": "Numerator of the adapter's scale, lora_alpha / r."})
     use_rslora: bool = field(
         default=False, metadata={"help": "Scale the adapter by lora_alpha / sqrt(r) instead (rank-stabilized LoRA)."}
     )
@@ -805,7 +805,7 @@ class PushConfig:
     sister_runs: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "More folders with runs that differ only in the seed, besides the run's own. The card then shows "
+            "help": "More folders to search for runs that differ only in the seed. The card then shows "
             "the mean over seeds."
         },
     )
@@ -824,7 +824,9 @@ class PushConfig:
     )
     output_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder to build: new, empty, or an earlier build. Default: <run folder>/publish."},
+        metadata={
+            "help": "Folder to build the model in: new, empty, or an earlier build. Default: <run folder>/publish."
+        },
     )
 
     def __post_init__(self) -> None:
