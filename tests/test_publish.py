@@ -20,6 +20,7 @@ from transformers.utils import hub as transformers_hub
 from tweetdora import conversions
 from tweetdora.errors import InputError, UserError, VerificationError
 from tweetdora.model_card import inline_code
+from tweetdora.publish import _OURS
 from tweetdora.space import check_page, check_space_dir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,6 +158,13 @@ def test_readmes_commands_are_those_that_ran_here_and_its_python_loads_the_model
     assert commands.splitlines() == ["accelerate launch train.py", "python evaluate.py", "python push_to_hub.py"]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert desk.run("-c", code + "print(type(model).__name__)", home="empty").endswith("MistralForCausalLM\n")
+
+
+def test_the_score_is_there_in_the_hubs_newer_format_and_belongs_to_a_publish(desk: Desk):
+    (entry,) = yaml.safe_load(desk.read(REPO, ".eval_results/tweetdora.yaml"))
+    assert (entry["dataset"]["id"], entry["dataset"]["task_id"]) == (DATA, "sentiment")
+    assert _OURS.fullmatch(".eval_results/tweetdora.yaml"), "a later publish without it removes it"
+    assert not _OURS.fullmatch(".eval_results/somebody.yaml")
 
 
 def test_what_was_published_answers_as_the_adapter_does_token_for_token(desk: Desk):
