@@ -178,7 +178,7 @@ class TaskConfig:
 
     dataset_name: str = field(
         default="cardiffnlp/tweet_eval",
-        metadata={"help": "Data set: a Hub id, a local data-set folder, or one .csv, .json, .jsonl or .parquet file."},
+        metadata={"help": "Data set: Hub id, local data-set folder, or a .csv, .tsv, .json, .jsonl or .parquet file."},
     )
     dataset_config: str | None = field(
         default=None,
