@@ -276,15 +276,14 @@ class _Page:
 
         base: what to call the base model. finetuned: the folders of runs by what to call them.
         """
-        groups = {name: self.groups(path, split=split) for name, path in finetuned.items()}
-        for name, found in groups.items():
-            if len(found) != 1:
-                raise InputError(f"bars(): {finetuned[name]} holds {len(found)} groups of runs; expected one.")
         bars = []
-        for name, (group,) in groups.items():
-            summary = summarise(group, self.config.bootstrap_samples)
+        for name, path in finetuned.items():
+            groups = self.groups(path, split=split)
+            if len(groups) != 1:
+                raise InputError(f"bars(): {path} holds {len(groups)} groups of runs; expected one.")
+            summary = summarise(groups[0], self.config.bootstrap_samples)
             bars.append((name, summary.mean, summary.interval, "finetuned"))
-        record = group.runs[0].evaluation
+        record = groups[0].runs[0].evaluation
         others = [(other.name, other.macro_f1, other.macro_f1_interval, "other") for other in record.baselines.others]
         guess = ("uniform guessing", record.baselines.uniform.macro_f1, None, "other")
         before = (base, record.base.macro_f1, record.base.intervals.macro_f1, "base")
