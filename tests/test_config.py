@@ -731,6 +731,23 @@ def test_a_script_ends_with_the_status_of_its_main(capsys, silenced):
     assert silenced == ["set_verbosity_error", "disable_progress_bar"] * 2
 
 
+def test_a_script_leaves_the_other_processes_when_it_succeeded_and_only_then(capsys, silenced, tmp_path):
+    """Not after an error: the others may wait in a collective, and the launcher ends them."""
+
+    def fail() -> int:
+        raise InputError("--r is 0; give 1.")
+
+    distributed = torch.distributed
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert end_of(fail, capsys)[0] == 2 and distributed.is_initialized()
+        assert end_of(lambda: 0, capsys) == (0, "") and not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("kind", "status"),
     [(InputError, 2), (ResourceError, 3), (DivergedError, 4), (HubError, 5), (VerificationError, 6), (UserError, 1)],

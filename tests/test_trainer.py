@@ -15,6 +15,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -714,18 +715,33 @@ def test_signals_are_given_back_after_the_training(laboratory):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_second_signal_stops_at_once():
+@pytest.mark.parametrize(("seconds", "stopped"), [(0.9, False), (1.1, True)])
+def test_a_second_signal_stops_at_once_but_not_one_of_the_same_stop(seconds, stopped, monkeypatch):
+    """Linux sends a parent-death signal once for each thread of the parent."""
     child = os.fork()
     if child == 0:
         try:
-            stop = StopOnSignal()
+            stop, now = StopOnSignal(), time.monotonic()
             stop.on_train_begin(None, None, None)
+            monkeypatch.setattr(time, "monotonic", lambda: now)
             signal.raise_signal(signal.SIGTERM)
+            monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
             signal.raise_signal(signal.SIGTERM)
         finally:
             os._exit(77)  # still alive
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+    assert os.WIFSIGNALED(status) == stopped
+    assert (os.WTERMSIG(status) == signal.SIGTERM) if stopped else (os.WEXITSTATUS(status) == 77)
+
+
+def test_a_signal_that_follows_the_agreed_stop_is_the_same_stop(monkeypatch):
+    """Another process had it first, and this one gets its own after the gathering: its checkpoint is still written."""
+    monkeypatch.setattr("tweetdora.callbacks.gather", lambda number: torch.tensor([0, signal.SIGINT]))
+    stop = StopOnSignal()
+    assert stop.agree(SimpleNamespace(world_size=2, device="cpu")) and stop.signal_number == signal.SIGINT
+    monkeypatch.setattr(signal, "raise_signal", lambda number: pytest.fail("stopped at once"))
+    stop._note(signal.SIGTERM, None)
+    assert stop.signal_number == signal.SIGINT
 
 
 # The script as a process

@@ -1,6 +1,7 @@
 """Trainer callbacks: a log line per checkpoint, missed validations, stops on signals and NaN, generations to W&B."""
 
 import signal
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,11 @@ from tweetdora.tracking import log_generations
 
 if TYPE_CHECKING:
     from tweetdora.trainer import ClassificationTrainer
+
+
+# Seconds. One stop may deliver several signals: a launcher forwards the terminal's Ctrl-C, the other processes get
+# theirs later, and Linux sends a parent-death signal once for each thread of the parent, about 1 ms apart.
+SAME_STOP = 1.0
 
 
 class EvaluationStopped(RuntimeError):
@@ -93,10 +99,11 @@ class StopOnNonFiniteGradient(_TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second signal stops at once."""
+    """On Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A signal SAME_STOP later stops at once."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._since = 0.0  # when it was set, by time.monotonic()
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(
@@ -107,10 +114,11 @@ class StopOnSignal(TrainerCallback):
             self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None:
+        if self.signal_number is None:
+            self.signal_number, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > SAME_STOP:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signal_number = number
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,7 +132,8 @@ class StopOnSignal(TrainerCallback):
         """True if any process received a signal. Collective: every process must call it at the same point."""
         if args.world_size > 1:  # a signal may reach one process only, or one process a step earlier
             number = int(gather(torch.tensor([self.signal_number or 0], device=args.device)).max())
-            self.signal_number = number or self.signal_number  # one may have arrived during the gathering
+            if number and self.signal_number is None:  # one may have arrived during the gathering
+                self._note(number, None)
         return self.signal_number is not None
 
     def on_train_end(

@@ -187,7 +187,9 @@ def run_script(main: Callable[[], int], name: str) -> NoReturn:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     show_log()
     try:
-        sys.exit(main())
+        status = main()
+        _leave_process_group()
+        sys.exit(status)
     except UserError as error:
         if _wants_traceback(sys.argv[1:]):
             traceback.print_exc()
@@ -202,6 +204,17 @@ def run_script(main: Callable[[], int], name: str) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C; everything finished before is kept.", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave_process_group() -> None:
+    """End the communication between processes, after a main that succeeded.
+
+    Python may otherwise exit while gloo's threads run, and the process aborts ("terminate called without an active
+    exception"). After an error the others may wait in a collective, so the launcher ends them.
+    """
+    distributed = sys.modules.get("torch.distributed")  # not imported for this alone: --help is quick without torch
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _wants_traceback(argv: Sequence[str]) -> bool:
