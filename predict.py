@@ -20,6 +20,7 @@ from accelerate import PartialState
 from tweetdora.classifier import Classifier
 from tweetdora.cli import parse_predict, run_script, show_log
 from tweetdora.config import PredictConfig
+from tweetdora.device import compute_state
 from tweetdora.errors import InputError
 from tweetdora.prediction import Summary, Table, find_text_column, predict_file, predict_stream, read_input, scan
 from tweetdora.tables import read_any_rows
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.output is not None and os.path.exists(config.output) and not config.overwrite:
         raise InputError(f"--output {config.output} already exists; choose another file, or pass --overwrite true.")
     table = scan(path, config) if path is not None else None
+    if table is None and compute_state().num_processes > 1:
+        raise InputError("standard input can be read by one process only, and this launch has several. Name a file.")
 
     # load
     classifier = Classifier(model, precision=config.precision, batch_size=config.batch_size)

@@ -23,11 +23,21 @@ from tweetdora.cli import parse_train, run_script
 from tweetdora.device import peak_memory_bytes, use_cpu_threads
 from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.plan import check_disk, format_plan
+from tweetdora.processes import check_shared_folder
 from tweetdora.progress import print_summary
 from tweetdora.prompts import show_example
 from tweetdora.resume import continue_record, only_training_in, pin_commits, plan_resume
 from tweetdora.tracking import finish_wandb, wandb_mode
-from tweetdora.training import begin_record, is_unfinished, load, make_trainer, run_trainer, save_run, write_run
+from tweetdora.training import (
+    begin_record,
+    check_processes,
+    is_unfinished,
+    load,
+    make_trainer,
+    run_trainer,
+    save_run,
+    write_run,
+)
 
 log = logging.getLogger("tweetdora.train")
 
@@ -47,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     use_cache_if_unreachable(task.dataset_name, model_config.model_name_or_path)
     commits = pin_commits(task, model_config, resume.saved)
     loaded, run = load(task, model_config, training, commits, state, resume.saved)
+    check_processes(run)
     say("\n".join([run.name, format_plan(run, training, threads), *resume.notes]))
     if training.dry_run:
         example = show_example(loaded.tokenized.features[0], loaded.tokenizer)
@@ -56,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         run, mismatches = continue_record(resume.saved, run, training.allow_mismatch)
         for mismatch in mismatches:
             say("note: resumed with %s", mismatch)
+    check_shared_folder(training.output_dir, "--output_dir")
     with only_training_in(training.output_dir, state.is_main_process):
         if state.is_main_process:
             clear_unfinished(training.output_dir)

@@ -37,7 +37,7 @@ os.environ.update(
 for _name in [
     *(name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "DEEPSPEED_"))),
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY"),
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 ]:
     os.environ.pop(_name, None)
 

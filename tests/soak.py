@@ -96,9 +96,8 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     return {
         "adapter": load_file(run_dir / "adapter/adapter_model.safetensors"),
         "saved adapter": load_file(checkpoint / "adapter_model.safetensors"),
-        **{name: torch.load(checkpoint / name, weights_only=False) for name in (
-            "optimizer.pt", "scheduler.pt", "rng_state.pth"
-        )},
+        # optimizer.pt, scheduler.pt, and rng_state.pth or, of several processes, rng_state_0.pth, …
+        **{path.name: torch.load(path, weights_only=False) for path in sorted(checkpoint.glob("*.pt*"))},
         "record": without_times(run),
         "state": without_times(json.loads((checkpoint / "trainer_state.json").read_text())),
     }  # fmt: skip

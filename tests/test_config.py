@@ -483,6 +483,17 @@ def test_rows_of_a_pass_follow_from_the_global_batch_size(global_batch_size, acc
     assert parse(*argv, "--per_device_train_batch_size", str(rows))[2].per_device_train_batch_size == rows
 
 
+def test_an_order_that_depends_on_the_number_of_processes_is_refused_with_several(monkeypatch):
+    """transformers groups within the batches of a process."""
+    for strategy in ("group_by_length", "batch_rebalance", "sequential"):
+        parse("--train_sampling_strategy", strategy)
+    monkeypatch.setattr(TrainConfig, "world_size", 2)
+    parse("--train_sampling_strategy", "sequential")
+    for strategy in ("group_by_length", "batch_rebalance"):
+        with pytest.raises(InputError, match=f"--train_sampling_strategy {strategy} orders the examples differently"):
+            parse("--train_sampling_strategy", strategy)
+
+
 def test_rows_of_a_pass_shrink_as_processes_are_added(monkeypatch):
     """The global batch must not grow with the number of GPUs."""
     monkeypatch.setattr(TrainConfig, "world_size", 8)

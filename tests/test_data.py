@@ -5,10 +5,13 @@ import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import datasets
 import pandas
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tweetdora import data
 from tweetdora.config import TaskConfig
@@ -420,6 +423,28 @@ def test_files_in_a_folder_that_are_not_what_they_should_be_are_refused_too(tmp_
         InputError, match="ragged: the rows of its .csv files have more fields than their headers; a te"
     ):
         load_examples(TaskConfig(dataset_name=str(tmp_path / "ragged")), "train", None)
+
+
+def test_a_changed_folder_is_read_anew_and_another_of_the_same_name_is_another(data_dir, tmp_path, monkeypatch):
+    """Of a folder whose README.md lists its files, datasets 5.2 would return what it has read first."""
+
+    def labels(folder) -> list[int]:
+        return load_examples(TaskConfig(dataset_name=str(folder), max_train_samples=4), "train", None).labels
+
+    def write(folder: Path, labels: list[int]) -> None:
+        rows = [{"text": text, "label": label} for text, label in zip(TEXTS, labels, strict=False)]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train.parquet")
+
+    one, two = tmp_path / "one/same", tmp_path / "two/same"
+    for folder in (one, two):
+        shutil.copytree(data_dir, folder)
+    write(one, [0, 1, 2, 0])
+    write(two, [2, 1, 0, 0])
+    assert (labels(one), labels(two)) == ([0, 1, 2, 0], [2, 1, 0, 0])
+    write(one, [1, 1, 2, 0])
+    assert labels(one) == [1, 1, 2, 0]
+    monkeypatch.chdir(tmp_path / "two")
+    assert labels("same") == [2, 1, 0, 0]
 
 
 def test_a_header_that_names_a_column_twice_is_refused(make_task):

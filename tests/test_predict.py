@@ -450,6 +450,15 @@ def test_two_processes_share_the_rows_and_write_one_file(model, long_file, tmp_p
         assert [float(row[name]) for row in one] == pytest.approx([float(row[name]) for row in two], abs=1e-4)
 
 
+def test_standard_input_is_refused_with_several_processes(model, monkeypatch, capsys):
+    """Each would read a part of it, and all would say that it was the whole."""
+    state = type("State", (), {"num_processes": 2})()
+    predict = runpy.run_path(str(ROOT / "predict.py"))["main"]
+    monkeypatch.setitem(predict.__globals__, "compute_state", lambda: state)
+    with pytest.raises(InputError, match="standard input can be read by one process only.* Name a file"):
+        predict([model])
+
+
 def test_a_process_may_have_no_row_at_all(model, tmp_path):
     (tmp_path / "in.csv").write_text("text\na good day\n")
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "predict.py"), model]

@@ -35,7 +35,9 @@ def test_environment_has_versions_hardware_and_state_of_the_code():
     }
 
 
-PLAIN = dict.fromkeys(("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+PLAIN = dict.fromkeys(
+    ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +54,25 @@ PLAIN = dict.fromkeys(("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "WOR
             {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "1"},
             "accelerate launch --mixed_precision bf16 train.py",
         ),
-        ([], {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "4"}, "accelerate launch --num_processes 4 train.py"),
+        (
+            [],
+            {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "4"},
+            "accelerate launch --multi_gpu --num_processes 4 train.py",
+        ),
         (
             [],
             {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
             "torchrun --nproc_per_node 2 train.py",
+        ),
+        (
+            [],
+            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"},
+            "torchrun --nnodes 2 --nproc_per_node 2 train.py",
+        ),
+        (
+            [],
+            {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"},
+            "accelerate launch --multi_gpu --num_processes 4 --num_machines 2 train.py",
         ),
     ],
 )

@@ -15,6 +15,8 @@ from tweetdora.config import EvaluateConfig
 from tweetdora.device import Precision, compute_state, use_cpu_threads
 from tweetdora.hub import pin_revision, use_cache_if_unreachable
 from tweetdora.modeling import check_ids_fit
+from tweetdora.processes import check_same
+from tweetdora.provenance import environment
 from tweetdora.scoring import score_all
 from tweetdora.targets import adapter_sha256, decide_decoding, find_eval_target, load_finetuned, load_prompts
 
@@ -68,6 +70,7 @@ class Classifier:
             "max_length": self.target.task.max_length,
             "precision": self.decoding.precision,
         }
+        check_same({**self.identity, "packages": environment().packages})
 
     def __call__(
         self, texts: str | Sequence[str], on_progress: Callable[[int], None] = lambda done: None

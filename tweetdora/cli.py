@@ -18,12 +18,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+from torch import distributed
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as transformers_logging
 
 from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, PredictConfig, TaskConfig, TrainConfig, flags_of
 from tweetdora.errors import InputError, ResourceError, UserError
+from tweetdora.processes import lost_process
 
 # Full disk, exceeded quota or file size limit, read-only folder.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -178,8 +180,8 @@ class _UniqueKeys(yaml.SafeLoader):
 def run_script(main: Callable[[], int], name: str) -> NoReturn:
     """Run a script's main and exit; errors that the user can fix are printed without a traceback.
 
-    Exit status: that of the UserError (errors.py), 3 if a file could not be written, 130 for Ctrl-C. For any other
-    error Python prints the traceback and exits with 1.
+    Exit status: that of the UserError (errors.py), 3 if a file could not be written, 130 for Ctrl-C, 1 if another
+    process of the launch is gone. For any other error Python prints the traceback and exits with 1.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # for loading and saving weights, which take a second
@@ -201,6 +203,11 @@ def run_script(main: Callable[[], int], name: str) -> NoReturn:
         advice = "Fix its permissions" if error.errno in (errno.EROFS, errno.EACCES) else "Free disk space"
         print(f"{name}: {error}. {advice}, or use another folder.", file=sys.stderr)
         sys.exit(ResourceError.exit_status)
+    except RuntimeError as error:
+        if _wants_traceback(sys.argv[1:]) or (message := lost_process(error)) is None:
+            raise
+        print(f"{name}: {message}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: stopped by Ctrl-C; everything finished before is kept.", file=sys.stderr)
         sys.exit(130)
@@ -212,8 +219,7 @@ def _leave_process_group() -> None:
     Python may otherwise exit while gloo's threads run, and the process aborts ("terminate called without an active
     exception"). After an error the others may wait in a collective, so the launcher ends them.
     """
-    distributed = sys.modules.get("torch.distributed")  # not imported for this alone: --help is quick without torch
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 

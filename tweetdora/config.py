@@ -20,6 +20,7 @@ from transformers.training_args import OptimizerNames
 
 from tweetdora.device import Precision, decide_precision
 from tweetdora.errors import InputError
+from tweetdora.processes import check_launch
 
 PUBLISHED_REPO = "liuhailin0123/llm-course-hw3-dora"
 RUNS_DIR = "runs"
@@ -548,6 +549,7 @@ class TrainConfig(TrainingArguments):
         for name, reason in _REFUSED_ARGUMENTS.items():
             if (value := getattr(self, name)) not in (fields[name].default, None, ""):
                 raise InputError(f"--{name} is {value!r}, which is not supported: {reason}. Leave it out.")
+        check_launch()
         for name, what in _REFUSED_LAUNCHES.items():
             if os.environ.get(name, "").lower() in ("true", "1"):
                 raise InputError(
@@ -613,6 +615,11 @@ class TrainConfig(TrainingArguments):
             raise InputError(
                 f"--global_batch_size {self.global_batch_size} cannot be divided evenly among {self.world_size} "
                 f"processes x {self.gradient_accumulation_steps} accumulation steps; expected a multiple of {parts}."
+            )
+        if self.world_size > 1 and self.train_sampling_strategy not in ("random", "sequential"):
+            raise InputError(
+                f"--train_sampling_strategy {self.train_sampling_strategy} orders the examples differently for each "
+                "number of processes. With several, choose random or sequential."
             )
         if requested not in (None, examples):
             raise InputError(

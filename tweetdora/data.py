@@ -226,11 +226,25 @@ def _load_table(task: TaskConfig, split_name: str, revision: str | None) -> data
         if constants.HF_HUB_OFFLINE and name.count("/") != 1 and not os.path.exists(name):
             # datasets would silently use a folder of that name from its cache.
             raise FileNotFoundError(name)
-        return datasets.load_dataset(name, task.dataset_config, revision=revision, split=split_name)
+        cache = _cache_of_folder(name) if os.path.isdir(name) else None
+        return datasets.load_dataset(name, task.dataset_config, revision=revision, split=split_name, cache_dir=cache)
     except StopIteration as error:  # datasets 5 raises this for an empty file of JSON lines
         raise InputError(f"--dataset_name {name}: the file is empty; expected rows.") from error
     except Exception as error:  # datasets and its file readers raise many kinds of errors
         raise _dataset_load_error(task, split_name, error) from error
+
+
+def _cache_of_folder(folder: str) -> str:
+    """A cache for a local data-set folder as it is now.
+
+    datasets 5.2 does not notice that the files of a folder whose README.md lists them have changed, nor that another
+    folder of the same name is another: it would return the rows that it has seen first.
+    """
+    folder = os.path.realpath(folder)
+    found = sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    state = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in found]
+    key = hashlib.sha256(json.dumps([folder, state]).encode()).hexdigest()[:16]
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, "folders", key)
 
 
 def _dataset_load_error(task: TaskConfig, split_name: str, error: Exception) -> UserError:

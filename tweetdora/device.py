@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from tweetdora.errors import InputError
+from tweetdora.processes import check_launch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]  # "auto" only as a request
 
@@ -30,7 +31,11 @@ def compute_state() -> PartialState:
     """Return the state of this process within its launch, on a CUDA GPU or the CPU.
 
     By default accelerate would also use an Apple GPU (mps); precision and speed here are for CUDA and CPUs only.
+
+    Raises:
+        InputError: the launch was meant to have several processes and has one.
     """
+    check_launch()
     return PartialState(cpu=not torch.cuda.is_available())
 
 

@@ -28,6 +28,7 @@ from tweetdora.modeling import DTYPES, check_ids_fit, load_base
 from tweetdora.other_classifiers import other_classifiers
 from tweetdora.plots import SHOWN_NAMES, confusion_title, plot_confusion, plot_reliability
 from tweetdora.priors import correct, estimate_shares
+from tweetdora.processes import check_same
 from tweetdora.prompts import PromptTokenizer
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.records import (
@@ -216,11 +217,21 @@ def measure_base_and_finetuned(
     model, identity = load_target_base(target, revision, torch.float32 if target.adapter_dir else dtype, device)
     prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
     check_ids_fit(model, tokenizer, chain.from_iterable(prompts))
-    answers, sha256 = {}, None
+    answers, sha256 = {}, adapter_sha256(target.adapter_dir) if target.adapter_dir else None
+    check_same(
+        {
+            **{f"--{name}": value for name, value in vars(config).items()},
+            "base model": identity,
+            "SHA-256 of the adapter": sha256,
+            "prompt": prompt_tokenizer.format,
+            "SHA-256 of the examples": examples.sha256,
+            "precision": decoding.precision,
+            "packages": environment().packages,
+        }
+    )
     # The fine-tuned model comes first, so that a faulty adapter fails before any example is answered.
     if target.adapter_dir:
         model = merge_adapter(model, target.adapter_dir, dtype)
-        sha256 = adapter_sha256(target.adapter_dir)
         answers["finetuned"] = _answer(
             "finetuned", model, tokenizer, prompt_tokenizer, examples, target.task, config, decoding
         )

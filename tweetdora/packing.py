@@ -20,6 +20,8 @@ import torch
 
 from tweetdora.prompts import IGNORE_INDEX
 
+FILLER_ID = -1  # the example_id of an example that carries no loss (batches.py)
+
 
 class PackedCollator:
     """Pack all tokens into one row: the shared prefix, then the rest of each row except its last token.
@@ -51,7 +53,7 @@ class PackedCollator:
                     # The token before predicts it. Per token, the head costs as much as several layers (eight in
                     # SmolLM2-135M: 49,152 x 576 weights), so it is computed only where there is loss.
                     keep.append(start + offset - 1)
-                    labels.append(label)
+                    labels.append(IGNORE_INDEX if example["example_id"] == FILLER_ID else label)
         return batch | {
             "logits_to_keep": torch.tensor(keep),
             "labels": torch.tensor(labels),
@@ -154,7 +156,12 @@ class PaddedCollator:
             # Counted from the row's first token; transformers would count the padding too.
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
             "logits_to_keep": torch.arange(length - supervised - 1, length - 1),
-            "labels": torch.tensor([row["labels"][-supervised:] for row, _ in rows]),
+            "labels": torch.tensor(
+                [
+                    [IGNORE_INDEX] * supervised if row["example_id"] == FILLER_ID else row["labels"][-supervised:]
+                    for row, _ in rows
+                ]
+            ),
             "example_ids": torch.tensor([row["example_id"] for row, _ in rows]),
         }
 

@@ -31,6 +31,7 @@ from tweetdora.config import PredictConfig
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256
 from tweetdora.priors import correct, estimate_shares
+from tweetdora.processes import check_same
 from tweetdora.tables import Row, RowWriter, hint_for_columns, is_table, read_any_rows, read_stream
 
 _CHUNK_BATCHES = 8  # batches per process in a chunk; within a chunk, texts of similar length are batched together
@@ -191,6 +192,7 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
         "text_column": column,
         "skipped": sorted(table.bad),
     }
+    check_same(command)
     done = _begin_part(part, command) if state.is_main_process else 0
     done = _from_main_process(done)
     rows = (row for row in read_any_rows(table.path, config.csv_delimiter, config.encoding) if row.problem is None)

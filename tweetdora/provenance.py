@@ -11,6 +11,7 @@ import sys
 import time
 
 from tweetdora.device import hardware
+from tweetdora.processes import machines
 from tweetdora.records import Environment, GitState
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "wandb")
@@ -56,11 +57,16 @@ def command_line() -> str:
     launcher = ["python"]
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch always sets it
         processes = os.environ.get("WORLD_SIZE", "1")
-        launcher = ["accelerate", "launch", *([] if processes == "1" else ["--num_processes", processes])]
+        launcher = ["accelerate", "launch"]
+        if processes != "1":
+            launcher += ["--multi_gpu", "--num_processes", processes]
+        if machines() > 1:
+            launcher += ["--num_machines", str(machines())]
         if os.environ["ACCELERATE_MIXED_PRECISION"] != "no":
             launcher += ["--mixed_precision", os.environ["ACCELERATE_MIXED_PRECISION"]]
     elif "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+        launcher = ["torchrun", *(["--nnodes", str(machines())] if machines() > 1 else [])]
+        launcher += ["--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     return shlex.join([*launcher, os.path.basename(sys.argv[0]), *map(without_folders, sys.argv[1:])])
 
 

@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from tweetdora.attention import check_packable
+from tweetdora.batches import EvenBatches, WithFiller
 from tweetdora.callbacks import (
     EvaluationStopped,
     LogBeforeCheckpoint,
@@ -30,7 +33,7 @@ from tweetdora.errors import DivergedError, ResourceError
 from tweetdora.generation import Generation, generate_all
 from tweetdora.metrics import compute_metrics
 from tweetdora.modeling import save_adapter
-from tweetdora.packing import PackedCollator, PaddedCollator, token_count
+from tweetdora.packing import FILLER_ID, PackedCollator, PaddedCollator, token_count
 from tweetdora.progress import ProgressBar, ProgressLines
 from tweetdora.prompts import IGNORE_INDEX, PromptTokenizer, tokenize_examples
 
@@ -65,7 +68,9 @@ class ClassificationTrainer(Trainer):
         packed = trainer_arguments["args"].batching == "shared_prefix"
         collator = PackedCollator() if packed else PaddedCollator(pad_token_id=prompt_tokenizer.stop_token_id)
         validation = tokenize_examples(validation_examples, prompt_tokenizer).features if validation_examples else None
-        super().__init__(data_collator=collator, eval_dataset=validation, **trainer_arguments)
+        features = WithFiller(trainer_arguments.pop("train_dataset"))
+        self._filler_index = len(features)
+        super().__init__(data_collator=collator, eval_dataset=validation, train_dataset=features, **trainer_arguments)
         if packed:
             check_packable(cast(Any, self.model).get_base_model())
         self.task, self.prompt_tokenizer, self.validation_examples = task, prompt_tokenizer, validation_examples
@@ -85,6 +90,14 @@ class ClassificationTrainer(Trainer):
         self._window_tokens: int | torch.Tensor = 0
         self.step_example_ids: list[torch.Tensor] = []  # this process's, in the current optimizer step
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's own, but with several processes, the last step has no example twice (batches.py)."""
+        loader = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard) and not shard.drop_last:
+            shard.batch_sampler = EvenBatches(shard.batch_sampler, shard.num_processes, self._filler_index)
+        return loader
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
@@ -95,7 +108,7 @@ class ClassificationTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches)
-        self.step_example_ids = [batch["example_ids"] for batch in batches]
+        self.step_example_ids = [batch["example_ids"][batch["example_ids"] != FILLER_ID] for batch in batches]
         return batches, self.accelerator.reduce(torch.as_tensor(supervised, device=device))
 
     def training_step(
@@ -105,7 +118,7 @@ class ClassificationTrainer(Trainer):
         if self._started is None:  # the clock starts at the first step, after the setup
             self._window_started = time.perf_counter()
             self._started = self._window_started - training_seconds(self.state.log_history)
-        self._window_examples += len(inputs["example_ids"])
+        self._window_examples += int((inputs["example_ids"] != FILLER_ID).sum())
         self._window_tokens += token_count(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -290,11 +303,12 @@ class ClassificationTrainer(Trainer):
 
 
 def supervised_loss_sum(model: nn.Module | PeftModel, batch: dict[str, Any]) -> torch.Tensor:
-    """Sum of the cross-entropy over the supervised tokens of a collated batch of either layout, in float32."""
+    """Sum of the cross-entropy over the supervised tokens of a batch of either layout, at least in float32."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "example_ids")}
     logits = model(**inputs, use_cache=False).logits  # (1, K, V) packed, (B, K, V) padded
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
 
 

@@ -40,6 +40,7 @@ from tweetdora.modeling import (
 )
 from tweetdora.plan import count_steps, default_hub_model_id
 from tweetdora.plots import plot_training
+from tweetdora.processes import check_same
 from tweetdora.prompts import (
     PromptTokenizer,
     TokenizedExamples,
@@ -140,6 +141,28 @@ def load(
         notes=notes_on_splits(splits, task.label_words),
     )
     return Loaded(model, tokenizer, prompt_tokenizer, tokenized, validation_examples), run
+
+
+def check_processes(run: RunRecord) -> None:
+    """Check that all processes of the launch have loaded the same run. Collective.
+
+    Raises:
+        InputError: names the process, and what differs.
+    """
+    settings = {
+        f"--{name}": value for part in (run.task, run.model, run.training) for name, value in vars(part).items()
+    }
+    data = {"train": run.train_data, "validation": run.validation_data}
+    check_same(
+        {
+            **settings,
+            "base model": run.base_model,
+            "prompt": run.prompt_format,
+            **{f"SHA-256 of the {split} data": record and record.sha256 for split, record in data.items()},
+            "packages": run.environment.packages,
+            "code": run.environment.git,
+        }
+    )
 
 
 def check_prompt(task: TaskConfig) -> None:

@@ -1,0 +1,362 @@
+"""Launches of several processes: the launch files, one machine, two machines on loopback, and what goes wrong."""
+
+import contextlib
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from pyarrow import parquet
+from safetensors.torch import load_file
+from soak import outcome, same, train_flags
+from torch.testing import assert_close
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ROOT / "recipes/accelerate"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(words: list[str], folder: Path, **environment: str) -> subprocess.Popen:
+    """A process with its children in a group of their own, both streams together."""
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(*processes: subprocess.Popen) -> list[str]:
+    """What each printed until its end; none of their groups is left over."""
+    said = []
+    try:
+        limit = time.monotonic() + 240
+        for process in processes:
+            said.append(process.communicate(timeout=max(1, limit - time.monotonic()))[0])
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return said
+
+
+def two_machines(script: str, flags: list[str], folders: tuple[Path, Path], more: tuple = ((), ())) -> list:
+    """The same command with one process on each of two "machines", whose working folders may differ."""
+    port = str(free_port())
+    words = ["--config_file", str(FILES / "multi_node.yaml"), "--num_machines", "2", "--num_processes", "2"]
+    words += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    return [
+        start([*LAUNCH, *words, "--machine_rank", str(rank), str(ROOT / script), *flags, *more[rank]], folders[rank])
+        for rank in (0, 1)
+    ]
+
+
+# Launch files
+
+
+def parsed(*words: str):
+    """What accelerate's own parser makes of a launch."""
+    return _validate_launch_command(launch_command_parser().parse_args([*words, "train.py"]))[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "processes", "machines"), [("cpu", 2, 1), ("multi_gpu", 8, 1), ("multi_node", 16, 2)]
+)
+def test_a_launch_file_starts_as_many_processes_as_it_says(file, processes, machines):
+    found = parsed("--config_file", str(FILES / f"{file}.yaml"))
+    assert found.multi_gpu and not found.cpu, "accelerate's launcher of several processes"
+    assert (found.num_processes, found.num_machines, found.mixed_precision) == (processes, machines, "no")
+    assert parsed("--config_file", str(FILES / f"{file}.yaml"), "--num_processes", "4").num_processes == 4
+
+
+def test_what_each_machine_passes_wins_over_the_file():
+    flags = ["--machine_rank", "1", "--main_process_ip", "127.0.0.1", "--main_process_port", "1234"]
+    found = parsed("--config_file", str(FILES / "multi_node.yaml"), *flags)
+    assert (found.machine_rank, found.main_process_ip, found.main_process_port) == (1, "127.0.0.1", 1234)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "predict.py"])
+def test_a_launch_that_became_one_process_is_refused(script, teachable_dir, data_dir, tmp_path):
+    """accelerate starts one without a word."""
+    (tmp_path / "in.csv").write_text("text\na good day\n")
+    flags = {
+        "train.py": train_flags(teachable_dir, data_dir, tmp_path / "run"),
+        "evaluate.py": [teachable_dir],
+        "predict.py": [teachable_dir, str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv")],
+    }[script]
+    launch = [*LAUNCH, "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    (said,) = finish(start([*launch, "--dynamo_backend", "no", str(ROOT / script), *flags], tmp_path))
+    assert f"\n{script}: accelerate launch was asked for several processes, but started one" in f"\n{said}"
+
+
+# One machine
+
+# Keeps the gradients of every step, of a model in float64.
+GRADIENTS = """
+import runpy, sys, torch
+sys.path.insert(0, {root!r})
+from tweetdora import training
+from tweetdora.callbacks import StopOnNonFiniteGradient
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+def norm(self, x):  # transformers' own computes in float32
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+LlamaRMSNorm.forward = norm
+make, check, kept = training.make_trainer, StopOnNonFiniteGradient.on_pre_optimizer_step, []
+def in_float64(task, arguments, loaded, stop):
+    loaded.model.double()
+    return make(task, arguments, loaded, stop)
+def keep(self, *arguments, **more):
+    model = self.trainer.model
+    kept.append({{name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}})
+    check(self, *arguments, **more)
+training.make_trainer, StopOnNonFiniteGradient.on_pre_optimizer_step = in_float64, keep
+sys.argv[0] = "train.py"
+status = runpy.run_path({root!r} + "/train.py")["main"]()
+torch.save(kept, sys.argv[sys.argv.index("--output_dir") + 1] + f"/gradients{{torch.distributed.get_rank()}}.pt")
+torch.distributed.destroy_process_group()
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
+def test_every_gradient_is_that_of_one_process(batching, teachable_dir, data_dir, tmp_path):
+    """In float64. 44 rows: the last step has 12."""
+    script, found = tmp_path / "gradients.py", {}
+    script.write_text(GRADIENTS.format(root=str(ROOT)))
+    for count in (1, 2, 4):
+        run_dir = tmp_path / f"run{count}"
+        flags = train_flags(teachable_dir, data_dir, run_dir)
+        changes = {"--max_train_samples": "44", "--max_steps": "5", "--lora_dropout": "0", "--max_eval_samples": "0"}
+        for flag, value in changes.items():
+            flags[flags.index(flag) + 1] = value
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        process = start([*launch, str(script), *flags, "--save_steps", "100", "--batching", batching], tmp_path)
+        (said,) = finish(process)
+        assert process.returncode == 0, said[-3000:]
+        found[count] = torch.load(run_dir / "gradients0.pt")
+    assert len(found[1]) == 5 and all(weight.dtype == torch.float64 for weight in found[1][0].values())
+    for count in (2, 4):
+        for step, (one, several) in enumerate(zip(found[1], found[count], strict=True)):
+            for name in one:
+                difference = (several[name] - one[name]).abs().max().item()
+                assert difference < 1e-9 * one[name].abs().max().item() + 1e-12, (count, step, name, difference)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """kill -9 of a launcher and of what it launched, all at once."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
+def read_until(process: subprocess.Popen, words: str) -> str:
+    """What it printed until a line with these words."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(said)
+
+
+def test_two_processes_that_are_killed_end_bit_for_bit_as_two_that_were_not(teachable_dir, data_dir, tmp_path):
+    """With dropout, so that the random states of both processes count."""
+    launch = [*LAUNCH, "--config_file", str(FILES / "cpu.yaml"), "--main_process_port", "0", str(ROOT / "train.py")]
+    straight = start([*launch, *train_flags(teachable_dir, data_dir, tmp_path / "straight")], tmp_path)
+    (said,) = finish(straight)
+    assert straight.returncode == 0, said[-3000:]
+
+    flags = train_flags(teachable_dir, data_dir, tmp_path / "killed")
+    killed = start([*launch, *flags], tmp_path)
+    read_until(killed, "step  7/12")
+    kill_all(killed)
+    finish(killed)
+    left = [path.name for path in (tmp_path / "killed").glob("checkpoint-*")]
+    assert left and "checkpoint-12" not in left and not (tmp_path / "killed/adapter").exists()
+    resumed = start([*launch, *flags, "--resume_from_checkpoint", "true"], tmp_path)
+    (said,) = finish(resumed)
+    assert resumed.returncode == 0, said[-3000:]
+
+    expected, found = outcome(tmp_path / "straight"), outcome(tmp_path / "killed")
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < set(expected)
+    assert [name for name in expected if not same(expected[name], found[name])] == []
+
+
+# Two machines
+
+
+@pytest.fixture(scope="module")
+def on_two_machines(teachable_dir, data_dir, tmp_path_factory) -> Path:
+    """A run folder: trained on two machines, and measured there on 11 rows, which they cannot share evenly."""
+    folder = tmp_path_factory.mktemp("machines")
+    flags = train_flags(teachable_dir, data_dir, folder / "run")
+    flags[flags.index("--lora_dropout") + 1] = "0"
+    measure = [str(folder / "run"), "--max_eval_samples", "11", "--bootstrap_samples", "50"]
+    for script, words in (("train.py", flags), ("evaluate.py", measure)):
+        processes = two_machines(script, words, (folder, folder))
+        said = finish(*processes)
+        assert [process.returncode for process in processes] == [0, 0], said
+        assert "macro-F1" in said[0] and "macro-F1" not in said[1], "one of them speaks"
+    return folder / "run"
+
+
+def test_two_machines_train_what_one_process_trains(on_two_machines, teachable_dir, data_dir, tmp_path):
+    flags = train_flags(teachable_dir, data_dir, tmp_path / "run")
+    flags[flags.index("--lora_dropout") + 1] = "0"
+    assert runpy.run_path(str(ROOT / "train.py"))["main"](flags) == 0
+    one, two = (json.loads((folder / "run.json").read_text()) for folder in (tmp_path / "run", on_two_machines))
+    assert (one["training"]["world_size"], two["training"]["world_size"]) == (1, 2)
+    launch = "accelerate launch --multi_gpu --num_processes 2 --num_machines 2 train.py "
+    assert two["command"].startswith(launch), two["command"]
+    losses = [[line["loss"] for line in run["result"]["log_history"] if "loss" in line] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5)
+    first, second = (
+        load_file(folder / "adapter/adapter_model.safetensors") for folder in (tmp_path / "run", on_two_machines)
+    )
+    assert_close(second, first, rtol=0, atol=1e-4)
+
+
+def test_two_machines_measure_what_one_process_measures(on_two_machines, tmp_path):
+    words = [
+        str(on_two_machines),
+        "--max_eval_samples",
+        "11",
+        "--bootstrap_samples",
+        "50",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    process = start([sys.executable, str(ROOT / "evaluate.py"), *words], tmp_path)
+    (said,) = finish(process)
+    assert process.returncode == 0, said
+    one, two = (
+        json.loads((folder / "test.json").read_text()) for folder in (tmp_path, on_two_machines / "evaluation")
+    )
+    for model in ("base", "finetuned"):
+        for figure in ("macro_f1", "accuracy", "parse_rate", "confusion_matrix"):
+            assert one[model][figure] == two[model][figure], (model, figure)
+        assert two[model]["likelihood"]["log_loss"] == pytest.approx(one[model]["likelihood"]["log_loss"], abs=1e-4)
+
+
+def test_two_machines_predict_what_one_process_predicts(on_two_machines, tmp_path):
+    rows = [f"{start} {word} day" for start in ("a", "such a", "The") for word in ("good", "bad", "plain")][:7]
+    (tmp_path / "in.csv").write_text("text\n" + "".join(f"{row}\n" for row in rows))
+    flags = [str(on_two_machines), str(tmp_path / "in.csv"), "--batch_size", "2", "--output"]
+    processes = two_machines("predict.py", [*flags, "two.csv"], (tmp_path, tmp_path))
+    said = finish(*processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    one = start([sys.executable, str(ROOT / "predict.py"), *flags, "one.csv"], tmp_path)
+    assert finish(one) and one.returncode == 0
+    assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
+
+
+def test_machines_with_different_data_are_refused(teachable_dir, data_dir, tmp_path):
+    """Each machine reads its own copy, by the same relative path; on the second, one label is another."""
+    folders = (tmp_path / "one", tmp_path / "two")
+    for folder in folders:
+        shutil.copytree(data_dir, folder / "data")
+    path = folders[1] / "data/train.parquet"
+    rows = parquet.read_table(path).to_pylist()
+    rows[5]["label"] = (rows[5]["label"] + 1) % 3
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    processes = two_machines("train.py", train_flags(teachable_dir, "data", tmp_path / "run"), folders)
+    for process, said in zip(processes, finish(*processes), strict=True):
+        assert process.returncode == 1
+        (line,) = re.findall(r"^train.py: .*", said, re.M)
+        assert re.search(
+            r"process 1 on .* differs from process 0 on .*: SHA-256 of the train data: '\w+' instead of", line
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_machines_with_different_flags_are_refused(teachable_dir, data_dir, tmp_path):
+    flags = train_flags(teachable_dir, data_dir, tmp_path / "run")
+    other = flags.index("--learning_rate") + 1
+    more = ([], ["--learning_rate", "0.5"])
+    del flags[other - 1 : other + 1]
+    processes = two_machines("train.py", flags, (tmp_path, tmp_path), more)
+    for said in finish(*processes):
+        assert re.search(
+            r"^train.py: process 1 on .*: --learning_rate: 0.5 instead of 3e-05\. Start the same", said, re.M
+        )
+
+
+def test_machines_without_a_common_run_folder_are_refused(teachable_dir, data_dir, tmp_path):
+    """A relative path, and each machine has a disk of its own."""
+    folders = (tmp_path / "one", tmp_path / "two")
+    for folder in folders:
+        folder.mkdir()
+    processes = two_machines("train.py", train_flags(teachable_dir, data_dir, Path("run")), folders)
+    for said in finish(*processes):
+        assert re.search(r"^train.py: --output_dir run is not the same folder in all processes: on ", said, re.M), said
+
+
+def test_a_killed_process_ends_both_machines_with_a_line(teachable_dir, data_dir, tmp_path):
+    flags = train_flags(teachable_dir, data_dir, tmp_path / "run")
+    flags[flags.index("--max_steps") + 1] = "100000"
+    processes = two_machines("train.py", flags, (tmp_path, tmp_path))
+    read_until(processes[0], "  loss ")
+    (second,) = (child for child in psutil.Process(processes[1].pid).children() if child.environ().get("RANK") == "1")
+    second.kill()
+    said = finish(*processes)
+    assert [process.returncode for process in processes] == [1, 1]
+    (line,) = re.findall(r"^train.py: .*", said[0], re.M)
+    assert re.fullmatch(
+        r"train.py: process 0 on \S+ stops: another process of this launch has ended or cannot be reached \(.*\)\. "
+        r"If that one .* resumes \(train.py: with --resume_from_checkpoint true\)\.",
+        line,
+    )
+    assert "pair.cc" not in said[0], "no traceback of gloo"
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "started"
+
+
+# Slurm's programs, for two machines that are both this one.
+SRUN = """#!/usr/bin/env bash
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+SLURM_NODEID=1 "$@" >"$SECOND_LOG" 2>&1 &
+SLURM_NODEID=0 "$@" || status=$?
+wait $! || status=$?
+exit ${status:-0}
+"""
+
+
+def test_the_slurm_script_trains_on_all_machines(teachable_dir, data_dir, tmp_path):
+    programs = {"srun": SRUN, "scontrol": "#!/bin/sh\necho 127.0.0.1\necho 127.0.0.2\n"}
+    programs["accelerate"] = f'#!/bin/sh\nexec "{sys.executable}" -m accelerate.commands.accelerate_cli "$@"\n'
+    for name, content in programs.items():
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    slurm = {
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_JOB_NODELIST": "x[1-2]",
+        "PROCESSES_PER_NODE": "1",
+    }
+    words = ["bash", str(FILES / "slurm.sh"), "train.py", *train_flags(teachable_dir, data_dir, tmp_path / "run")]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    process = start(words, ROOT, PATH=path, SECOND_LOG=str(tmp_path / "second.log"), **slurm)
+    (said,) = finish(process)
+    assert process.returncode == 0, said + (tmp_path / "second.log").read_text()
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert (run["status"], run["training"]["world_size"]) == ("finished", 2)
