@@ -398,12 +398,8 @@ def test_a_setting_that_cannot_be_is_refused(argv, message):
         (["--bf16_full_eval", "true"], "is True, .*: validation uses --precision"),
         (["--fp16_full_eval", "true"], "is True, .*: validation uses --precision"),
         (
-            ["--fsdp", "full_shard"],
-            "is 'full_shard', .*: adapter and checkpoints are written from a complete model in",
-        ),
-        (
             ["--deepspeed", "zero.json"],
-            "is 'zero.json', .*: adapter and checkpoints are written from a complete model in",
+            "is 'zero.json', .*: a base that does not fit one GPU is shared out with FSDP2",
         ),
     ],
 )
@@ -843,7 +839,6 @@ def test_a_mistake_of_ours_keeps_its_traceback(silenced):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("ACCELERATE_USE_FSDP", "FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
@@ -860,12 +855,60 @@ def test_a_launch_that_shares_a_model_out_is_refused(name, what, monkeypatch):
         parse()
 
 
+def several_processes(monkeypatch) -> None:
+    """A launch of two, without the second."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(TrainConfig, "device", property(lambda self: torch.device("cpu")))
+    monkeypatch.setattr(TrainConfig, "world_size", 2)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 0))
+
+
+@pytest.mark.parametrize("way", ["--shard_base true", "--fsdp true", "--fsdp full_shard", "launch file"])
+def test_each_way_to_ask_for_fsdp_shares_the_base_out(way, monkeypatch):
+    several_processes(monkeypatch)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true" if way == "launch file" else "false")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    training = parse(*([] if way == "launch file" else way.split()))[2]
+    assert training.shard_base and training.fsdp is None, "the Trainer would wrap the model once more"
+    assert os.environ["ACCELERATE_USE_FSDP"] == "false", "and so would Accelerate"
+    assert not parse()[2].shard_base
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FSDP_VERSION", "1", "asks for FSDP 1; expected fsdp_version: 2"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "sets fsdp_offload_params, which is not supported"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "sets fsdp_activation_checkpointing, .* --gradient_checkpointing"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "sets fsdp_cpu_ram_efficient_loading, which"),
+    ],
+)
+def test_what_an_fsdp_launch_would_get_otherwise_than_it_says_is_refused(name, value, message, monkeypatch):
+    several_processes(monkeypatch)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        parse()
+
+
+def test_a_base_is_not_shared_out_over_one_process_nor_in_fp16(monkeypatch):
+    with pytest.raises(InputError, match="--shard_base true needs several processes, and this launch has one"):
+        parse("--shard_base", "true")
+    with pytest.raises(InputError, match="--fsdp is 'full_shard offload', .* expected --fsdp true alone"):
+        parse("--fsdp", "full_shard offload")
+    several_processes(monkeypatch)
+    monkeypatch.setattr(config, "decide_precision", lambda **arguments: ("fp16", "asked for"))
+    with pytest.raises(InputError, match="--shard_base true is not tested with fp16"):
+        parse("--shard_base", "true")
+
+
 # Where a flag is added
 
 
 def test_what_changes_the_result_is_recorded_and_what_may_differ_is_named():
     """The three kinds by hand: a flag that is moved from one to another is seen here."""
-    rounding = {"world_size", "gradient_accumulation_steps", "batching"}
+    rounding = {"world_size", "gradient_accumulation_steps", "batching", "shard_base"}
     assert set(config.ROUNDING_ARGUMENTS) == rounding
     assert set(config.RESULT_ARGUMENTS) - set(config.RECIPE_ARGUMENTS) - rounding == {
         *("precision", "tf32", "full_determinism"),

@@ -81,11 +81,12 @@ def parsed(*words: str):
 
 
 @pytest.mark.parametrize(
-    ("file", "processes", "machines"), [("cpu", 2, 1), ("multi_gpu", 8, 1), ("multi_node", 16, 2)]
+    ("file", "processes", "machines"), [("cpu", 2, 1), ("multi_gpu", 8, 1), ("fsdp2", 8, 1), ("multi_node", 16, 2)]
 )
 def test_a_launch_file_starts_as_many_processes_as_it_says(file, processes, machines):
     found = parsed("--config_file", str(FILES / f"{file}.yaml"))
-    assert found.multi_gpu and not found.cpu, "accelerate's launcher of several processes"
+    assert (found.multi_gpu or found.use_fsdp) and not found.cpu, "accelerate's launcher of several processes"
+    assert found.use_fsdp == (file == "fsdp2") and (not found.use_fsdp or found.fsdp_version == 2)
     assert (found.num_processes, found.num_machines, found.mixed_precision) == (processes, machines, "no")
     assert parsed("--config_file", str(FILES / f"{file}.yaml"), "--num_processes", "4").num_processes == 4
 
@@ -180,9 +181,19 @@ def read_until(process: subprocess.Popen, words: str) -> str:
     raise AssertionError(said)
 
 
-def test_two_processes_that_are_killed_end_bit_for_bit_as_two_that_were_not(teachable_dir, data_dir, tmp_path):
+@pytest.mark.parametrize("file", ["cpu", "fsdp2"])
+def test_two_processes_that_are_killed_end_bit_for_bit_as_two_that_were_not(file, teachable_dir, data_dir, tmp_path):
     """With dropout, so that the random states of both processes count."""
-    launch = [*LAUNCH, "--config_file", str(FILES / "cpu.yaml"), "--main_process_port", "0", str(ROOT / "train.py")]
+    launch = [
+        *LAUNCH,
+        "--config_file",
+        str(FILES / f"{file}.yaml"),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    launch.append(str(ROOT / "train.py"))
     straight = start([*launch, *train_flags(teachable_dir, data_dir, tmp_path / "straight")], tmp_path)
     (said,) = finish(straight)
     assert straight.returncode == 0, said[-3000:]
@@ -201,6 +212,80 @@ def test_two_processes_that_are_killed_end_bit_for_bit_as_two_that_were_not(teac
     expected, found = outcome(tmp_path / "straight"), outcome(tmp_path / "killed")
     assert {"rng_state_0.pth", "rng_state_1.pth"} < set(expected)
     assert [name for name in expected if not same(expected[name], found[name])] == []
+
+
+# A base that is shared out
+
+# Says how much of the base this process holds, when it has been loaded and at the end.
+HELD = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+from torch.distributed.tensor import DTensor
+from tweetdora import training
+load, save = training.load, training.save_run
+def tell(model):
+    base = [weight for name, weight in model.named_parameters() if "lora_" not in name]
+    own = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in base)
+    print(f"{{os.environ['RANK']}} holds {{own}} of {{sum(weight.numel() for weight in base)}}", flush=True)
+def loading(*arguments):
+    found = load(*arguments)
+    tell(found[0].model)
+    return found
+def saving(trainer, *arguments):
+    tell(trainer.model)
+    return save(trainer, *arguments)
+training.load, training.save_run = loading, saving
+sys.argv[0] = "train.py"
+status = runpy.run_path({root!r} + "/train.py")["main"]()
+from torch import distributed
+distributed.destroy_process_group()
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("flags", [["--method", "dora"], ["--method", "lora", "--gradient_accumulation_steps", "2"]])
+def test_a_base_that_is_shared_out_trains_what_a_whole_one_trains(flags, teachable_dir, data_dir, tmp_path):
+    """With validation by generation. 44 rows: the last step of an epoch has 12."""
+    script, runs = tmp_path / "held.py", {}
+    script.write_text(HELD.format(root=str(ROOT)))
+    changes = {
+        "--max_train_samples": "44",
+        "--learning_rate": "2e-2",
+        "--lora_dropout": "0",
+        "--max_steps": "30",
+        "--eval_steps": "10",
+    }
+    for file in ("cpu", "fsdp2"):
+        words = train_flags(teachable_dir, data_dir, tmp_path / file)
+        for flag, value in changes.items():
+            words[words.index(flag) + 1] = value
+        launch = ["--config_file", str(FILES / f"{file}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+        process = start([*LAUNCH, *launch, str(script), *words, *flags], tmp_path)
+        (said,) = finish(process)
+        assert process.returncode == 0, said[-3000:]
+        held = {tuple(map(int, found)) for found in re.findall(r"^\d holds (\d+) of (\d+)$", said, re.M)}
+        # The head stays gathered after a validation, until the next backward pass.
+        assert held and all(own == whole if file == "cpu" else own < 0.7 * whole for own, whole in held), held
+        runs[file] = json.loads((tmp_path / file / "run.json").read_text())
+    whole, shared = (runs[file]["result"]["log_history"] for file in ("cpu", "fsdp2"))
+    assert (runs["cpu"]["training"]["shard_base"], runs["fsdp2"]["training"]["shard_base"]) == (False, True)
+    for first, second in zip(whole, shared, strict=True):
+        for figure in set(first) & {
+            "loss",
+            "grad_norm",
+            "eval_loss",
+            "eval_macro_f1",
+            "eval_parse_rate",
+            "train_loss",
+        }:
+            assert second[figure] == pytest.approx(first[figure], abs=1e-5), (first["step"], figure)
+    assert any(line.get("eval_parse_rate", 0) > 0.5 for line in whole), "it has learnt to answer"
+    adapters = [tmp_path / file / "adapter" for file in ("cpu", "fsdp2")]
+    assert_close(*(load_file(folder / "adapter_model.safetensors") for folder in adapters), rtol=0, atol=1e-5)
+    assert_close(*(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapters))
+    assert [sorted(path.name for path in folder.iterdir()) for folder in adapters][0] == sorted(
+        path.name for path in adapters[1].iterdir()
+    )
 
 
 # Two machines

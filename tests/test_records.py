@@ -205,7 +205,7 @@ def test_a_run_of_the_version_before_that_was_stopped_is_read_as_unfinished(tmp_
     (tmp_path / "run.json").write_text(json.dumps({"record_version": 2, **old}))
     with pytest.raises(InputError, match="is interrupted, not finished. Resume it with"):
         read_run(str(tmp_path))
-    with pytest.raises(InputError, match="has record version 2; this code reads version 7. Use the version of"):
+    with pytest.raises(InputError, match="has record version 2; this code reads version 8. Use the version of"):
         read_record(RunRecord, str(tmp_path / "run.json"), oldest_version=RECORD_VERSION)
 
 
@@ -329,7 +329,9 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
 @pytest.mark.parametrize("version", [0, 1, RECORD_VERSION + 1, None, "4"])
 def test_a_record_of_another_version_is_refused(version, run_dir):
     change(run_dir, record_version=version)
-    message = f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3, 4, 5, 6 and 7. Use the"
+    message = (
+        f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3, 4, 5, 6, 7 and 8. Use the"
+    )
     with pytest.raises(InputError, match=message):
         read_run(str(run_dir))
 
@@ -385,8 +387,15 @@ def without_what_came_in_5(old: dict[str, Any]) -> dict[str, Any]:
     return {**old, "record_version": 4}
 
 
+def without_what_came_in_8(old: dict[str, Any]) -> dict[str, Any]:
+    """A record as version 7 wrote it."""
+    old.get("training", {}).pop("shard_base", None)
+    return {**old, "record_version": 7}
+
+
 def without_what_came_in_7(old: dict[str, Any]) -> dict[str, Any]:
     """A record as version 6 wrote it."""
+    old = without_what_came_in_8(old)
     old.pop("dataset_card", None)
     for name in ("paper", "citation"):
         old.get("base_model_card", {}).pop(name, None)
@@ -398,6 +407,12 @@ def without_what_came_in_6(old: dict[str, Any]) -> dict[str, Any]:
     for name in ("prior_corrected", "label_shares"):
         old.pop(name, None)
     return {**old, "record_version": 5}
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_of_version_7_is_read(record, tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps(without_what_came_in_8(plain(record))))
+    assert read_record(type(record), str(tmp_path / "record.json")) == record
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)

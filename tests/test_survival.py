@@ -228,11 +228,14 @@ sys.exit(runpy.run_path({root!r} + "/train.py")["main"]())
 """
 
 
-def test_a_signal_to_one_of_two_validating_processes_stops_both_with_a_checkpoint(teachable_dir, data_dir, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--shard_base", "true"]], ids=["whole", "shared out"])
+def test_a_signal_to_one_of_two_validating_processes_stops_both_with_a_checkpoint(
+    flags, teachable_dir, data_dir, tmp_path
+):
     script, run_dir = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SIGNAL_IN_VALIDATION.format(root=str(ROOT)))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = start(*launch, *train_flags(teachable_dir, data_dir, run_dir), folder=tmp_path)
+    done = start(*launch, *train_flags(teachable_dir, data_dir, run_dir), *flags, folder=tmp_path)
     assert done.returncode != 0 and f"Stopped at step 4 of {STEPS}; its checkpoint is in {run_dir}" in done.stdout
     assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
     assert find_damage(str(run_dir / "checkpoint-4")) is None

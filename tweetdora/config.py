@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames
 
 from tweetdora.device import Precision, decide_precision
 from tweetdora.errors import InputError
-from tweetdora.processes import check_launch
+from tweetdora.processes import check_launch, take_over_fsdp
 
 PUBLISHED_REPO = "liuhailin0123/llm-course-hw3-dora"
 RUNS_DIR = "runs"
@@ -107,7 +107,7 @@ def inherited(name: str) -> Any:
 
 
 # Trainer arguments that would not do here what they say, or would contradict the record, with the reason.
-_ONE_WHOLE_MODEL = "adapter and checkpoints are written from a complete model in each process"
+_USE_FSDP2 = "a base that does not fit one GPU is shared out with FSDP2 (--shard_base true)"
 _REFUSED_ARGUMENTS = {
     "label_smoothing_factor": "the loss is plain cross-entropy",
     "average_tokens_across_devices": "the loss is always the mean over the answer tokens of all processes",
@@ -121,16 +121,14 @@ _REFUSED_ARGUMENTS = {
     "use_liger_kernel": "it replaces layers of the model, and evaluate.py would evaluate a different one",
     "bf16_full_eval": "validation uses --precision, like training",
     "fp16_full_eval": "validation uses --precision, like training",
-    "fsdp": _ONE_WHOLE_MODEL,
-    "deepspeed": _ONE_WHOLE_MODEL,
-    "parallelism_config": _ONE_WHOLE_MODEL,
+    "deepspeed": _USE_FSDP2,
+    "parallelism_config": _USE_FSDP2,
     "torch_compile": "every batch has another shape and would be compiled anew",
 }
 
 # Variables that `accelerate launch` sets, often from a forgotten config file of the machine.
 _REFUSED_LAUNCHES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
@@ -395,6 +393,13 @@ class TrainConfig(TrainingArguments):
             "prompt alone. Both give the same loss."
         },
     )
+    shard_base: Annotated[bool, Flag(affects="rounding")] = field(
+        default=False,
+        metadata={
+            "help": "Share the base out over all processes (FSDP2), for a base that does not fit one GPU. An FSDP "
+            "launch file sets it."
+        },
+    )
     precision: Annotated[Precision, Flag(affects="compute")] = field(
         default="auto",
         metadata={
@@ -495,6 +500,7 @@ class TrainConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._refuse_what_is_not_ours()
         check_ranges(self)
+        self.shard_base = self._asks_for_fsdp() or take_over_fsdp() or self.shard_base
         for check in (
             self._check_hub_model_id,
             self._check_there_is_something_to_train,
@@ -521,6 +527,7 @@ class TrainConfig(TrainingArguments):
         self.run_name = self.run_name or os.path.basename(self.output_dir)
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
+        self._check_sharding()
         batch_size, self.per_device_train_batch_size = self.per_device_train_batch_size, 1
         try:
             super().__post_init__()
@@ -553,7 +560,7 @@ class TrainConfig(TrainingArguments):
         for name, what in _REFUSED_LAUNCHES.items():
             if os.environ.get(name, "").lower() in ("true", "1"):
                 raise InputError(
-                    f"accelerate launch asks for {what} ({name}), which is not supported: {_ONE_WHOLE_MODEL}. "
+                    f"accelerate launch asks for {what} ({name}), which is not supported: {_USE_FSDP2}. "
                     f"{_LAUNCH_ADVICE}"
                 )
         backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
@@ -606,6 +613,27 @@ class TrainConfig(TrainingArguments):
                 "--neftune_noise_alpha scales its noise by the length of a row, but a shared_prefix batch is one "
                 "long row. Add --batching padded, or leave it out."
             )
+
+    def _asks_for_fsdp(self) -> bool:
+        """True for --fsdp, which is the Trainer's way to say --shard_base true; the Trainer then need not see it."""
+        if self.fsdp is None or str(self.fsdp).lower() in ("", "false"):
+            return False
+        if str(self.fsdp).lower() not in ("true", "full_shard") or self.fsdp_config:
+            raise InputError(
+                f"--fsdp is {self.fsdp!r}, --fsdp_config {self.fsdp_config!r}; expected --fsdp true alone, "
+                "which means --shard_base true."
+            )
+        self.fsdp = None
+        return True
+
+    def _check_sharding(self) -> None:
+        if self.shard_base and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise InputError(
+                "--shard_base true needs several processes, and this launch has one. Launch with --config_file "
+                "recipes/accelerate/fsdp2.yaml, or leave it out."
+            )
+        if self.shard_base and self.precision == "fp16":
+            raise InputError("--shard_base true is not tested with fp16. Use --precision bf16 or fp32.")
 
     def _examples_per_pass(self, requested: int | None) -> int:
         """Return the examples per forward pass of one process; an optimizer step always has --global_batch_size."""

@@ -17,6 +17,8 @@ Some real models have rows of zeros in W. Such a row has norm 0 and magnitude 0,
 counts as 1, so the row stays zero, both in the layer and after a merge.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -24,6 +26,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class _GuardedMagnitude(DoraLinearLayer):
@@ -40,11 +43,27 @@ class _GuardedDora(DoraLinearVariant):
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         """Create the adapter's magnitude."""
-        DoraLinearVariant.init(module, adapter_name, **kwargs)
+        with _whole_weight(module):
+            DoraLinearVariant.init(module, adapter_name, **kwargs)
         made: Any = module.lora_magnitude_vector[adapter_name]
         guarded = _GuardedMagnitude(made.fan_in_fan_out)
         guarded.weight = made.weight
         module.lora_magnitude_vector[adapter_name] = guarded
+
+
+@contextlib.contextmanager
+def _whole_weight(module: Any) -> Iterator[None]:
+    """Give a layer whose weight is shared out over processes (FSDP2) the whole weight for a while. Collective."""
+    layer = module.get_base_layer()
+    if not isinstance(layer.weight, DTensor):
+        yield
+        return
+    module.base_layer = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    module.base_layer.weight = nn.Parameter(layer.weight.full_tensor(), requires_grad=False)
+    try:
+        yield
+    finally:
+        module.base_layer = layer
 
 
 class DoraLinear(Linear):

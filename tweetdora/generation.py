@@ -104,19 +104,26 @@ def generate_all(
     max_new_tokens: int,
     on_progress: Callable[[int], None] = lambda done: None,
     stop: Callable[[], bool] = lambda: False,
+    together: bool = False,
 ) -> tuple[list[Generation | None], float]:
     """Answer every example greedily; return the generations in the examples' order, and the seconds it took.
 
     Prompts of similar length are batched together, and only new tokens are read back. With several processes, each
-    answers a share of the examples, and all of them get all generations. `stop` is called before each batch; once it
-    returns True, the remaining examples get None.
+    answers a share of the examples, and all of them get all generations. A model that is shared out over them answers
+    `together`: each process computes all examples. `stop` is called before each batch; once it returns True, the
+    remaining examples get None.
     """
     started = time.perf_counter()
-    with PartialState().split_between_processes(list(range(len(examples)))) as share:
-        texts = [examples.texts[index] for index in share]
-        generations = _generate_texts(
+
+    def answer(texts: Sequence[str]) -> list[Generation | None]:
+        return _generate_texts(
             model, tokenizer, prompt_tokenizer, texts, label_words, batch_size, max_new_tokens, on_progress, stop
         )
+
+    if together:
+        return answer(examples.texts), time.perf_counter() - started
+    with PartialState().split_between_processes(list(range(len(examples)))) as share:
+        generations = answer([examples.texts[index] for index in share])
     return gather_object(generations), time.perf_counter() - started
 
 

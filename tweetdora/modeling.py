@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 
 from tweetdora.attention import ATTENTION, is_packable
 from tweetdora.config import ModelConfig
@@ -57,8 +59,13 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         raise _model_load_error(name_or_path, revision, error) from error
 
 
-def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_base(
+    name_or_path: str, revision: str | None, dtype: torch.dtype, device: torch.device, shards: int = 1
+) -> PreTrainedModel:
     """Load a causal language model in the given dtype, in evaluation mode.
+
+    With `shards`, the number of processes, each holds a part of every weight (transformers' FSDP2) and gathers a layer
+    when it computes it. Then all processes must call the model equally often.
 
     Raises:
         InputError: the model is unknown, or is not a causal language model.
@@ -80,6 +87,7 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # _check_weights reports them
             output_loading_info=True,
+            distributed_config=DistributedConfig(fsdp_size=shards) if shards > 1 else None,
         )
     except InputError:
         raise
@@ -96,7 +104,12 @@ def load_base(name_or_path: str, revision: str | None, dtype: torch.dtype, devic
     # The last column of a batch's states is a strided view. With it, torch.matmul copies the frozen weight once per
     # row instead of copying the view once: 10 s of the 15 s that 64 rows took on two CPU cores.
     model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
-    return model.to(device).eval()
+    if shards == 1:
+        return model.to(device).eval()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # transformers 5.23 leaves head and last norm gathered, and freezing would miss them
+    return model.eval()
 
 
 def _check_weights(name_or_path: str, model: Any, report: dict[str, Any]) -> None:
@@ -277,9 +290,11 @@ def save_adapter(model: PeftModel, folder: str) -> None:
     Raises:
         OSError: it could not be written, most likely because the disk is full.
     """
+    # Given the adapter's own weights, PEFT does not touch the base, whose parts may lie in other processes.
+    state = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     try:
         # With the default, "auto", PEFT looks up the base model on the Hub to see if its vocabulary was resized.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     except SafetensorError as error:  # a full disk, among other causes
         raise OSError(errno.ENOSPC, f"the adapter could not be written ({error})", folder) from error
     # PEFT writes a placeholder model card; ours is generated from the records when the run is published.

@@ -36,6 +36,35 @@ def check_launch() -> None:
         )
 
 
+def take_over_fsdp() -> bool:
+    """True if accelerate launch asks for FSDP2; withdraws the request from the environment, because we do it.
+
+    Accelerate would shard the model again, and on a CPU it would use DDP without a word.
+
+    Raises:
+        InputError: a setting of the launch file would be ignored.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
+        return False
+    ignored = {
+        "fsdp_offload_params": os.environ.get("FSDP_OFFLOAD_PARAMS", "false") != "false",
+        "fsdp_activation_checkpointing": os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false") != "false",
+        "fsdp_cpu_ram_efficient_loading": os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false") != "false",
+    }
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError(
+            "accelerate launch asks for FSDP 1; expected fsdp_version: 2, as in recipes/accelerate/fsdp2.yaml."
+        )
+    if wrong := [name for name, is_on in ignored.items() if is_on]:
+        raise InputError(
+            f"accelerate launch sets {', '.join(wrong)}, which is not supported. Set it to false, as in "
+            "recipes/accelerate/fsdp2.yaml. (Each process reads only its part of the base anyway, and "
+            "--gradient_checkpointing true saves activations.)"
+        )
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    return True
+
+
 def lost_process(error: RuntimeError) -> str | None:
     """Describe an error that means that another process of this launch is gone; None if it means something else."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:

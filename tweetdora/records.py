@@ -24,7 +24,7 @@ from tweetdora.device import Hardware
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256, read_json, write_json
 
-RECORD_VERSION = 7
+RECORD_VERSION = 8
 RUN_FILE = "run.json"
 TASK_FILE = "task.json"
 ADAPTER_DIR = "adapter"
@@ -672,6 +672,8 @@ def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Recor
         value = _from_version_5(kind, value)
     if version <= 6:
         value = _from_version_6(kind, value)
+    if version <= 7:
+        value = _from_version_7(kind, value)
     return decode(kind, value, path)
 
 
@@ -865,6 +867,13 @@ _NEW_IN_TASK = {
 
 
 _NEW_IN_5: dict[str, dict[str, Any]] = {"task": {"balance_labels": False}, "model": {"use_rslora": False}}
+
+
+def _from_version_7(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """Convert a record of version 7 to version 8: add the new field."""
+    if kind is RunRecord:
+        return {**value, "training": {"shard_base": False, **value["training"]}}
+    return value
 
 
 def _from_version_6(kind: type, value: dict[str, Any]) -> dict[str, Any]:

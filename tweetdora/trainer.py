@@ -1,5 +1,6 @@
 """The Trainer: loss on completions only, validation by generation, and atomic checkpoints."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy
 
 from tweetdora.attention import check_packable
 from tweetdora.batches import EvenBatches, WithFiller
@@ -70,7 +71,10 @@ class ClassificationTrainer(Trainer):
         validation = tokenize_examples(validation_examples, prompt_tokenizer).features if validation_examples else None
         features = WithFiller(trainer_arguments.pop("train_dataset"))
         self._filler_index = len(features)
-        super().__init__(data_collator=collator, eval_dataset=validation, train_dataset=features, **trainer_arguments)
+        with _optimizer_is_saved(trainer_arguments["args"]):
+            super().__init__(
+                data_collator=collator, eval_dataset=validation, train_dataset=features, **trainer_arguments
+            )
         if packed:
             check_packable(cast(Any, self.model).get_base_model())
         self.task, self.prompt_tokenizer, self.validation_examples = task, prompt_tokenizer, validation_examples
@@ -170,10 +174,16 @@ class ClassificationTrainer(Trainer):
         examples, stop = self.validation_examples, self._stop_on_signal()
         if examples is None:
             raise AssertionError("the Trainer does not validate without validation examples")
+        together = self.args.shard_base  # then all processes must call the model equally often
         indices = list(range(len(examples)))
         with self.accelerator.split_between_processes(indices) as share:
-            loss_parts = self._loss_parts(share)
-        loss_sum, tokens = (sum(part) for part in zip(*gather_object(loss_parts), strict=True))
+            loss_parts = self._loss_parts(indices if together else share)
+        loss_parts = loss_parts if together else gather_object(loss_parts)
+        loss_sum, tokens = (sum(part) for part in zip(*loss_parts, strict=True))
+
+        def stopped() -> bool:
+            return stop is not None and (stop.agree(self.args) if together else stop.signal_number is not None)
+
         with self.accelerator.autocast():
             self.last_generations, _ = generate_all(
                 self.model,
@@ -183,7 +193,8 @@ class ClassificationTrainer(Trainer):
                 self.task.label_words,
                 batch_size=self.args.per_device_eval_batch_size,
                 max_new_tokens=self.args.max_new_tokens,
-                stop=lambda: stop is not None and stop.signal_number is not None,
+                stop=stopped,
+                together=together,
             )
         if stop is not None and stop.agree(self.args):
             raise EvaluationStopped
@@ -300,6 +311,22 @@ class ClassificationTrainer(Trainer):
         """Write the adapter; a checkpoint holds no base model, tokenizer or pickled arguments."""
         if self.args.should_save:
             save_adapter(self.model, output_dir or self.args.output_dir)
+
+
+@contextlib.contextmanager
+def _optimizer_is_saved(training: TrainConfig) -> Iterator[None]:
+    """Let the Trainer accept a base that is shared out over processes.
+
+    It refuses one whose run saves checkpoints, because it cannot save an optimizer of shared parameters. Here the
+    optimizer has the adapter only, which is whole in every process.
+    """
+    strategy = training.save_strategy
+    if training.shard_base:
+        training.save_strategy = SaveStrategy.NO
+    try:
+        yield
+    finally:
+        training.save_strategy = strategy
 
 
 def supervised_loss_sum(model: nn.Module | PeftModel, batch: dict[str, Any]) -> torch.Tensor:

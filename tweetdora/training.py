@@ -109,8 +109,10 @@ def load(
     check_label_words(prompt_tokenizer, task)
     check_budget(prompt_tokenizer, task, training)
     tokenized = tokenize_examples(train_examples, prompt_tokenizer)
-    with state.main_process_first():
-        base = load_base(name, commits.base, DTYPES[training.precision], training.device)
+    shards = training.world_size if training.shard_base else 1
+    # The other processes then read from the cache. The parts of a base that is shared out are loaded by all at once.
+    with state.main_process_first() if shards == 1 else contextlib.nullcontext():
+        base = load_base(name, commits.base, DTYPES[training.precision], training.device, shards)
     base_model = base_identity(base, name, commits.base)  # before attach_adapter, which adds parameters
     check_ids_fit(base, tokenizer, (token for feature in tokenized.features for token in feature["input_ids"]))
     check_positions(base, tokenized)
