@@ -162,6 +162,7 @@ def test_a_record_holds_every_setting_that_changes_the_result(training):
         "precision": "fp32",
         "tf32": None,
         "batching": "shared_prefix",
+        "shard_base": False,
         "seed": 7,
         "data_seed": None,
         "neftune_noise_alpha": None,
