@@ -1,6 +1,7 @@
 """Comparisons as a person sees them: the table, the differences, the plots, and the page under results/."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -9,7 +10,7 @@ import pytest
 from test_seeds import flipped, write_kept
 
 from tweetdora import seeds
-from tweetdora.compare import CompareConfig, difference_text, main, render_page, share_text
+from tweetdora.compare import CompareConfig, difference_text, format_spent, main, render_page, share_text
 from tweetdora.errors import InputError
 from tweetdora.seeds import SeedDifference, find_runs
 
@@ -43,6 +44,21 @@ def test_the_table_has_a_row_for_each_setting_best_first(kept, capsys):
 def test_the_machines_are_said_beside_the_table(kept, capsys):
     main([str(kept)])
     assert "Trained on Fast CPU (torch 2.13.0); measured on Fast CPU (torch 2.13.0)." in capsys.readouterr().out
+
+
+def test_what_runs_took_is_summed_by_machine(kept):
+    """By hand: three runs of the same length, two of them measured on both splits; a training counts once."""
+    runs = find_runs([str(kept)], "test")
+    first = runs[0]
+    training, answering = first.run.result.seconds, first.finetuned_metrics.seconds
+    assert first.finetuned_metrics.likelihood is None, "else its seconds count too"
+    lines = format_spent({"validation": runs[:2], "test": runs}).splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    spent = [len(runs) * training, 2 * answering, len(runs) * answering]
+    assert cells == ["Fast CPU (torch 2.13.0)", str(len(runs)), *(f"{seconds / 60:.1f} min" for seconds in spent)]
+    long = replace(first, run=replace(first.run, result=replace(first.run.result, seconds=5400)))
+    assert "| 1.5 h |" in format_spent({"test": [long]})
+    assert len(lines) == 3
 
 
 def test_differences_are_told_in_words(kept, capsys):

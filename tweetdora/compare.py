@@ -12,7 +12,7 @@ differences(), plot(), bars(), reliability(), evaluation() and cross_table(). It
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -26,12 +26,14 @@ from tweetdora.plots import plot_bars, plot_groups, plot_reliability
 from tweetdora.records import Environment, Interval
 from tweetdora.seeds import (
     Group,
+    MeasuredRun,
     SeedDifference,
     Summary,
     all_pairs,
     difference,
     find_runs,
     group_runs,
+    measured_in,
     settings_text,
     summarise,
 )
@@ -140,6 +142,32 @@ def format_machines(groups: Sequence[Group]) -> str:
     return f"Trained on {', '.join(trained)}; measured on {', '.join(measured)}."
 
 
+def format_spent(by_split: Mapping[str, Sequence[MeasuredRun]]) -> str:
+    """A table of what runs took, by machine: trainings, and the fine-tuned models' generations and likelihoods."""
+    trained: dict[str, dict[str, float]] = {}  # seconds by machine and folder; a run is trained once for all splits
+    measured = {split: Counter[str]() for split in by_split}
+    for split, runs in by_split.items():
+        for run in runs:
+            result, metrics = run.run.result, run.finetuned_metrics
+            trained.setdefault(_machine(run.run.environment), {})[run.folder] = result.seconds if result else 0.0
+            scoring = metrics.likelihood.seconds if metrics.likelihood else 0.0
+            measured[split][_machine(run.evaluation.environment)] += metrics.seconds + scoring
+    lines = [
+        f"| machine | runs | training | {' | '.join(f'answers on {split}' for split in by_split)} |",
+        "|---" * (3 + len(by_split)) + "|",
+    ]
+    for machine in sorted({*trained, *(name for found in measured.values() for name in found)}):
+        runs_here = trained.get(machine, {})
+        spent = [sum(runs_here.values()), *(measured[split][machine] for split in by_split)]
+        cells = [_duration(seconds) if seconds else "" for seconds in spent]
+        lines.append(f"| {machine} | {len(runs_here) or ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
 def _machine(environment: Environment) -> str:
     hardware, torch_version = environment.hardware, environment.packages["torch"]
     return f"{' and '.join(hardware.gpus) or hardware.cpu} (torch {torch_version})"
@@ -213,7 +241,7 @@ def draw_plot(groups: Sequence[Group], path: str, x: str | None, config: Compare
 # Pages
 
 
-_CALLS = ("table", "machines", "differences", "plot", "bars", "reliability", "evaluation", "cross_table")
+_CALLS = ("table", "machines", "spent", "differences", "plot", "bars", "reliability", "evaluation", "cross_table")
 
 
 class _Page:
@@ -250,6 +278,15 @@ class _Page:
     def machines(self, *paths: str, split: str = "test") -> str:
         """The machines that trained and measured these runs."""
         return format_machines(self.groups(*paths, split=split))
+
+    def spent(self, *paths: str) -> str:
+        """What the runs in these folders took, on both splits; a folder without a run on a split has none there."""
+        places = [os.path.join(self.folder, path) for path in paths]
+        by_split = {
+            split: [run for place in places if measured_in(place, split) for run in find_runs([place], split)]
+            for split in ("validation", "test")
+        }
+        return format_spent(by_split)
 
     def differences(self, *paths: str, split: str = "test", against: str | None = None) -> str:
         """The paired differences of these runs; `against`: only those to the reference."""

@@ -144,6 +144,11 @@ def find_runs(paths: Sequence[str], split: str) -> list[MeasuredRun]:
     return found
 
 
+def measured_in(folder: str, split: str) -> bool:
+    """True if a folder of runs has one that was measured on the split."""
+    return bool(glob.glob(os.path.join(glob.escape(folder), "*", f"{split}.json")))
+
+
 def _read_run(folder: str, split: str) -> MeasuredRun | None:
     """Read the run in a folder and its evaluation; None if either is missing."""
     run_path = os.path.join(folder, RUN_FILE)
