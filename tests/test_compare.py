@@ -55,7 +55,8 @@ def test_what_runs_took_is_summed_by_machine(kept):
     lines = format_spent({"validation": runs[:2], "test": runs}).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     spent = [len(runs) * training, 2 * answering, len(runs) * answering]
-    assert cells == ["Fast CPU (torch 2.13.0)", str(len(runs)), *(f"{seconds / 60:.1f} min" for seconds in spent)]
+    told = [f"{n / 3600:.1f} h" if n >= 3600 else f"{n / 60:.1f} min" for n in spent]
+    assert cells == ["Fast CPU (torch 2.13.0)", str(len(runs)), *told]
     long = replace(first, run=replace(first.run, result=replace(first.run.result, seconds=5400)))
     assert "| 1.5 h |" in format_spent({"test": [long]})
     assert len(lines) == 3

@@ -11,7 +11,7 @@ differences(), plot(), bars(), reliability(), evaluation() and cross_table(). It
 
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -145,11 +145,11 @@ def format_machines(groups: Sequence[Group]) -> str:
 def format_spent(by_split: Mapping[str, Sequence[MeasuredRun]]) -> str:
     """A table of what runs took, by machine: trainings, and the fine-tuned models' generations and likelihoods."""
     trained: dict[str, dict[str, float]] = {}  # seconds by machine and folder; a run is trained once for all splits
-    measured = {split: Counter[str]() for split in by_split}
+    measured: dict[str, dict[str, float]] = {split: defaultdict(float) for split in by_split}
     for split, runs in by_split.items():
         for run in runs:
-            result, metrics = run.run.result, run.finetuned_metrics
-            trained.setdefault(_machine(run.run.environment), {})[run.folder] = result.seconds if result else 0.0
+            training, metrics = run.run.result, run.finetuned_metrics
+            trained.setdefault(_machine(run.run.environment), {})[run.folder] = training.seconds if training else 0.0
             scoring = metrics.likelihood.seconds if metrics.likelihood else 0.0
             measured[split][_machine(run.evaluation.environment)] += metrics.seconds + scoring
     lines = [
