@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--output {config.output} already exists; choose another file, or pass --overwrite true.")
     table = scan(path, config) if path is not None else None
     if table is None and compute_state().num_processes > 1:
-        raise InputError("standard input can be read by one process only, and this launch has several. Name a file.")
+        raise InputError(
+            "standard input can be read by one process only, and this launch has several. "
+            "Name a file, or start one process."
+        )
 
     # load
     classifier = Classifier(model, precision=config.precision, batch_size=config.batch_size)

@@ -22,6 +22,8 @@ from tweetdora.checkpoints import clear_unfinished
 from tweetdora.cli import parse_train, run_script
 from tweetdora.device import peak_memory_bytes, use_cpu_threads
 from tweetdora.hub import use_cache_if_unreachable
+from tweetdora.memory import plan_memory
+from tweetdora.modeling import DTYPES
 from tweetdora.plan import check_disk, format_plan
 from tweetdora.processes import check_shared_folder
 from tweetdora.progress import print_summary
@@ -57,9 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     use_cache_if_unreachable(task.dataset_name, model_config.model_name_or_path)
     commits = pin_commits(task, model_config, resume.saved)
     loaded, run = load(task, model_config, training, commits, state, resume.saved)
-    check_processes(run)
+    check_processes(run, training, resume.checkpoint)
     say("\n".join([run.name, format_plan(run, training, threads), *resume.notes]))
     if training.dry_run:
+        if training.batching == "shared_prefix":
+            features, dtype = loaded.tokenized.features, DTYPES[training.precision]
+            say("  memory         %s", plan_memory(loaded.model, model_config, training, features, dtype).line())
+        else:
+            say("  memory         not estimated for --batching padded")
         example = show_example(loaded.tokenized.features[0], loaded.tokenizer)
         say("\nfirst example, supervised tokens in 【】:\n%s", example)
         return 0
@@ -67,11 +74,11 @@ def main(argv: list[str] | None = None) -> int:
         run, mismatches = continue_record(resume.saved, run, training.allow_mismatch)
         for mismatch in mismatches:
             say("note: resumed with %s", mismatch)
-    check_shared_folder(training.output_dir, "--output_dir")
     with only_training_in(training.output_dir, state.is_main_process):
         if state.is_main_process:
             clear_unfinished(training.output_dir)
         check_disk(training, run.adapter.trainable_parameters)
+        check_shared_folder(training.output_dir, "--output_dir")
 
         # work
         stop = StopOnSignal()

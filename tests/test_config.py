@@ -863,12 +863,14 @@ def several_processes(monkeypatch) -> None:
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 0))
 
 
-@pytest.mark.parametrize("way", ["--shard_base true", "--fsdp true", "--fsdp full_shard", "launch file"])
+@pytest.mark.parametrize(
+    "way", ["--shard_base true", "--fsdp true", "--fsdp full_shard", "launch file", "launch file --fsdp true"]
+)
 def test_each_way_to_ask_for_fsdp_shares_the_base_out(way, monkeypatch):
     several_processes(monkeypatch)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true" if way == "launch file" else "false")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true" if "launch file" in way else "false")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    training = parse(*([] if way == "launch file" else way.split()))[2]
+    training = parse(*way.removeprefix("launch file").split())[2]
     assert training.shard_base and training.fsdp is None, "the Trainer would wrap the model once more"
     assert os.environ["ACCELERATE_USE_FSDP"] == "false", "and so would Accelerate"
     assert not parse()[2].shard_base
@@ -879,8 +881,7 @@ def test_each_way_to_ask_for_fsdp_shares_the_base_out(way, monkeypatch):
     [
         ("FSDP_VERSION", "1", "asks for FSDP 1; expected fsdp_version: 2"),
         ("FSDP_OFFLOAD_PARAMS", "true", "sets fsdp_offload_params, which is not supported"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "sets fsdp_activation_checkpointing, .* --gradient_checkpointing"),
-        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "sets fsdp_cpu_ram_efficient_loading, which"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "sets fsdp_activation_checkpointing, .*--gradient_checkpointing"),
     ],
 )
 def test_what_an_fsdp_launch_would_get_otherwise_than_it_says_is_refused(name, value, message, monkeypatch):
@@ -895,8 +896,9 @@ def test_what_an_fsdp_launch_would_get_otherwise_than_it_says_is_refused(name, v
 def test_a_base_is_not_shared_out_over_one_process_nor_in_fp16(monkeypatch):
     with pytest.raises(InputError, match="--shard_base true needs several processes, and this launch has one"):
         parse("--shard_base", "true")
-    with pytest.raises(InputError, match="--fsdp is 'full_shard offload', .* expected --fsdp true alone"):
-        parse("--fsdp", "full_shard offload")
+    for flags in (["--fsdp", "full_shard offload"], ["--shard_base", "true", "--fsdp_config", '{"version": 1}']):
+        with pytest.raises(InputError, match="expected --fsdp true alone"):
+            parse(*flags)
     several_processes(monkeypatch)
     monkeypatch.setattr(config, "decide_precision", lambda **arguments: ("fp16", "asked for"))
     with pytest.raises(InputError, match="--shard_base true is not tested with fp16"):

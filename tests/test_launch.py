@@ -149,10 +149,14 @@ def test_every_gradient_is_that_of_one_process(batching, teachable_dir, data_dir
         run_dir = tmp_path / f"run{count}"
         flags = train_flags(teachable_dir, data_dir, run_dir)
         changes = {"--max_train_samples": "44", "--max_steps": "5", "--lora_dropout": "0", "--max_eval_samples": "0"}
+        # Not clipped: a common factor would not be seen.
         for flag, value in changes.items():
             flags[flags.index(flag) + 1] = value
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        process = start([*launch, str(script), *flags, "--save_steps", "100", "--batching", batching], tmp_path)
+        process = start(
+            [*launch, str(script), *flags, "--max_grad_norm", "1e9", "--save_steps", "100", "--batching", batching],
+            tmp_path,
+        )
         (said,) = finish(process)
         assert process.returncode == 0, said[-3000:]
         found[count] = torch.load(run_dir / "gradients0.pt")
@@ -282,7 +286,6 @@ def test_a_base_that_is_shared_out_trains_what_a_whole_one_trains(flags, teachab
     assert any(line.get("eval_parse_rate", 0) > 0.5 for line in whole), "it has learnt to answer"
     adapters = [tmp_path / file / "adapter" for file in ("cpu", "fsdp2")]
     assert_close(*(load_file(folder / "adapter_model.safetensors") for folder in adapters), rtol=0, atol=1e-5)
-    assert_close(*(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapters))
     assert [sorted(path.name for path in folder.iterdir()) for folder in adapters][0] == sorted(
         path.name for path in adapters[1].iterdir()
     )
@@ -376,15 +379,13 @@ def test_machines_with_different_data_are_refused(teachable_dir, data_dir, tmp_p
 
 
 def test_machines_with_different_flags_are_refused(teachable_dir, data_dir, tmp_path):
+    """Also those that change no result: a process would wait for one that saves at another step."""
     flags = train_flags(teachable_dir, data_dir, tmp_path / "run")
-    other = flags.index("--learning_rate") + 1
-    more = ([], ["--learning_rate", "0.5"])
-    del flags[other - 1 : other + 1]
+    more = ([], ["--learning_rate", "0.5", "--save_steps", "7"])
     processes = two_machines("train.py", flags, (tmp_path, tmp_path), more)
     for said in finish(*processes):
-        assert re.search(
-            r"^train.py: process 1 on .*: --learning_rate: 0.5 instead of 3e-05\. Start the same", said, re.M
-        )
+        (line,) = re.findall(r"^train.py: process 1 on .*", said, re.M)
+        assert "--learning_rate: 0.5 instead of 0.001; " in line and "--save_steps: 7 instead of 2; " in line
 
 
 def test_machines_without_a_common_run_folder_are_refused(teachable_dir, data_dir, tmp_path):
@@ -418,7 +419,7 @@ def test_a_killed_process_ends_both_machines_with_a_line(teachable_dir, data_dir
 
 # Slurm's programs, for two machines that are both this one.
 SRUN = """#!/usr/bin/env bash
-[ "$1" = --kill-on-bad-exit=1 ] && shift
+while [[ "$1" == --* ]]; do shift; done
 SLURM_NODEID=1 "$@" >"$SECOND_LOG" 2>&1 &
 SLURM_NODEID=0 "$@" || status=$?
 wait $! || status=$?
@@ -434,7 +435,7 @@ def test_the_slurm_script_trains_on_all_machines(teachable_dir, data_dir, tmp_pa
         (tmp_path / name).chmod(0o755)
     slurm = {
         "SLURM_NNODES": "2",
-        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "x[1-2]",
         "PROCESSES_PER_NODE": "1",
     }

@@ -44,6 +44,8 @@ def test_one_process_agrees_with_itself(tmp_path):
             "Connection reset by peer",
         ),
         (distributed.DistBackendError("NCCL error: unhandled"), 2, "NCCL error: unhandled"),
+        (RuntimeError("Timed out waiting 1800000ms for recv operation to complete"), 2, "Timed out waiting"),
+        (RuntimeError("DataLoader timed out after 5 seconds"), 2, None),
         (RuntimeError("The size of tensor a (3) must match"), 2, None),
         (RuntimeError("Connection reset by peer"), 1, None),  # from the Hub, say
     ],
@@ -54,6 +56,18 @@ def test_the_loss_of_another_process_is_told_from_other_errors(error, size, lost
     monkeypatch.setattr(distributed, "get_rank", lambda: 0)
     said = lost_process(error)
     assert said is None if lost is None else f"has ended or cannot be reached ({lost})." in said
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_all_processes(tmp_path, monkeypatch):
+    """The others wait for the name of a file in it."""
+    (tmp_path / "run").write_text("a file")
+    state = type("State", (), {"num_processes": 2, "is_main_process": True})
+    told = []
+    monkeypatch.setattr("tweetdora.processes.PartialState", state)
+    monkeypatch.setattr("tweetdora.processes.broadcast_object_list", lambda found: told.append(found) or found)
+    with pytest.raises(InputError, match="--output_dir .*/run cannot be written: .*File exists.* another folder"):
+        check_shared_folder(str(tmp_path / "run"), "--output_dir")
+    assert "File exists" in told[0][1]
 
 
 def test_without_other_processes_none_is_lost():

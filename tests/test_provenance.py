@@ -36,7 +36,14 @@ def test_environment_has_versions_hardware_and_state_of_the_code():
 
 
 PLAIN = dict.fromkeys(
-    ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+    (
+        "ACCELERATE_MIXED_PRECISION",
+        "TORCHELASTIC_RUN_ID",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_WORLD_SIZE",
+        "FSDP_VERSION",
+    )
 )
 
 
@@ -73,6 +80,11 @@ PLAIN = dict.fromkeys(
             [],
             {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"},
             "accelerate launch --multi_gpu --num_processes 4 --num_machines 2 train.py",
+        ),
+        (
+            ["--r", "4"],
+            {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "FSDP_VERSION": "2"},
+            "accelerate launch --multi_gpu --num_processes 2 train.py --r 4 --shard_base true",
         ),
     ],
 )

@@ -734,6 +734,21 @@ def test_a_second_signal_stops_at_once_but_not_one_of_the_same_stop(seconds, sto
     assert (os.WTERMSIG(status) == signal.SIGTERM) if stopped else (os.WEXITSTATUS(status) == 77)
 
 
+def test_a_signal_during_the_gathering_is_agreed_on_at_the_next(monkeypatch):
+    """If it counted at once, this process would save while the others do the next step, and all would hang."""
+    stop, numbers = StopOnSignal(), []
+
+    def gather(number: torch.Tensor) -> torch.Tensor:
+        numbers.append(int(number))
+        if len(numbers) == 1:
+            stop._note(signal.SIGTERM, None)
+        return number
+
+    monkeypatch.setattr("tweetdora.callbacks.gather", gather)
+    launch = SimpleNamespace(world_size=2, device="cpu")
+    assert [stop.agree(launch), stop.agree(launch)] == [False, True] and numbers == [0, signal.SIGTERM]
+
+
 def test_a_signal_that_follows_the_agreed_stop_is_the_same_stop(monkeypatch):
     """Another process had it first, and this one gets its own after the gathering: its checkpoint is still written."""
     monkeypatch.setattr("tweetdora.callbacks.gather", lambda number: torch.tensor([0, signal.SIGINT]))

@@ -132,8 +132,9 @@ class StopOnSignal(TrainerCallback):
         """True if any process received a signal. Collective: every process must call it at the same point."""
         if args.world_size > 1:  # a signal may reach one process only, or one process a step earlier
             number = int(gather(torch.tensor([self.signal_number or 0], device=args.device)).max())
-            if number and self.signal_number is None:  # one may have arrived during the gathering
+            if number and self.signal_number is None:
                 self._note(number, None)
+            return bool(number)  # one that arrived here during the gathering is agreed on at the next call
         return self.signal_number is not None
 
     def on_train_end(

@@ -282,11 +282,13 @@ class _Page:
     def spent(self, *paths: str) -> str:
         """What the runs in these folders took, on both splits; a folder without a run on a split has none there."""
         places = [os.path.join(self.folder, path) for path in paths]
-        by_split = {
+        found = {
             split: [run for place in places if measured_in(place, split) for run in find_runs([place], split)]
             for split in ("validation", "test")
         }
-        return format_spent(by_split)
+        # Paths may overlap.
+        once = {split: {os.path.realpath(run.folder): run for run in runs} for split, runs in found.items()}
+        return format_spent({split: [*runs.values()] for split, runs in once.items()})
 
     def differences(self, *paths: str, split: str = "test", against: str | None = None) -> str:
         """The paired differences of these runs; `against`: only those to the reference."""

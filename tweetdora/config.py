@@ -500,7 +500,8 @@ class TrainConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._refuse_what_is_not_ours()
         check_ranges(self)
-        self.shard_base = self._asks_for_fsdp() or take_over_fsdp() or self.shard_base
+        asked, launched = self._asks_for_fsdp(), take_over_fsdp()
+        self.shard_base = asked or launched or self.shard_base
         for check in (
             self._check_hub_model_id,
             self._check_there_is_something_to_train,
@@ -527,12 +528,12 @@ class TrainConfig(TrainingArguments):
         self.run_name = self.run_name or os.path.basename(self.output_dir)
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
-        self._check_sharding()
         batch_size, self.per_device_train_batch_size = self.per_device_train_batch_size, 1
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:  # the Trainer's own complaints
             raise InputError(" ".join(str(error).split())) from error
+        self._check_sharding()
         self.mixed_precision = "fp16" if self.fp16 else "no"
         # Under plain `python` on several GPUs, the Trainer would use DataParallel, which splits examples that belong
         # together and is slower than one process per GPU.
@@ -616,18 +617,17 @@ class TrainConfig(TrainingArguments):
 
     def _asks_for_fsdp(self) -> bool:
         """True for --fsdp, which is the Trainer's way to say --shard_base true; the Trainer then need not see it."""
-        if self.fsdp is None or str(self.fsdp).lower() in ("", "false"):
-            return False
-        if str(self.fsdp).lower() not in ("true", "full_shard") or self.fsdp_config:
+        asked = self.fsdp is not None and str(self.fsdp).lower() not in ("", "false")
+        if self.fsdp_config or (asked and str(self.fsdp).lower() not in ("true", "full_shard")):
             raise InputError(
                 f"--fsdp is {self.fsdp!r}, --fsdp_config {self.fsdp_config!r}; expected --fsdp true alone, "
                 "which means --shard_base true."
             )
         self.fsdp = None
-        return True
+        return asked
 
     def _check_sharding(self) -> None:
-        if self.shard_base and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if self.shard_base and self.world_size < 2:
             raise InputError(
                 "--shard_base true needs several processes, and this launch has one. Launch with --config_file "
                 "recipes/accelerate/fsdp2.yaml, or leave it out."

@@ -242,7 +242,8 @@ def _cache_of_folder(folder: str) -> str:
     """
     folder = os.path.realpath(folder)
     found = sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
-    state = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in found]
+    files = [path for path in found if os.path.isfile(path) and "/." not in path.removeprefix(folder)]
+    state = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     key = hashlib.sha256(json.dumps([folder, state]).encode()).hexdigest()[:16]
     return os.path.join(datasets.config.HF_DATASETS_CACHE, "folders", key)
 

@@ -129,11 +129,12 @@ def peak_memory_bytes() -> dict[str, int]:
 
     Collective: every process must call it.
     """
-    peaks = gather_object([_own_peak_memory_bytes()])
+    peaks = gather_object([own_peak_memory_bytes()])
     return {name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]}
 
 
-def _own_peak_memory_bytes() -> dict[str, int]:
+def own_peak_memory_bytes() -> dict[str, int]:
+    """Return this process's peak resident memory so far, and each GPU's peak allocation, in bytes."""
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

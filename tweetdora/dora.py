@@ -88,7 +88,7 @@ class DoraLinear(Linear):
         base: Any = self.get_base_layer()
         scaling, magnitude = self.scaling[name], self.lora_magnitude_vector[name]
         result = base(x)  # (..., out)
-        with torch.autocast(x.device.type, enabled=False):  # the adapter is computed in its own dtype
+        with _without_autocast(x.device.type):  # the adapter is computed in its own dtype
             with torch.no_grad():
                 norms = row_norms(self._squared_norms(base.weight, lora_A.dtype), base.weight, lora_A, lora_B, scaling)
             gain = cast(torch.Tensor, magnitude.weight) / norms
@@ -106,6 +106,11 @@ class DoraLinear(Linear):
         if getattr(self, "_squared_norms_of", None) != state:
             self._squared_norms_of, self._kept_norms = state, weight.detach().to(dtype).square().sum(1)
         return self._kept_norms
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off, where there is any: the meta device has none (memory.py)."""
+    return torch.autocast(device_type, enabled=False) if device_type != "meta" else contextlib.nullcontext()
 
 
 def row_norms(

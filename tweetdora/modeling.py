@@ -34,6 +34,7 @@ from tweetdora.config import ModelConfig
 from tweetdora.dora import DoraLinear
 from tweetdora.errors import HubError, InputError, ResourceError, UserError
 from tweetdora.files import file_sha256
+from tweetdora.processes import lost_process
 from tweetdora.records import (
     ADAPTER_WEIGHTS,
     TASK_FILE,
@@ -97,19 +98,30 @@ def load_base(
             "off, or a file is only a Git LFS pointer (`git lfs pull` fetches the file). Fetch the model again."
         ) from error
     except Exception as error:  # libraries raise anything for a bad folder; no error of ours comes from them
+        if isinstance(error, RuntimeError) and lost_process(error):
+            raise
+        if shards > 1 and "fsdp_plan" in str(error):
+            raise InputError(
+                f"--shard_base true: transformers has no plan to share out {name_or_path}. Leave it out."
+            ) from error
         raise _model_load_error(name_or_path, revision, error) from error
     _check_weights(name_or_path, model, report)
-    if is_packable(model):
-        model.set_attn_implementation(ATTENTION)
-    # The last column of a batch's states is a strided view. With it, torch.matmul copies the frozen weight once per
-    # row instead of copying the view once: 10 s of the 15 s that 64 rows took on two CPU cores.
-    model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
+    set_up_for_packing(model)
     if shards == 1:
         return model.to(device).eval()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # transformers 5.23 leaves head and last norm gathered, and freezing would miss them
     return model.eval()
+
+
+def set_up_for_packing(model: Any) -> None:
+    """Let a model compute packed batches, if it can."""
+    if is_packable(model):
+        model.set_attn_implementation(ATTENTION)
+    # The last column of a batch's states is a strided view. With it, torch.matmul copies the frozen weight once per
+    # row instead of copying the view once: 10 s of the 15 s that 64 rows took on two CPU cores.
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
 
 
 def _check_weights(name_or_path: str, model: Any, report: dict[str, Any]) -> None:
@@ -237,6 +249,8 @@ def attach_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
     try:
         return get_peft_model(base, peft_config, autocast_adapter_dtype=True)
     except Exception as error:  # PEFT does not support every layer and model
+        if isinstance(error, RuntimeError) and lost_process(error):
+            raise
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise InputError(
             f"--target_modules {' '.join(config.target_modules)}: PEFT cannot put a {config.method} adapter on these "

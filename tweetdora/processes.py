@@ -1,5 +1,6 @@
 """Launches of several processes on one machine or more: what they must have in common, and the loss of one."""
 
+import contextlib
 import os
 import socket
 import tempfile
@@ -13,13 +14,16 @@ from torch import distributed
 from tweetdora.errors import InputError
 
 _ENVIRONMENT_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_SEEN_WITHIN = 60.0  # seconds; a network file system may show a new file late
+_SEEN_WITHIN = 30.0  # seconds; a network file system may show a new file late
 # How gloo, NCCL and PyTorch's store say that the other end is gone.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "timed out")
+_LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"),
+    *("Timed out waiting", "Application timeout caused pair closure"),
+)
 
 
 def check_launch() -> None:
-    """Refuse a launch that was meant to have several processes and has one.
+    """Refuse a launch that should start several processes but starts one.
 
     accelerate starts a single process, without a word, for `--cpu --num_processes 2` and for `--num_processes 2` on a
     machine with fewer than two GPUs. It still sets the address at which the processes would have met.
@@ -32,7 +36,7 @@ def check_launch() -> None:
         raise InputError(
             "accelerate launch was asked for several processes, but started one (MASTER_ADDR is set, WORLD_SIZE is "
             "not). Add --multi_gpu, also on the CPU, in place of --cpu, or launch with --config_file "
-            "recipes/accelerate/cpu.yaml. If one process is meant, unset MASTER_ADDR."
+            "recipes/accelerate/cpu.yaml. If you want one process, unset MASTER_ADDR."
         )
 
 
@@ -42,14 +46,13 @@ def take_over_fsdp() -> bool:
     Accelerate would shard the model again, and on a CPU it would use DDP without a word.
 
     Raises:
-        InputError: a setting of the launch file would be ignored.
+        InputError: a setting of the launch file that saves memory would be ignored.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
         return False
     ignored = {
         "fsdp_offload_params": os.environ.get("FSDP_OFFLOAD_PARAMS", "false") != "false",
         "fsdp_activation_checkpointing": os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false") != "false",
-        "fsdp_cpu_ram_efficient_loading": os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false") != "false",
     }
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError(
@@ -58,8 +61,7 @@ def take_over_fsdp() -> bool:
     if wrong := [name for name, is_on in ignored.items() if is_on]:
         raise InputError(
             f"accelerate launch sets {', '.join(wrong)}, which is not supported. Set it to false, as in "
-            "recipes/accelerate/fsdp2.yaml. (Each process reads only its part of the base anyway, and "
-            "--gradient_checkpointing true saves activations.)"
+            "recipes/accelerate/fsdp2.yaml. (--gradient_checkpointing true saves activations.)"
         )
     os.environ["ACCELERATE_USE_FSDP"] = "false"
     return True
@@ -123,16 +125,21 @@ def check_shared_folder(folder: str, flag: str) -> None:
     state = PartialState()
     if state.num_processes == 1:
         return
-    name = [""]
+    name, failure = "", ""
     if state.is_main_process:
-        os.makedirs(folder, exist_ok=True)
-        descriptor, path = tempfile.mkstemp(prefix=".shared-", dir=folder)
-        os.close(descriptor)
-        name = [os.path.basename(path)]
-    broadcast_object_list(name)
-    missing = gather_object([] if _appears(os.path.join(folder, name[0])) else [socket.gethostname()])
+        try:
+            os.makedirs(folder, exist_ok=True)
+            descriptor, path = tempfile.mkstemp(prefix=".shared-", dir=folder)
+            os.close(descriptor)
+            name = os.path.basename(path)
+        except OSError as error:  # the others wait for the name
+            failure = str(error)
+    name, failure = broadcast_object_list([name, failure])
+    if failure:
+        raise InputError(f"{flag} {folder} cannot be written: {failure}. Fix its permissions, or use another folder.")
+    missing = gather_object([] if _appears(os.path.join(folder, name)) else [socket.gethostname()])
     if state.is_main_process:
-        os.unlink(os.path.join(folder, name[0]))
+        os.unlink(os.path.join(folder, name))
     if missing:
         raise InputError(
             f"{flag} {folder} is not the same folder in all processes: on {', '.join(sorted(set(missing)))} it is "
@@ -147,11 +154,11 @@ def _main_host() -> str:
 
 def _appears(path: str) -> bool:
     """True once a file is seen; a network file system may need a moment, and its folder listed, to show it."""
-    limit = time.monotonic() + (_SEEN_WITHIN if machines() > 1 else 0.0)
+    limit = time.monotonic() + _SEEN_WITHIN
     while True:
-        folder = os.path.dirname(path)
-        if os.path.isdir(folder) and os.path.basename(path) in os.listdir(folder):
-            return True
+        with contextlib.suppress(OSError):
+            if os.path.basename(path) in os.listdir(os.path.dirname(path)):
+                return True
         if time.monotonic() >= limit:
             return False
         time.sleep(0.5)

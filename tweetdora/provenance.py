@@ -67,7 +67,10 @@ def command_line() -> str:
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = ["torchrun", *(["--nnodes", str(machines())] if machines() > 1 else [])]
         launcher += ["--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *map(without_folders, sys.argv[1:])])
+    flags = [*map(without_folders, sys.argv[1:])]
+    if "FSDP_VERSION" in os.environ and "--shard_base" not in flags:  # an FSDP launch file said it
+        flags += ["--shard_base", "true"]
+    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *flags])
 
 
 def without_folders(word: str) -> str:

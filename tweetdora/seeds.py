@@ -146,7 +146,8 @@ def find_runs(paths: Sequence[str], split: str) -> list[MeasuredRun]:
 
 def measured_in(folder: str, split: str) -> bool:
     """True if a folder of runs has one that was measured on the split."""
-    return bool(glob.glob(os.path.join(glob.escape(folder), "*", f"{split}.json")))
+    places = ("", "evaluation", "*", "*/evaluation")
+    return any(glob.glob(os.path.join(glob.escape(folder), place, f"{split}.json")) for place in places)
 
 
 def _read_run(folder: str, split: str) -> MeasuredRun | None:

@@ -71,7 +71,7 @@ class ClassificationTrainer(Trainer):
         validation = tokenize_examples(validation_examples, prompt_tokenizer).features if validation_examples else None
         features = WithFiller(trainer_arguments.pop("train_dataset"))
         self._filler_index = len(features)
-        with _optimizer_is_saved(trainer_arguments["args"]):
+        with _allow_checkpoints(trainer_arguments["args"]):
             super().__init__(
                 data_collator=collator, eval_dataset=validation, train_dataset=features, **trainer_arguments
             )
@@ -154,7 +154,8 @@ class ClassificationTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             broken = bool(self.accelerator.reduce(torch.tensor(int(broken), device=loss_sum.device)))
         if broken:
-            own = [] if torch.isfinite(loss_sum) else [(loss_sum.item(), example_ids.tolist())]
+            ids = example_ids[example_ids != FILLER_ID].tolist()
+            own = [] if torch.isfinite(loss_sum) else [(loss_sum.item(), ids)]
             found = gather_object(own)
             ids = [example_id for _, process_ids in found for example_id in process_ids]
             raise DivergedError(
@@ -314,7 +315,7 @@ class ClassificationTrainer(Trainer):
 
 
 @contextlib.contextmanager
-def _optimizer_is_saved(training: TrainConfig) -> Iterator[None]:
+def _allow_checkpoints(training: TrainConfig) -> Iterator[None]:
     """Let the Trainer accept a base that is shared out over processes.
 
     It refuses one whose run saves checkpoints, because it cannot save an optimizer of shared parameters. Here the

@@ -6,7 +6,7 @@ import datetime
 import os
 import shlex
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from accelerate import PartialState
 from peft import PeftModel
@@ -145,19 +145,24 @@ def load(
     return Loaded(model, tokenizer, prompt_tokenizer, tokenized, validation_examples), run
 
 
-def check_processes(run: RunRecord) -> None:
-    """Check that all processes of the launch have loaded the same run. Collective.
+# Settings that may differ between machines, or are objects of the process.
+_OF_A_PROCESS = ("cpu_threads", "disable_tqdm", "local_rank", "logging_dir", "deepspeed_plugin", "distributed_state")
+
+
+def check_processes(run: RunRecord, training: TrainConfig, checkpoint: str | None) -> None:
+    """Check that all processes of the launch have loaded the same run, and resume the same checkpoint. Collective.
 
     Raises:
         InputError: names the process, and what differs.
     """
-    settings = {
-        f"--{name}": value for part in (run.task, run.model, run.training) for name, value in vars(part).items()
-    }
+    flags = {name: value for name, value in vars(training).items() if name[0] != "_" and name not in _OF_A_PROCESS}
+    parts = (vars(run.task), vars(run.model), flags)
+    settings = {f"--{name}": _plain(value) for part in parts for name, value in part.items()}
     data = {"train": run.train_data, "validation": run.validation_data}
     check_same(
         {
             **settings,
+            "checkpoint": checkpoint,
             "base model": run.base_model,
             "prompt": run.prompt_format,
             **{f"SHA-256 of the {split} data": record and record.sha256 for split, record in data.items()},
@@ -165,6 +170,12 @@ def check_processes(run: RunRecord) -> None:
             "code": run.environment.git,
         }
     )
+
+
+def _plain(value: Any) -> Any:
+    """A setting that can be compared with that of another process."""
+    value = getattr(value, "value", value)  # an enumeration
+    return value if isinstance(value, str | int | float | list | dict | None) else repr(value)
 
 
 def check_prompt(task: TaskConfig) -> None:

@@ -1,0 +1,87 @@
+"""The memory that a training is expected to need: against a real forward pass, and a real process's peak."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tweetdora.config import ModelConfig
+from tweetdora.data import load_examples
+from tweetdora.memory import MemoryPlan, large_batch, saved_bytes
+from tweetdora.modeling import attach_adapter, load_base
+from tweetdora.packing import PackedCollator
+from tweetdora.prompts import tokenize_examples
+from tweetdora.trainer import supervised_loss_sum
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_what_is_kept_for_the_backward_pass_is_counted_without_computing(
+    method, teachable_dir, task, prompt_tokenizer
+):
+    """Second way: a forward pass that computes, on the CPU, where attention keeps a little less or more."""
+    batch = PackedCollator()(tokenize_examples(load_examples(task, "train", None), prompt_tokenizer).features[:16])
+    config = ModelConfig(model_name_or_path=teachable_dir, method=method)
+    base = load_base(teachable_dir, None, torch.float32, torch.device("cpu"))
+    expected = saved_bytes(base, config, batch, torch.float32)
+    model = attach_adapter(base, config).train()
+    weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no storage is used twice
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        supervised_loss_sum(model, batch)
+    found = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+    assert expected == pytest.approx(found, rel=0.2)
+
+
+def test_the_batch_is_a_large_one(task, prompt_tokenizer):
+    features = tokenize_examples(load_examples(task, "train", None), prompt_tokenizer).features
+    longest = max(len(feature["input_ids"]) for feature in features)
+    one = large_batch(features, 1)["input_ids"].numel()
+    assert one == longest - 1, "200 draws of one of 48 meet the longest; the stop token is left out"
+    assert len(large_batch(features, 16)["example_ids"]) == 16
+    assert len(large_batch(features, 100)["example_ids"]) == 48
+
+
+def test_the_line_says_whether_it_fits():
+    plan = MemoryPlan(base=10**9, adapter=0, activations=5 * 10**8, other=0, loading=0, available=2 * 10**9)
+    assert (
+        plan.line()
+        == "about 1.5 GB at the peak (1.00 base, 0.00 adapter and optimizer, 0.50 activations); 2.0 GB available"
+    )
+    assert ": IT DOES NOT FIT. Raise --gradient_acc" in replace(plan, available=10**9).line()
+    assert replace(plan, loading=3 * 10**9).peak == 3 * 10**9, "loading took more than the training will"
+
+
+def test_the_plan_is_within_15_per_cent_of_a_process(data_dir, tokenizer, tmp_path):
+    """8 layers, 32 million parameters, float32, batches of 48 and long prompts: half of the memory is activations."""
+    config = LlamaConfig(
+        **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8},
+        **{"num_key_value_heads": 2, "vocab_size": len(tokenizer), "tie_word_embeddings": True},
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    words = [sys.executable, str(ROOT / "train.py"), "--model_name_or_path", str(tmp_path / "base")]
+    words += ["--dataset_name", data_dir, "--output_dir", str(tmp_path / "run"), "--max_train_samples", "0"]
+    words += ["--system_prompt", "Say how the day is: negative, neutral or positive. " + "And why. " * 20]
+    words += ["--precision", "fp32", "--global_batch_size", "48", "--max_steps", "3"]
+    words += ["--max_eval_samples", "0", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    plan = subprocess.run([*words, "--dry_run", "true"], capture_output=True, text=True, env=environment, timeout=200)
+    expected = float(re.search(r"^  memory +about ([\d.]+) GB at the peak", plan.stdout, re.M)[1])
+    subprocess.run(words, check=True, capture_output=True, env=environment, timeout=200)
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert expected == pytest.approx(run["result"]["peak_memory_bytes"]["process"] / 1e9, rel=0.15)
