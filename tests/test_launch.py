@@ -385,7 +385,7 @@ def test_machines_with_different_flags_are_refused(teachable_dir, data_dir, tmp_
     processes = two_machines("train.py", flags, (tmp_path, tmp_path), more)
     for said in finish(*processes):
         (line,) = re.findall(r"^train.py: process 1 on .*", said, re.M)
-        assert "--learning_rate: 0.5 instead of 0.001; " in line and "--save_steps: 7 instead of 2; " in line
+        assert "--learning_rate: 0.5 instead of 0.001; " in line and "--save_steps: 7 instead of 2. " in line
 
 
 def test_machines_without_a_common_run_folder_are_refused(teachable_dir, data_dir, tmp_path):
