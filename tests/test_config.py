@@ -399,7 +399,7 @@ def test_a_setting_that_cannot_be_is_refused(argv, message):
         (["--fp16_full_eval", "true"], "is True, .*: validation uses --precision"),
         (
             ["--deepspeed", "zero.json"],
-            "is 'zero.json', .*: a base that does not fit one GPU is shared out with FSDP2",
+            "is 'zero.json', .*: a base that does not fit one GPU is sharded with FSDP2",
         ),
     ],
 )
@@ -893,7 +893,7 @@ def test_what_an_fsdp_launch_would_get_otherwise_than_it_says_is_refused(name, v
         parse()
 
 
-def test_a_base_is_not_shared_out_over_one_process_nor_in_fp16(monkeypatch):
+def test_a_base_is_not_sharded_over_one_process_nor_in_fp16(monkeypatch):
     with pytest.raises(InputError, match="--shard_base true needs several processes, and this launch has one"):
         parse("--shard_base", "true")
     for flags in (["--fsdp", "full_shard offload"], ["--shard_base", "true", "--fsdp_config", '{"version": 1}']):

@@ -218,7 +218,7 @@ def test_two_processes_that_are_killed_end_bit_for_bit_as_two_that_were_not(file
     assert [name for name in expected if not same(expected[name], found[name])] == []
 
 
-# A base that is shared out
+# A base that is sharded
 
 # Says how much of the base this process holds, when it has been loaded and at the end.
 HELD = """
@@ -248,7 +248,7 @@ sys.exit(status)
 
 
 @pytest.mark.parametrize("flags", [["--method", "dora"], ["--method", "lora", "--gradient_accumulation_steps", "2"]])
-def test_a_base_that_is_shared_out_trains_what_a_whole_one_trains(flags, teachable_dir, data_dir, tmp_path):
+def test_a_base_that_is_sharded_trains_what_a_whole_one_trains(flags, teachable_dir, data_dir, tmp_path):
     """With validation by generation. 44 rows: the last step of an epoch has 12."""
     script, runs = tmp_path / "held.py", {}
     script.write_text(HELD.format(root=str(ROOT)))

@@ -228,7 +228,7 @@ sys.exit(runpy.run_path({root!r} + "/train.py")["main"]())
 """
 
 
-@pytest.mark.parametrize("flags", [[], ["--shard_base", "true"]], ids=["whole", "shared out"])
+@pytest.mark.parametrize("flags", [[], ["--shard_base", "true"]], ids=["whole", "sharded"])
 def test_a_signal_to_one_of_two_validating_processes_stops_both_with_a_checkpoint(
     flags, teachable_dir, data_dir, tmp_path
 ):

@@ -107,7 +107,7 @@ def inherited(name: str) -> Any:
 
 
 # Trainer arguments that would not do here what they say, or would contradict the record, with the reason.
-_USE_FSDP2 = "a base that does not fit one GPU is shared out with FSDP2 (--shard_base true)"
+_USE_FSDP2 = "a base that does not fit one GPU is sharded with FSDP2 (--shard_base true)"
 _REFUSED_ARGUMENTS = {
     "label_smoothing_factor": "the loss is plain cross-entropy",
     "average_tokens_across_devices": "the loss is always the mean over the answer tokens of all processes",
@@ -396,7 +396,7 @@ class TrainConfig(TrainingArguments):
     shard_base: Annotated[bool, Flag(affects="rounding")] = field(
         default=False,
         metadata={
-            "help": "Share the base out over all processes (FSDP2), for a base that does not fit one GPU. An FSDP "
+            "help": "Shard the base over all processes (FSDP2), for a base that does not fit one GPU. An FSDP "
             "launch file sets it."
         },
     )

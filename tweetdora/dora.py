@@ -53,7 +53,7 @@ class _GuardedDora(DoraLinearVariant):
 
 @contextlib.contextmanager
 def _whole_weight(module: Any) -> Iterator[None]:
-    """Give a layer whose weight is shared out over processes (FSDP2) the whole weight for a while. Collective."""
+    """Give a layer whose weight is sharded over processes (FSDP2) the whole weight for a while. Collective."""
     layer = module.get_base_layer()
     if not isinstance(layer.weight, DTensor):
         yield

@@ -109,7 +109,7 @@ def generate_all(
     """Answer every example greedily; return the generations in the examples' order, and the seconds it took.
 
     Prompts of similar length are batched together, and only new tokens are read back. With several processes, each
-    answers a share of the examples, and all of them get all generations. A model that is shared out over them answers
+    answers a share of the examples, and all of them get all generations. A model that is sharded over them answers
     `together`: each process computes all examples. `stop` is called before each batch; once it returns True, the
     remaining examples get None.
     """

@@ -102,7 +102,7 @@ def load_base(
             raise
         if shards > 1 and "fsdp_plan" in str(error):
             raise InputError(
-                f"--shard_base true: transformers has no plan to share out {name_or_path}. Leave it out."
+                f"--shard_base true: transformers has no plan to shard {name_or_path}. Leave it out."
             ) from error
         raise _model_load_error(name_or_path, revision, error) from error
     _check_weights(name_or_path, model, report)

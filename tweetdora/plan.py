@@ -104,7 +104,7 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
             f"{training.gradient_accumulation_steps} x {training.per_device_train_batch_size}; "
             f"learning rate {training.learning_rate:g}, {run.training.lr_scheduler_type}",
         ),
-        ("device", f"{device}; the base is shared out over the processes (FSDP2)" if training.shard_base else device),
+        ("device", f"{device}; the base is sharded over the processes (FSDP2)" if training.shard_base else device),
         ("precision", f"{training.precision}: {training.precision_reason}"),
         ("system prompt", run.task.system_prompt),
         ("tracker", _tracker_line(training)),

@@ -316,7 +316,7 @@ class ClassificationTrainer(Trainer):
 
 @contextlib.contextmanager
 def _allow_checkpoints(training: TrainConfig) -> Iterator[None]:
-    """Let the Trainer accept a base that is shared out over processes.
+    """Let the Trainer accept a base that is sharded over processes.
 
     It refuses one whose run saves checkpoints, because it cannot save an optimizer of shared parameters. Here the
     optimizer has the adapter only, which is whole in every process.

@@ -110,7 +110,7 @@ def load(
     check_budget(prompt_tokenizer, task, training)
     tokenized = tokenize_examples(train_examples, prompt_tokenizer)
     shards = training.world_size if training.shard_base else 1
-    # The other processes then read from the cache. The parts of a base that is shared out are loaded by all at once.
+    # The other processes then read from the cache. The parts of a base that is sharded are loaded by all at once.
     with state.main_process_first() if shards == 1 else contextlib.nullcontext():
         base = load_base(name, commits.base, DTYPES[training.precision], training.device, shards)
     base_model = base_identity(base, name, commits.base)  # before attach_adapter, which adds parameters
