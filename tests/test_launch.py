@@ -249,7 +249,10 @@ sys.exit(status)
 
 @pytest.mark.parametrize("flags", [["--method", "dora"], ["--method", "lora", "--gradient_accumulation_steps", "2"]])
 def test_a_base_that_is_sharded_trains_what_a_whole_one_trains(flags, teachable_dir, data_dir, tmp_path):
-    """With validation by generation. 44 rows: the last step of an epoch has 12."""
+    """With validation by generation. 44 rows: the last step of an epoch has 12.
+
+    Shares of the 9 rows of validation would be 2 batches and 1, and the processes would wait for each other.
+    """
     script, runs = tmp_path / "held.py", {}
     script.write_text(HELD.format(root=str(ROOT)))
     changes = {
@@ -259,8 +262,10 @@ def test_a_base_that_is_sharded_trains_what_a_whole_one_trains(flags, teachable_
         "--max_steps": "30",
         "--eval_steps": "10",
     }
+    changes["--max_eval_samples"] = "9"
     for file in ("cpu", "fsdp2"):
         words = train_flags(teachable_dir, data_dir, tmp_path / file)
+        words += ["--per_device_eval_batch_size", "4"]
         for flag, value in changes.items():
             words[words.index(flag) + 1] = value
         launch = ["--config_file", str(FILES / f"{file}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
