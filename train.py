@@ -22,8 +22,7 @@ from tweetdora.checkpoints import clear_unfinished
 from tweetdora.cli import parse_train, run_script
 from tweetdora.device import peak_memory_bytes, use_cpu_threads
 from tweetdora.hub import use_cache_if_unreachable
-from tweetdora.memory import plan_memory
-from tweetdora.modeling import DTYPES
+from tweetdora.memory import memory_line
 from tweetdora.plan import check_disk, format_plan
 from tweetdora.processes import check_shared_folder
 from tweetdora.progress import print_summary
@@ -62,11 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     check_processes(run, training, resume.checkpoint)
     say("\n".join([run.name, format_plan(run, training, threads), *resume.notes]))
     if training.dry_run:
-        if training.batching == "shared_prefix":
-            features, dtype = loaded.tokenized.features, DTYPES[training.precision]
-            say("  memory         %s", plan_memory(loaded.model, model_config, training, features, dtype).line())
-        else:
-            say("  memory         not estimated for --batching padded")
+        say("  memory         %s", memory_line(loaded.model, model_config, training, loaded.tokenized.features))
         example = show_example(loaded.tokenized.features[0], loaded.tokenizer)
         say("\nfirst example, supervised tokens in 【】:\n%s", example)
         return 0

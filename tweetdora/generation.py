@@ -116,6 +116,7 @@ def generate_all(
     started = time.perf_counter()
 
     def answer(texts: Sequence[str]) -> list[Generation | None]:
+        """This process's generations for some texts."""
         return _generate_texts(
             model, tokenizer, prompt_tokenizer, texts, label_words, batch_size, max_new_tokens, on_progress, stop
         )

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tweetdora.config import ModelConfig, TrainConfig
 from tweetdora.device import own_peak_memory_bytes
-from tweetdora.modeling import attach_adapter, set_up_for_packing, trainable_parameters
+from tweetdora.modeling import DTYPES, attach_adapter, set_up_for_packing, trainable_parameters
 from tweetdora.packing import PackedCollator, token_count
 from tweetdora.trainer import supervised_loss_sum
 
@@ -56,6 +56,15 @@ class MemoryPlan:
         if self.peak <= self.available:
             return line
         return f"{line}: IT DOES NOT FIT. Raise --gradient_accumulation_steps, or add --gradient_checkpointing true"
+
+
+def memory_line(
+    model: Any, model_config: ModelConfig, training: TrainConfig, features: Sequence[dict[str, Any]]
+) -> str:
+    """The plan's line about memory, for batches of either layout."""
+    if training.batching == "padded":
+        return "not estimated for --batching padded"
+    return plan_memory(model, model_config, training, features, DTYPES[training.precision]).line()
 
 
 def plan_memory(
@@ -119,6 +128,7 @@ def saved_bytes(base: PreTrainedModel, config: ModelConfig, batch: dict[str, Any
     kept: dict[int, torch.Tensor] = {}  # by storage: several tensors may be views of one
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        """Note a tensor that the backward pass will need."""
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 

@@ -183,6 +183,7 @@ class ClassificationTrainer(Trainer):
         loss_sum, tokens = (sum(part) for part in zip(*loss_parts, strict=True))
 
         def stopped() -> bool:
+            """True if a signal asks to stop; for a sharded base, only once all processes agree."""
             return stop is not None and (stop.agree(self.args) if together else stop.signal_number is not None)
 
         with self.accelerator.autocast():

@@ -109,10 +109,7 @@ def load(
     check_label_words(prompt_tokenizer, task)
     check_budget(prompt_tokenizer, task, training)
     tokenized = tokenize_examples(train_examples, prompt_tokenizer)
-    shards = training.world_size if training.shard_base else 1
-    # The other processes then read from the cache. The parts of a base that is sharded are loaded by all at once.
-    with state.main_process_first() if shards == 1 else contextlib.nullcontext():
-        base = load_base(name, commits.base, DTYPES[training.precision], training.device, shards)
+    base = _load_base(name, commits.base, training, state)
     base_model = base_identity(base, name, commits.base)  # before attach_adapter, which adds parameters
     check_ids_fit(base, tokenizer, (token for feature in tokenized.features for token in feature["input_ids"]))
     check_positions(base, tokenized)
@@ -143,6 +140,14 @@ def load(
         notes=notes_on_splits(splits, task.label_words),
     )
     return Loaded(model, tokenizer, prompt_tokenizer, tokenized, validation_examples), run
+
+
+def _load_base(name: str, revision: str | None, training: TrainConfig, state: PartialState) -> PreTrainedModel:
+    """Load the base, or this process's part of it."""
+    shards = training.world_size if training.shard_base else 1
+    # The other processes then read from the cache. The parts of a base that is sharded are loaded by all at once.
+    with state.main_process_first() if shards == 1 else contextlib.nullcontext():
+        return load_base(name, revision, DTYPES[training.precision], training.device, shards)
 
 
 # Settings that may differ between machines, or are objects of the process.
