@@ -31,14 +31,14 @@ from transformers.trainer_utils import IntervalStrategy
 
 from tweetdora import device
 from tweetdora import trainer as trainer_module
-from tweetdora.callbacks import EvaluationStopped, StopOnSignal, after_divergence
+from tweetdora.callbacks import EvaluationStopped, StopOnNonFiniteGradient, StopOnSignal, after_divergence
 from tweetdora.checkpoints import SAVING_DIR, find_damage, publish_checkpoint
 from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
 from tweetdora.data import Examples, load_examples
 from tweetdora.errors import DivergedError, InputError
 from tweetdora.generation import LabelParser
 from tweetdora.modeling import DTYPES, attach_adapter, load_base
-from tweetdora.packing import PackedCollator, PaddedCollator
+from tweetdora.packing import FILLER_ID, PackedCollator, PaddedCollator
 from tweetdora.prompts import PromptTokenizer, tokenize_examples
 from tweetdora.trainer import (
     ClassificationTrainer,
@@ -732,6 +732,19 @@ def test_a_second_signal_stops_at_once_but_not_one_of_the_same_stop(seconds, sto
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) == stopped
     assert (os.WTERMSIG(status) == signal.SIGTERM) if stopped else (os.WEXITSTATUS(status) == 77)
+
+
+def test_fillers_are_not_named_among_the_examples_of_a_step_that_diverged(laboratory):
+    """A last step of several processes has some; both the loss and the gradient name its examples."""
+    trainer = laboratory.trainer()
+    trainer.step_example_ids = [torch.tensor([3, FILLER_ID])]
+    with pytest.raises(DivergedError, match=re.escape("training examples [3]. ")):
+        trainer._check_finite(torch.tensor(float("nan")), torch.tensor([3, FILLER_ID]))
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:
+            weight.grad = torch.full_like(weight, float("inf"))
+    with pytest.raises(DivergedError, match=re.escape("training examples [3]. ")):
+        StopOnNonFiniteGradient(trainer).on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
 
 
 def test_a_signal_during_the_gathering_is_agreed_on_at_the_next(monkeypatch):

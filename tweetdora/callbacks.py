@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tweetdora.checkpoints import last_whole_checkpoint
 from tweetdora.config import TrainConfig
 from tweetdora.errors import DivergedError
+from tweetdora.packing import FILLER_ID
 from tweetdora.tracking import log_generations
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class StopOnNonFiniteGradient(_TrainerCallback):
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             # Gradients are the same in all processes by now, so all of them stop here.
-            ids = gather_object([number for part in self.trainer.step_example_ids for number in part.tolist()])
+            own = [number for part in self.trainer.step_example_ids for number in part.tolist()]
+            ids = gather_object([number for number in own if number != FILLER_ID])
             raise DivergedError(
                 f"a gradient is not finite in step {state.global_step + 1}, training examples {ids}. "
                 f"{after_divergence(self.trainer.args)}"

@@ -70,7 +70,6 @@ class ClassificationTrainer(Trainer):
         collator = PackedCollator() if packed else PaddedCollator(pad_token_id=prompt_tokenizer.stop_token_id)
         validation = tokenize_examples(validation_examples, prompt_tokenizer).features if validation_examples else None
         features = WithFiller(trainer_arguments.pop("train_dataset"))
-        self._filler_index = len(features)
         with _allow_checkpoints(trainer_arguments["args"]):
             super().__init__(
                 data_collator=collator, eval_dataset=validation, train_dataset=features, **trainer_arguments
@@ -90,7 +89,8 @@ class ClassificationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         # When the run would have started if it had never been interrupted; None before the first step.
         self._started: float | None = None
-        self._window_started, self._window_examples = 0.0, 0
+        self._window_started = 0.0
+        self._window_examples: int | torch.Tensor = 0
         self._window_tokens: int | torch.Tensor = 0
         self.step_example_ids: list[torch.Tensor] = []  # this process's, in the current optimizer step
 
@@ -99,7 +99,9 @@ class ClassificationTrainer(Trainer):
         loader = super().get_train_dataloader()
         shard = loader.batch_sampler
         if isinstance(shard, BatchSamplerShard) and not shard.drop_last:
-            shard.batch_sampler = EvenBatches(shard.batch_sampler, shard.num_processes, self._filler_index)
+            shard.batch_sampler = EvenBatches(
+                shard.batch_sampler, shard.num_processes, filler=len(cast(WithFiller, self.train_dataset))
+            )
         return loader
 
     def get_batch_samples(
@@ -112,7 +114,7 @@ class ClassificationTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         supervised = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches)
-        self.step_example_ids = [batch["example_ids"][batch["example_ids"] != FILLER_ID] for batch in batches]
+        self.step_example_ids = [batch["example_ids"] for batch in batches]
         return batches, self.accelerator.reduce(torch.as_tensor(supervised, device=device))
 
     def training_step(
@@ -122,7 +124,9 @@ class ClassificationTrainer(Trainer):
         if self._started is None:  # the clock starts at the first step, after the setup
             self._window_started = time.perf_counter()
             self._started = self._window_started - training_seconds(self.state.log_history)
-        self._window_examples += int((inputs["example_ids"] != FILLER_ID).sum())
+        self._window_examples += (
+            inputs["example_ids"] != FILLER_ID
+        ).sum()  # read when it is logged: no wait for a GPU
         self._window_tokens += token_count(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -252,7 +256,7 @@ class ClassificationTrainer(Trainer):
             logs["train_loss"] = mean_loss(self.state.log_history)
         if "loss" in logs:
             seconds = now - self._window_started
-            counts = torch.tensor([self._window_examples, int(self._window_tokens)], device=self.args.device)
+            counts = torch.tensor([int(self._window_examples), int(self._window_tokens)], device=self.args.device)
             examples, tokens = self.accelerator.reduce(counts).tolist()
             logs["samples_per_second"] = round(examples / seconds, 2)
             logs["tokens_per_second"] = round(tokens / seconds, 1)

@@ -151,7 +151,7 @@ def _load_base(name: str, revision: str | None, training: TrainConfig, state: Pa
 
 
 # Settings that may differ between machines, or are objects of the process.
-_OF_A_PROCESS = ("cpu_threads", "disable_tqdm", "local_rank", "logging_dir", "deepspeed_plugin", "distributed_state")
+_OF_A_PROCESS = ("cpu_threads", "disable_tqdm", "local_rank", "deepspeed_plugin", "distributed_state")
 
 
 def check_processes(run: RunRecord, training: TrainConfig, checkpoint: str | None) -> None:
