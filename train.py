@@ -22,12 +22,12 @@ from tweetdora.checkpoints import clear_unfinished
 from tweetdora.cli import parse_train, run_script
 from tweetdora.device import peak_memory_bytes, use_cpu_threads
 from tweetdora.hub import use_cache_if_unreachable
-from tweetdora.memory import memory_line
+from tweetdora.memory import plan_memory
 from tweetdora.plan import check_disk, format_plan
 from tweetdora.processes import check_shared_folder
 from tweetdora.progress import print_summary
-from tweetdora.prompts import show_example
 from tweetdora.resume import continue_record, only_training_in, pin_commits, plan_resume
+from tweetdora.tokenized import show_example
 from tweetdora.tracking import finish_wandb, wandb_mode
 from tweetdora.training import (
     begin_record,
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     check_processes(run, training, resume.checkpoint)
     say("\n".join([run.name, format_plan(run, training, threads), *resume.notes]))
     if training.dry_run:
-        say("  memory         %s", memory_line(loaded.model, model_config, training, loaded.tokenized.features))
+        stop_id, features = loaded.prompt_tokenizer.stop_token_id, loaded.tokenized.features
+        say("  memory         %s", plan_memory(loaded.model, model_config, training, features, stop_id).line())
         example = show_example(loaded.tokenized.features[0], loaded.tokenizer)
         say("\nfirst example, supervised tokens in 【】:\n%s", example)
         return 0

@@ -8,7 +8,8 @@ from tweetdora.config import SYSTEM_PROMPT, TaskConfig
 from tweetdora.data import Examples, load_examples
 from tweetdora.hub import pin_revision
 from tweetdora.modeling import load_tokenizer
-from tweetdora.prompts import PromptTokenizer, read_prompt_format, tokenize_examples
+from tweetdora.prompts import PromptTokenizer, read_prompt_format
+from tweetdora.tokenized import tokenize_examples
 
 _TWEET_EVAL = os.path.join(os.pardir, "shared", "tweet_eval")
 

@@ -163,7 +163,7 @@ def test_packed_rows_of_a_real_data_set_give_the_loss_and_gradients_of_separate_
     make_model, prompt_tokenizer, task
 ):
     from tweetdora.data import load_examples
-    from tweetdora.prompts import tokenize_examples
+    from tweetdora.tokenized import tokenize_examples
 
     rows = tokenize_examples(load_examples(task, "train", None).head(8), prompt_tokenizer).features
     assert PackedCollator()(rows)["packing"]["prefix_length"] > 10

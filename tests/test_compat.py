@@ -64,7 +64,7 @@ def publish(model: Any, tokenizer: Any, task: TaskConfig, folder: Path) -> list[
     found = read_prompt_format(tokenizer, task)
     prompt_tokenizer = PromptTokenizer(tokenizer, found, task.max_length)
     freeze_template(tokenizer, found, task)
-    save_merged(model, tokenizer, [prompt_tokenizer.stop_token_id], torch.float32, str(folder))
+    save_merged(model, tokenizer, [prompt_tokenizer.stop_token_id], str(folder))
     make_portable(str(folder))
     check_portable(str(folder))
     return [found.messages(task.system_prompt, text) for text in ("What a good day", "Such a bad trip", "news")]

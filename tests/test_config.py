@@ -881,7 +881,7 @@ def test_each_way_to_ask_for_fsdp_shares_the_base_out(way, monkeypatch):
     [
         ("FSDP_VERSION", "1", "asks for FSDP 1; expected fsdp_version: 2"),
         ("FSDP_OFFLOAD_PARAMS", "true", "sets fsdp_offload_params, which is not supported"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "sets fsdp_activation_checkpointing, .*--gradient_checkpointing"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "sets fsdp_activation_checkpointing, .*--activation_checkpointing"),
     ],
 )
 def test_what_an_fsdp_launch_would_get_otherwise_than_it_says_is_refused(name, value, message, monkeypatch):

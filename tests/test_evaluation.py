@@ -345,7 +345,10 @@ def test_a_model_without_a_task_is_asked_the_published_question_and_that_is_said
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "task.json is not readable"), ('{"record_version": 9}', "task.json has record version 9; this code reads")],
+    [
+        ("{", "task.json is not readable"),
+        ('{"record_version": 99}', "task.json has record version 99; this code reads"),
+    ],
 )
 def test_a_task_that_cannot_be_read_is_refused(content, message, tmp_path):
     (tmp_path / "task.json").write_text(content)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,25 +16,34 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tweetdora.config import ModelConfig
 from tweetdora.data import load_examples
-from tweetdora.memory import MemoryPlan, large_batch, saved_bytes
+from tweetdora.memory import MemoryPlan, _LiveBytes, large_batch, step_bytes
 from tweetdora.modeling import attach_adapter, load_base
-from tweetdora.packing import PackedCollator
-from tweetdora.prompts import tokenize_examples
+from tweetdora.packing import PackedCollator, PaddedCollator
+from tweetdora.tokenized import tokenize_examples
 from tweetdora.trainer import supervised_loss_sum
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def collator_of(batching: str) -> Any:
+    return PackedCollator() if batching == "shared_prefix" else PaddedCollator(4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
 @pytest.mark.parametrize("method", ["dora", "lora"])
-def test_what_is_kept_for_the_backward_pass_is_counted_without_computing(
-    method, teachable_dir, task, prompt_tokenizer
+def test_a_step_is_counted_without_computing(
+    method, batching, checkpointing, teachable_dir, task, prompt_tokenizer, training
 ):
-    """Second way: a forward pass that computes, on the CPU, where attention keeps a little less or more."""
-    batch = PackedCollator()(tokenize_examples(load_examples(task, "train", None), prompt_tokenizer).features[:16])
+    """A step that computes makes tensors of exactly these sizes; some of them are what the backward pass is given."""
+    examples = tokenize_examples(load_examples(task, "train", None), prompt_tokenizer)
+    batch = collator_of(batching)(examples.features[:16])
     config = ModelConfig(model_name_or_path=teachable_dir, method=method)
     base = load_base(teachable_dir, None, torch.float32, torch.device("cpu"))
-    expected = saved_bytes(base, config, batch, torch.float32)
+    expected = step_bytes(base, config, training(activation_checkpointing=checkpointing), batch)
     model = attach_adapter(base, config).train()
+    if checkpointing:
+        base.activation_checkpointing_enable()
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
     kept = {}
 
@@ -41,19 +51,37 @@ def test_what_is_kept_for_the_backward_pass_is_counted_without_computing(
         kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no storage is used twice
         return tensor
 
+    with _LiveBytes(model.parameters()) as live:
+        supervised_loss_sum(model, batch).backward()
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         supervised_loss_sum(model, batch)
-    found = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
-    assert expected == pytest.approx(found, rel=0.2)
+    saved = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+    assert expected == live.peak
+    assert saved <= expected < 3 * saved if not checkpointing else expected > 0
+
+
+def test_gradient_checkpointing_and_prefixes_that_are_shared_take_less(
+    teachable_dir, task, prompt_tokenizer, training
+):
+    base = load_base(teachable_dir, None, torch.float32, torch.device("cpu"))
+    features = tokenize_examples(load_examples(task, "train", None), prompt_tokenizer).features[:16]
+
+    def needed(batching: str, checkpointing: bool) -> int:
+        settings = training(activation_checkpointing=checkpointing)
+        config = ModelConfig(model_name_or_path=teachable_dir)
+        return step_bytes(base, config, settings, collator_of(batching)(features))
+
+    assert needed("padded", False) > 1.5 * needed("shared_prefix", False)
+    assert needed("shared_prefix", False) > 1.2 * needed("shared_prefix", True)
 
 
 def test_the_batch_is_a_large_one(task, prompt_tokenizer):
     features = tokenize_examples(load_examples(task, "train", None), prompt_tokenizer).features
     longest = max(len(feature["input_ids"]) for feature in features)
-    one = large_batch(features, 1)["input_ids"].numel()
+    one = large_batch(features, 1, PackedCollator())["input_ids"].numel()
     assert one == longest - 1, "200 draws of one of 48 meet the longest; the stop token is left out"
-    assert len(large_batch(features, 16)["example_ids"]) == 16
-    assert len(large_batch(features, 100)["example_ids"]) == 48
+    assert len(large_batch(features, 16, PackedCollator())["example_ids"]) == 16
+    assert len(large_batch(features, 100, PackedCollator())["example_ids"]) == 48
 
 
 def test_the_line_says_whether_it_fits():
@@ -66,7 +94,8 @@ def test_the_line_says_whether_it_fits():
     assert replace(plan, loading=3 * 10**9).peak == 3 * 10**9, "loading took more than the training will"
 
 
-def test_the_plan_is_near_the_peak_of_a_process(data_dir, tokenizer, tmp_path):
+@pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
+def test_the_plan_is_near_the_peak_of_a_process(batching, data_dir, tokenizer, tmp_path):
     """8 layers, 32 million parameters, float32, batches of 48 and long prompts: half of the memory is activations."""
     config = LlamaConfig(
         **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -77,7 +106,7 @@ def test_the_plan_is_near_the_peak_of_a_process(data_dir, tokenizer, tmp_path):
     words = [sys.executable, str(ROOT / "train.py"), "--model_name_or_path", str(tmp_path / "base")]
     words += ["--dataset_name", data_dir, "--output_dir", str(tmp_path / "run"), "--max_train_samples", "0"]
     words += ["--system_prompt", "Say how the day is: negative, neutral or positive. " + "And why. " * 20]
-    words += ["--precision", "fp32", "--global_batch_size", "48", "--max_steps", "3"]
+    words += ["--precision", "fp32", "--global_batch_size", "48", "--max_steps", "3", "--batching", batching]
     words += ["--max_eval_samples", "0", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     plan = subprocess.run([*words, "--dry_run", "true"], capture_output=True, text=True, env=environment, timeout=200)
@@ -87,4 +116,4 @@ def test_the_plan_is_near_the_peak_of_a_process(data_dir, tokenizer, tmp_path):
     measured = run["result"]["peak_memory_bytes"]["process"] / 1e9
     print(f"expected {expected} GB, measured {measured:.2f} GB")
     # Measured within 15 % (LOG.md); libraries of other machines may allocate differently.
-    assert expected == pytest.approx(measured, rel=0.25)
+    assert expected == pytest.approx(measured, rel=0.2)

@@ -324,9 +324,58 @@ def test_magnitudes_alone_change_the_answers(contrast_dir):
     assert differ(probabilities(model), probabilities(base_of(contrast_dir)))
 
 
-def test_merging_into_a_bf16_base_is_refused(model_dir):
-    with pytest.raises(AssertionError, match="merge in float32, then cast"):
-        merge(new_adapter(model_dir, torch.bfloat16))
+@pytest.fixture(scope="module")
+def stored_in_bf16(contrast_dir, tmp_path_factory) -> str:
+    """A base stored in bfloat16, in files of at most 20 kB."""
+    folder = str(tmp_path_factory.mktemp("bf16") / "base")
+    shutil.copytree(contrast_dir, folder)
+    os.remove(f"{folder}/model.safetensors")
+    base_of(contrast_dir, torch.bfloat16).save_pretrained(folder, max_shard_size=20_000)
+    return folder
+
+
+def too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling, "available_memory_bytes", lambda device: 1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_a_base_too_large_for_float32_is_merged_as_it_is_stored(method, dtype, stored_in_bf16, tmp_path, monkeypatch):
+    """Bit for bit what a merge in float32 gives."""
+    save_adapter(disturbed(stored_in_bf16, method=method), str(tmp_path))
+    whole = modeling.load_for_merge(stored_in_bf16, None, dtype, CPU)
+    assert whole.dtype == torch.float32
+    expected = merge(load_adapter(whole, str(tmp_path)), dtype).state_dict()
+    too_little_memory(monkeypatch)
+    base = modeling.load_for_merge(stored_in_bf16, None, dtype, CPU)
+    assert base.dtype == torch.bfloat16
+    merged = merge(load_adapter(base, str(tmp_path)), dtype)
+    found = merged.state_dict()
+    assert found.keys() == expected.keys() and {weight.dtype for weight in found.values()} == {dtype}
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name
+    if dtype == torch.float16:  # rounded to bfloat16 on the way, the weights are others
+        rough = load_adapter(base_of(stored_in_bf16, torch.bfloat16), str(tmp_path)).merge_and_unload().to(dtype)
+        assert any(not torch.equal(weight, expected[name]) for name, weight in rough.state_dict().items())
+
+
+def test_a_base_stored_in_float32_is_never_rounded_before_a_merge(contrast_dir, stored_in_bf16, monkeypatch, caplog):
+    too_little_memory(monkeypatch)
+    with caplog.at_level("INFO", logger="tweetdora"):
+        assert modeling.load_for_merge(contrast_dir, None, torch.bfloat16, CPU).dtype == torch.float32
+        assert modeling.load_for_merge(stored_in_bf16, None, torch.float32, CPU).dtype == torch.float32
+    notes = [line.getMessage() for line in caplog.records if "Loading it anyway" in line.getMessage()]
+    assert len(notes) == 2 and notes[0].endswith("needed in float32.") and "needed in a float32 result" in notes[1]
+
+
+def test_a_checkpoint_of_two_dtypes_counts_as_float32(contrast_dir, tmp_path, monkeypatch):
+    """Its config.json may say bfloat16, and transformers would round what is stored in float32."""
+    shutil.copytree(contrast_dir, tmp_path / "base")
+    weights = load_file(f"{contrast_dir}/model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name].bfloat16()}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    too_little_memory(monkeypatch)
+    assert modeling.load_for_merge(str(tmp_path / "base"), None, torch.bfloat16, CPU).dtype == torch.float32
 
 
 def test_a_merge_that_gives_nan_is_refused(model_dir):
@@ -343,8 +392,19 @@ def published(contrast_dir, tmp_path_factory) -> tuple[str, torch.Tensor]:
     folder = str(tmp_path_factory.mktemp("published") / "model")
     model = disturbed(contrast_dir)
     expected = probabilities(model)
-    save_merged(merge(model), load_tokenizer(contrast_dir), [2, 4], torch.float32, folder)
+    save_merged(merge(model), load_tokenizer(contrast_dir), [2, 4], folder)
     return folder, expected
+
+
+def test_a_large_model_is_saved_in_several_files(contrast_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(modeling, "MAX_SHARD_BYTES", 30_000)
+    model = disturbed(contrast_dir)
+    expected = probabilities(model)
+    save_merged(merge(model), load_tokenizer(contrast_dir), [2, 4], str(tmp_path))
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
+    assert_same_answers(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), expected)
 
 
 def test_saved_merged_model_answers_the_same_in_vanilla_transformers(published, contrast_dir):
@@ -381,7 +441,7 @@ def test_saved_generation_config_is_greedy_and_holds_the_stop_ids(published):
 def test_saved_configuration_lets_generation_use_its_cache(model_dir, tokenizer, tmp_path):
     model = base_of(model_dir)
     model.config.use_cache = False  # as gradient checkpointing leaves it
-    save_merged(model, tokenizer, [2, 4], torch.float32, str(tmp_path))
+    save_merged(model, tokenizer, [2, 4], str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True
 
 
@@ -394,7 +454,7 @@ def test_saved_tokenizer_gives_the_same_ids_and_chat(published, tokenizer):
 
 
 def test_saved_in_bf16_the_weights_are_those_of_float32_rounded(published, contrast_dir, tmp_path):
-    save_merged(merge(disturbed(contrast_dir)), load_tokenizer(contrast_dir), [2, 4], torch.bfloat16, str(tmp_path))
+    save_merged(merge(disturbed(contrast_dir), torch.bfloat16), load_tokenizer(contrast_dir), [2, 4], str(tmp_path))
     rounded, exact = load_file(tmp_path / "model.safetensors"), load_file(Path(published[0]) / "model.safetensors")
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     assert rounded.keys() == exact.keys()
@@ -402,7 +462,7 @@ def test_saved_in_bf16_the_weights_are_those_of_float32_rounded(published, contr
 
 
 def test_a_tokenizer_without_a_pad_token_leaves_a_stop_id_to_pad_with(model_dir, make_tokenizer, tmp_path):
-    save_merged(base_of(model_dir), make_tokenizer(pad_token=None), [2, 4], torch.float32, str(tmp_path))
+    save_merged(base_of(model_dir), make_tokenizer(pad_token=None), [2, 4], str(tmp_path))
     assert json.loads((tmp_path / "generation_config.json").read_text())["pad_token_id"] == 2
 
 
@@ -451,7 +511,10 @@ def test_a_quantised_base_is_refused(model_dir, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=f"^--model_name_or_path {tmp_path} is quantised; .* full-precision model.$"):
+    with pytest.raises(
+        InputError,
+        match=f"^--model_name_or_path {tmp_path} is quantised; .* full-precision model\\. --load_in_4bit true .*",
+    ):
         base_of(str(tmp_path))
 
 

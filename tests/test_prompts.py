@@ -17,17 +17,14 @@ from tweetdora.errors import InputError
 from tweetdora.prompts import (
     IGNORE_INDEX,
     PromptTokenizer,
-    TokenizedExamples,
-    check_example,
     freeze_template,
     read_prompt_format,
-    show_example,
     stop_token_ids,
-    tokenize_examples,
     use_template,
     writes_a_date,
 )
 from tweetdora.records import PromptFormat
+from tweetdora.tokenized import check_example, show_example, tokenize_examples
 
 CONTROL_IDS = range(len(SPECIAL_TOKENS))
 TASK = TaskConfig(system_prompt=SYSTEM_PROMPT)
@@ -613,25 +610,21 @@ def test_a_stop_token_that_the_tokenizer_does_not_have_is_refused(tokenizer, pro
 
 def test_a_row_without_its_stop_token_is_refused(prompt_tokenizer):
     example = tokenize_examples(make_examples(["good"], [2]), prompt_tokenizer).features[0]
-    check_example(example, prompt_tokenizer)
-    cut = {**example, "input_ids": example["input_ids"][:-1], "labels": example["labels"][:-1]}
+    check_example(0, example["input_ids"], prompt_tokenizer)
     message = (
         r"example 0: the last supervised token is \d+; expected the stop token '<\|im_end\|>' \(4\). The chat "
         "template does not fit the tokenizer"
     )
     with pytest.raises(InputError, match=message):
-        check_example(cut, prompt_tokenizer)
-    with pytest.raises(InputError, match="example 0: the last supervised token is -100; expected the stop token"):
-        check_example({**example, "labels": [IGNORE_INDEX] * len(example["labels"])}, prompt_tokenizer)
+        check_example(0, example["input_ids"][:-1], prompt_tokenizer)
 
 
 def test_a_row_with_two_bos_tokens_is_refused():
     prompt_tokenizer = encoder_of(tokenizer_of("bytes", GEMMA))
     example = tokenize_examples(make_examples(["good"], [2]), prompt_tokenizer).features[0]
     assert example["input_ids"][:2] == [1, 3], "one <s>, then <|im_start|>"
-    doubled = {"input_ids": [1, *example["input_ids"]], "labels": [IGNORE_INDEX, *example["labels"]], "example_id": 7}
     with pytest.raises(InputError, match="example 7 starts with two BOS tokens .'<s>'.; expected at most one"):
-        check_example(doubled, prompt_tokenizer)
+        check_example(7, [1, *example["input_ids"]], prompt_tokenizer)
 
 
 def test_every_row_is_checked():
@@ -665,22 +658,6 @@ def test_a_shown_row_marks_each_supervised_token(tokenizer, prompt_tokenizer):
         f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\nWhat a day<|im_end|>\n"
         "<|im_start|>assistant\n【neutr】【al】【<|im_end|>】"
     )
-
-
-def test_tokens_are_counted_over_all_rows():
-    examples = [
-        {"input_ids": [5, 6, 8, 2], "labels": [-100, -100, 8, 2]},
-        {"input_ids": [5, 8, 9, 2], "labels": [-100, 8, 9, 2]},
-    ]
-    encoded = TokenizedExamples(examples, truncated=0)
-    assert (encoded.tokens, encoded.supervised_tokens) == (8, 5)
-
-
-def test_lengths_of_rows_are_those_of_the_sorted_rows():
-    """21 rows of 1 to 21 tokens: the place of 95 % is the 20th."""
-    lengths = [*range(21, 11, -1), *range(1, 12)]
-    encoded = TokenizedExamples([{"input_ids": [0] * length} for length in lengths], truncated=0)
-    assert encoded.sequence_lengths == {"shortest": 1, "median": 11, "95_percent": 20, "longest": 21}
 
 
 @pytest.mark.parametrize(

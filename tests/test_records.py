@@ -387,8 +387,15 @@ def without_what_came_in_5(old: dict[str, Any]) -> dict[str, Any]:
     return {**old, "record_version": 4}
 
 
+def without_what_came_in_9(old: dict[str, Any]) -> dict[str, Any]:
+    """A record as version 8 wrote it."""
+    old.get("model", {}).pop("load_in_4bit", None)
+    return {**old, "record_version": 8}
+
+
 def without_what_came_in_8(old: dict[str, Any]) -> dict[str, Any]:
     """A record as version 7 wrote it."""
+    old = without_what_came_in_9(old)
     old.get("training", {}).pop("shard_base", None)
     return {**old, "record_version": 7}
 
@@ -410,8 +417,9 @@ def without_what_came_in_6(old: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
-def test_a_record_of_version_7_is_read(record, tmp_path):
-    (tmp_path / "record.json").write_text(json.dumps(without_what_came_in_8(plain(record))))
+@pytest.mark.parametrize("old", [without_what_came_in_9, without_what_came_in_8], ids=["version 8", "version 7"])
+def test_a_record_of_version_7_or_8_is_read(record, old, tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps(old(plain(record))))
     assert read_record(type(record), str(tmp_path / "record.json")) == record
 
 

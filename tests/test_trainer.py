@@ -39,7 +39,8 @@ from tweetdora.errors import DivergedError, InputError
 from tweetdora.generation import LabelParser
 from tweetdora.modeling import DTYPES, attach_adapter, load_base
 from tweetdora.packing import FILLER_ID, PackedCollator, PaddedCollator
-from tweetdora.prompts import PromptTokenizer, tokenize_examples
+from tweetdora.prompts import PromptTokenizer
+from tweetdora.tokenized import tokenize_examples
 from tweetdora.trainer import (
     ClassificationTrainer,
     mean_loss,

@@ -23,7 +23,7 @@ from tweetdora.generation import generate_all
 from tweetdora.modeling import (
     base_identity,
     load_adapter,
-    load_base,
+    load_for_merge,
     load_tokenizer,
     merge,
     save_merged,
@@ -118,7 +118,8 @@ def build_model(
     prompt_tokenizer = PromptTokenizer(tokenizer, run.prompt_format, task.max_length)
     freeze_template(tokenizer, run.prompt_format, task)
     write_task(folder, run)
-    base = load_base(name, revision, torch.float32, device)
+    dtype = getattr(torch, config.dtype)
+    base = load_for_merge(name, revision, dtype, device)
     if (identity := base_identity(base, name, revision)) != run.base_model:
         raise InputError(
             f"{name} is not this run's base model: found {asdict(identity)}, expected {asdict(run.base_model)}."
@@ -131,7 +132,7 @@ def build_model(
     else:
         copy_adapter(adapter_dir, os.path.join(folder, ADAPTER_DIR), run.base_display_name, revision)
         stop_ids = stop_token_ids(base, tokenizer, prompt_tokenizer.stop_token_id)
-        save_merged(merge(with_adapter), tokenizer, stop_ids, getattr(torch, config.dtype), folder)
+        save_merged(merge(with_adapter, dtype), tokenizer, stop_ids, folder)
     make_portable(folder)
     del base, with_adapter
 

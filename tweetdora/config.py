@@ -352,6 +352,13 @@ class ModelConfig:
         default_factory=lambda: ["k_proj", "v_proj"],
         metadata={"help": "Names of the linear layers to adapt; all-linear: all except the head."},
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Quantise the base to 4 bits for the training (QDoRA, QLoRA), with bitsandbytes. The adapter is "
+            "measured on, and merged into, the base as it is stored."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.lora_alpha < 1:

@@ -1,10 +1,12 @@
 """Load the examples of a data set, texts and label ids, and check them before anything else happens."""
 
+import functools
 import hashlib
 import json
 import os
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
@@ -16,6 +18,7 @@ from tweetdora.config import TaskConfig
 from tweetdora.errors import HubError, InputError, UserError
 from tweetdora.records import DataRecord, DataSource
 from tweetdora.tables import hint_for_columns, is_table, read_rows
+from tweetdora.texts import Column, ColumnBuilder, Sharer, Texts, is_text, select_texts
 
 _SPLIT_HINT = (
     "Name an existing split, or a slice of one, with --train_split, --validation_split or --test_split; or hold out a "
@@ -33,9 +36,9 @@ class Examples:
     are a slice of a split, or its first rows.
     """
 
-    texts: list[str]
+    texts: Sequence[str]
     labels: list[int]
-    example_ids: list[int]
+    example_ids: Sequence[int]
     source: DataSource | None = None
     skipped: dict[str, int] = field(default_factory=dict)
     is_sorted: bool = False
@@ -44,7 +47,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """Return the SHA-256 of texts and label ids, in order."""
         content = hashlib.sha256()
@@ -63,7 +66,7 @@ class Examples:
         places = list(places)
         return replace(
             self,
-            texts=[self.texts[place] for place in places],
+            texts=select_texts(self.texts, places),
             labels=[self.labels[place] for place in places],
             example_ids=[self.example_ids[place] for place in places],
         )
@@ -140,11 +143,20 @@ class _Split:
     """
 
     name: str
-    texts: list[Any]
-    labels: list[Any]
-    lines: list[int] | None = None
+    texts: Column
+    labels: Sequence[Any]
+    lines: Sequence[int] | None = None
     problems: dict[int, str] = field(default_factory=dict)
     class_names: list[str] | None = None
+
+    def part(self, rows: list[int]) -> "_Split":
+        """Return some rows of a file."""
+        texts = ColumnBuilder()
+        for row in rows:
+            texts.append(self.texts[row])
+        problems = {number: self.problems[row] for number, row in enumerate(rows) if row in self.problems}
+        lines = None if self.lines is None else [self.lines[row] for row in rows]
+        return _Split(self.name, texts.column(), [self.labels[row] for row in rows], lines, problems)
 
     def place(self, row: int) -> str:
         """Return a row's position for a message."""
@@ -166,19 +178,27 @@ def _read_split(task: TaskConfig, split_name: str, revision: str | None) -> _Spl
             f"{task.dataset_name}: --label_column {task.label_column} holds {feature}; expected one label per row."
         )
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    # [:] reads a whole column; datasets would otherwise create its rows one by one.
-    return _Split(split_name, table[task.text_column][:], table[task.label_column][:], class_names=names)
+    # Arrow's own columns: their values become Python objects where they are read, and they may be memory-mapped.
+    texts, labels = (Column(table.data.column(name)) for name in (task.text_column, task.label_column))
+    return _Split(split_name, texts, list(map(Sharer(), labels)), class_names=names)
 
 
 def _split_of_file(task: TaskConfig, split_name: str) -> _Split:
-    rows = list(read_rows(task.dataset_name, task.csv_delimiter, task.encoding))
-    columns = list(dict.fromkeys(name for row in rows for name in row.values))  # JSON lines may omit some
-    if not rows:
+    columns: dict[str, None] = {}
+    texts, labels, lines, problems, share = ColumnBuilder(), [], array("q"), {}, Sharer()
+    for number, row in enumerate(read_rows(task.dataset_name, task.csv_delimiter, task.encoding)):
+        columns |= dict.fromkeys(row.values)  # JSON lines may omit some
+        texts.append(row.values.get(task.text_column))
+        labels.append(share(row.values.get(task.label_column)))
+        lines.append(row.line)
+        if row.problem:
+            problems[number] = row.problem
+    if not lines:
         raise InputError(
             f"--dataset_name {task.dataset_name} has no rows; the first line of a .csv names the columns."
         )
     try:
-        parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": len(rows)})
+        parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": len(lines)})
     except Exception as error:  # datasets raises many kinds of errors for a slice
         said = " ".join(str(error).split())[:200]
         raise InputError(
@@ -186,15 +206,11 @@ def _split_of_file(task: TaskConfig, split_name: str) -> _Split:
             f"train. {_SPLIT_HINT}"
         ) from error
     if columns:
-        _check_columns(task, columns)
-    chosen = [row for part in parts for row in rows[part.from_ : part.to]]
-    return _Split(
-        split_name,
-        texts=[row.values.get(task.text_column) for row in chosen],
-        labels=[row.values.get(task.label_column) for row in chosen],
-        lines=[row.line for row in chosen],
-        problems={number: row.problem for number, row in enumerate(chosen) if row.problem},
-    )
+        _check_columns(task, list(columns))
+    whole = _Split(split_name, texts.column(), labels, lines, problems)
+    if [(part.from_, part.to) for part in parts] == [(0, len(lines))]:
+        return whole
+    return whole.part([row for part in parts for row in range(part.from_, part.to)])
 
 
 def _check_columns(task: TaskConfig, columns: list[str]) -> None:
@@ -291,9 +307,8 @@ def _usable_examples(split: _Split, task: TaskConfig, source: DataSource) -> Exa
     if not split.texts:
         raise InputError(f"split {split.name!r} of {task.dataset_name} has no rows.")
     known = _known_labels(split, task)
-    texts: list[str] = []
     labels: list[int] = []
-    rows: list[int] = []
+    rows = array("q")
     bad: list[_BadRow] = []
     for row, (text, label) in enumerate(zip(split.texts, split.labels, strict=True)):
         key = str(label) if task.label_values is not None and label is not None else label
@@ -305,15 +320,16 @@ def _usable_examples(split: _Split, task: TaskConfig, source: DataSource) -> Exa
         if fault is not None:
             bad.append(_BadRow(split.place(row), *fault))
             continue
-        texts.append(text.strip())
         labels.append(known[key])
         rows.append(row)
-    if bad and (not task.skip_bad_rows or not texts):
+    if bad and (not task.skip_bad_rows or not rows):
         raise InputError(_bad_rows_message(bad, split, known, task))
     skipped = dict(sorted(Counter(row.reason for row in bad).items()))
     changes = sum(before != after for before, after in zip(labels, labels[1:], strict=False))
     is_sorted, is_part = changes < len(set(labels)), "[" in split.name
-    return Examples(texts, labels, rows, source, skipped, is_sorted, is_part)
+    texts = Texts(split.texts, rows if bad else None)
+    example_ids = list(rows) if bad else range(len(rows))
+    return Examples(texts, labels, example_ids, source, skipped, is_sorted, is_part)
 
 
 def _fault(text: Any, label: Any, known: dict[Any, int], task: TaskConfig) -> tuple[str, str] | None:
@@ -322,6 +338,8 @@ def _fault(text: Any, label: Any, known: dict[Any, int], task: TaskConfig) -> tu
         return "no text", f"--text_column {task.text_column} is empty"
     if not isinstance(text, str):
         return "no text", f"--text_column {task.text_column} holds {text!r}; expected text"
+    if not is_text(text):
+        return "no text", f"--text_column {task.text_column} holds half of a surrogate pair: {text!r}"
     if label is None or label == "":
         return "no label", f"--label_column {task.label_column} is empty"
     if not isinstance(label, (str, int, float)) or label not in known:

@@ -1,5 +1,6 @@
 """Notes on the data that a reader of the scores should see, for the plan, the records and the card."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from tweetdora.data import Examples, label_counts
@@ -44,6 +45,6 @@ def _notes_on_one(split: str, examples: Examples, label_words: list[str]) -> Ite
 def _note_on_two(examples: Examples, other: str, before: Examples) -> str | None:
     if (examples.source, examples.labels, examples.texts) == (before.source, before.labels, before.texts):
         return f"these are the same examples as in the {other} split"
-    known = set(before.texts)
-    shared = sum(text in known for text in examples.texts)
+    own = Counter(examples.texts)  # usually the smaller of the two splits
+    shared = sum(own[text] for text in {text for text in before.texts if text in own})
     return f"{shared:,} of {len(examples):,} texts are in the {other} split too" if shared else None

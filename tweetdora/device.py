@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -122,6 +123,13 @@ def use_cpu_threads(device: torch.device, processes: int, threads: int = 0) -> i
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         torch.set_num_threads(threads or max(1, cpu_cores() // here))
     return torch.get_num_threads()
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Return the bytes that this process can still allocate on its device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def peak_memory_bytes() -> dict[str, int]:

@@ -13,6 +13,8 @@ PEFT builds W + s B A (out x in) in every step to get the norms. They can also b
 The layer is registered through PEFT's extension point for custom layers; the adapter's weights, names and files are
 PEFT's own.
 
+If the base is quantised to 4 bits (QDoRA), W is its dequantised weight, as in PEFT.
+
 Some real models have rows of zeros in W. Such a row has norm 0 and magnitude 0, and PEFT computes 0 / 0. Here its norm
 counts as 1, so the row stays zero, both in the layer and after a merge.
 """
@@ -25,6 +27,7 @@ import torch
 from peft.tuners.lora import Linear
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -90,7 +93,10 @@ class DoraLinear(Linear):
         result = base(x)  # (..., out)
         with _without_autocast(x.device.type):  # the adapter is computed in its own dtype
             with torch.no_grad():
-                norms = row_norms(self._squared_norms(base.weight, lora_A.dtype), base.weight, lora_A, lora_B, scaling)
+                weight = dequantize_bnb_weight(base.weight) if is_4bit(base) else base.weight
+                norms = row_norms(
+                    self._squared_norms(base.weight, weight, lora_A.dtype), weight, lora_A, lora_B, scaling
+                )
             gain = cast(torch.Tensor, magnitude.weight) / norms
             return _AddAndScale.apply(x, result, base.bias, lora_A, lora_B, gain, scaling)
 
@@ -100,12 +106,17 @@ class DoraLinear(Linear):
             return False
         return not self.training or isinstance(self.lora_dropout[names[0]], nn.Identity)
 
-    def _squared_norms(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """|W|^2 of each row, shape (out,); recomputed only when the weight changes."""
-        state = (weight.data_ptr(), weight._version, weight.device, dtype)
+    def _squared_norms(self, stored: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """|W|^2 of each row, shape (out,); recomputed only when the weight as it is stored changes."""
+        state = (stored.untyped_storage()._cdata, stored._version, stored.device, dtype)
         if getattr(self, "_squared_norms_of", None) != state:
             self._squared_norms_of, self._kept_norms = state, weight.detach().to(dtype).square().sum(1)
         return self._kept_norms
+
+
+def is_4bit(layer: Any) -> bool:
+    """True for a layer whose weight bitsandbytes has quantised."""
+    return getattr(layer.weight, "quant_state", None) is not None
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -214,7 +213,7 @@ def measure_base_and_finetuned(
     """
     device, dtype = PartialState().device, DTYPES[decoding.precision]
     tokenizer, prompt_tokenizer = load_prompts(target, revision)
-    model, identity = load_target_base(target, revision, torch.float32 if target.adapter_dir else dtype, device)
+    model, identity = load_target_base(target, revision, dtype, device)
     prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
     check_ids_fit(model, tokenizer, chain.from_iterable(prompts))
     answers, sha256 = {}, adapter_sha256(target.adapter_dir) if target.adapter_dir else None

@@ -1,6 +1,8 @@
 """Base model and adapter: load, attach, merge, and save for vanilla transformers."""
 
 import errno
+import logging
+import math
 import os
 import re
 import warnings
@@ -16,21 +18,26 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from tweetdora.attention import ATTENTION, is_packable
 from tweetdora.config import ModelConfig
+from tweetdora.device import available_memory_bytes
 from tweetdora.dora import DoraLinear
 from tweetdora.errors import HubError, InputError, ResourceError, UserError
 from tweetdora.files import file_sha256
@@ -45,6 +52,11 @@ from tweetdora.records import (
 
 _TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+MAX_SHARD_BYTES = 2_000_000_000  # of a published weight file; writing one can take as much memory once more
+_SPARE = 1.1  # memory that a model takes, over its weights
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -61,12 +73,20 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
 
 
 def load_base(
-    name_or_path: str, revision: str | None, dtype: torch.dtype, device: torch.device, shards: int = 1
+    name_or_path: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    shards: int = 1,
+    in_4bit: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model in the given dtype, in evaluation mode.
 
     With `shards`, the number of processes, each holds a part of every weight (transformers' FSDP2) and gathers a layer
     when it computes it. Then all processes must call the model equally often.
+
+    With `in_4bit`, bitsandbytes stores the weights of the linear layers except the head as 4-bit NormalFloat numbers,
+    with quantised block scales (Dettmers et al., arXiv 2305.14314), and computes in `dtype`.
 
     Raises:
         InputError: the model is unknown, or is not a causal language model.
@@ -77,7 +97,7 @@ def load_base(
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(
                 f"--model_name_or_path {name_or_path} is quantised; merging an adapter into a quantised base changes "
-                "its answers. Choose the full-precision model."
+                "its answers. Choose the full-precision model. --load_in_4bit true quantises it for the training."
             )
         # transformers 5 prefers safetensors; loading pickled weights can execute code.
         model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
@@ -89,6 +109,8 @@ def load_base(
             ignore_mismatched_sizes=True,  # _check_weights reports them
             output_loading_info=True,
             distributed_config=DistributedConfig(fsdp_size=shards) if shards > 1 else None,
+            quantization_config=_nf4(dtype) if in_4bit else None,
+            device_map={"": device} if in_4bit else None,  # each weight is quantised where it will be used
         )
     except InputError:
         raise
@@ -107,12 +129,78 @@ def load_base(
         raise _model_load_error(name_or_path, revision, error) from error
     _check_weights(name_or_path, model, report)
     set_up_for_packing(model)
+    if in_4bit:
+        return model.eval()
     if shards == 1:
         return model.to(device).eval()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # transformers 5.23 leaves head and last norm gathered, and freezing would miss them
     return model.eval()
+
+
+def load_for_merge(
+    name_or_path: str, revision: str | None, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Load a base that an adapter will be merged into, with a result in `dtype`.
+
+    It is loaded in float32 if that fits the memory, and otherwise as it is stored. Each layer is merged in float32
+    either way (`merge`), so the result is the same.
+
+    Raises:
+        InputError: the model is unknown, or is not a causal language model.
+        HubError: the Hub cannot be reached.
+    """
+    weights, stored = _stored_weights(name_or_path, revision)
+    needed, available = int(4 * weights * _SPARE), available_memory_bytes(device)
+    if needed <= available:
+        return load_base(name_or_path, revision, torch.float32, device)
+    what = f"note: {name_or_path} takes {needed / 1e9:.1f} GB in float32, and {available / 1e9:.1f} GB are available"
+    if stored == torch.float32 or dtype == torch.float32:
+        how = "float32" if stored == torch.float32 else "a float32 result"
+        log.info("%s. Loading it anyway: it is needed in %s.", what, how)
+        return load_base(name_or_path, revision, torch.float32, device)
+    log.info("%s, so it stays in %s, as it is stored. The merge gives the same weights.", what, _name(stored))
+    return load_base(name_or_path, revision, stored, device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _stored_weights(name_or_path: str, revision: str | None) -> tuple[int, torch.dtype]:
+    """Number of weights in a model's files, and the dtype that holds all of them without loss."""
+    numbers, dtypes = 0, set()
+    for path in _weight_files(name_or_path, revision):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                numbers += math.prod(part.get_shape())
+                dtypes.add(_STORED_DTYPES.get(part.get_dtype(), torch.float32))
+    return numbers, dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _weight_files(name_or_path: str, revision: str | None) -> list[str]:
+    """The safetensors files of a model; none if it is unknown, which loading it explains."""
+    try:
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+            found = cached_file(name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+            if found is not None and name == SAFE_WEIGHTS_NAME:
+                return [found]
+            if found is not None:
+                return get_checkpoint_shard_files(name_or_path, found, revision=revision)[0]
+    except (OSError, ValueError, HTTPError):
+        pass
+    return []
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def set_up_for_packing(model: Any) -> None:
@@ -436,25 +524,32 @@ def tokenizer_folder(folder: str) -> str | None:
     return folder if os.path.isfile(os.path.join(folder, "tokenizer_config.json")) else None
 
 
-def merge(model: PeftModel) -> PreTrainedModel:
-    """Fold the adapter into the base's weights; the base must be in float32, and a NaN in the result is an error.
+def merge(model: PeftModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Fold the adapter into the base's weights, and cast the result to `dtype`; a NaN in the result is an error.
 
-    Merging in a lower precision rounds the sum of weight and update once more, which changes answers.
+    The base comes from `load_for_merge`. Each layer is merged in float32: merging in a lower precision rounds the sum
+    of weight and update once more, which changes answers. A base in a lower precision is converted one layer at a
+    time, so a model of n bytes needs little more than n bytes.
     """
-    if model.get_base_model().dtype != torch.float32:
-        raise AssertionError("merge in float32, then cast")
-    return model.merge_and_unload(safe_merge=True)
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and layer.get_base_layer().weight.dtype != torch.float32:
+            layer.get_base_layer().float()
+            layer.merge(safe_merge=True)
+            layer.get_base_layer().to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        merged = model.merge_and_unload(safe_merge=True)
+    return nn.Module.to(merged, dtype)  # in place
 
 
-def save_merged(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], dtype: torch.dtype, folder: str
-) -> None:
+def save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], folder: str) -> None:
     """Write weights (safetensors), configuration, tokenizer, chat template and a greedy generation config.
+
+    The weights of a large model go into several files, with an index.
 
     Raises:
         ResourceError: the weights could not be written, most likely because the disk is full.
     """
-    nn.Module.to(model, dtype)  # in place
     model.config.use_cache = True
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -463,7 +558,7 @@ def save_merged(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0],
     )
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_BYTES)
     except SafetensorError as error:  # a full disk raises it too
         raise ResourceError(
             f"the merged model could not be written to {folder}: {error}. Free disk space, or choose another "

@@ -80,7 +80,11 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
     counts = ", ".join(f"{count:,} {word}" for word, count in data.label_counts.items())
     name, trainable = "/".join(filter(None, (data.name, data.config))), run.adapter.trainable_parameters
     lines = [
-        ("base model", f"{base.name_or_path} ({base.architecture}, {base.parameters:,} parameters)"),
+        (
+            "base model",
+            f"{base.name_or_path} ({base.architecture}, {base.parameters:,} parameters)"
+            + (", quantised to 4 bits for the training" if adapter.load_in_4bit else ""),
+        ),
         (
             "adapter",
             f"{adapter.method} on {', '.join(adapter.target_modules)}, r {adapter.r}, alpha {adapter.lora_alpha}: "

@@ -61,7 +61,7 @@ def take_over_fsdp() -> bool:
     if wrong := [name for name, is_on in ignored.items() if is_on]:
         raise InputError(
             f"accelerate launch sets {', '.join(wrong)}, which is not supported. Set it to false, as in "
-            "recipes/accelerate/fsdp2.yaml. (--gradient_checkpointing true saves activations.)"
+            "recipes/accelerate/fsdp2.yaml. (--activation_checkpointing true saves activations.)"
         )
     os.environ["ACCELERATE_USE_FSDP"] = "false"
     return True

@@ -14,15 +14,14 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from tweetdora.config import TaskConfig
-from tweetdora.data import Examples, data_record, first_text_per_label
 from tweetdora.errors import InputError
-from tweetdora.records import PromptFormat, TrainDataRecord, chat_messages
+from tweetdora.records import PromptFormat, chat_messages
 
 # Variables that turn thinking off in some templates; others ignore them.
 _WITHOUT_THOUGHT: dict[str, Any] = {"enable_thinking": False, "thinking": False}
@@ -288,16 +287,20 @@ class PromptTokenizer:
 
     def prompt_ids(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Token ids of each text's prompt, up to where the answer starts, and the number of truncated texts."""
+        prompts, truncated = self.prompts(texts)
+        return prompts, sum(truncated)
+
+    def prompts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        """Token ids of each text's prompt, up to where the answer starts, and whether the text was truncated."""
         plain = [text for text in texts if self.is_plain(text)]
         encoded = iter(self._middle_ids(plain))
-        prompts, cut = [], 0
+        prompts, truncated = [], []
         for text in texts:
             middle = next(encoded) if self.is_plain(text) else self._spelled_out_ids(text)
             prompt = self._around(middle)
-            if len(prompt) > self.max_prompt_length:
-                prompt, cut = self._cut(text), cut + 1
-            prompts.append(prompt)
-        return prompts, cut
+            truncated.append(len(prompt) > self.max_prompt_length)
+            prompts.append(self._cut(text) if truncated[-1] else prompt)
+        return prompts, truncated
 
     def is_plain(self, text: str) -> bool:
         """True if a text spells out no control token."""
@@ -356,97 +359,6 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 def _any_of(words: Iterable[str]) -> str:
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or r"(?!)"
-
-
-@dataclass(frozen=True)
-class TokenizedExamples:
-    """Examples ready for the trainer: a dict of `input_ids`, `labels` and `example_id` for each."""
-
-    features: list[dict[str, Any]]
-    truncated: int  # texts that did not fit
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in all examples."""
-        return sum(len(feature["input_ids"]) for feature in self.features)
-
-    @property
-    def sequence_lengths(self) -> dict[str, int]:
-        """Number of tokens in the shortest, the median, the 95th-percentile and the longest example."""
-        lengths = sorted(len(feature["input_ids"]) for feature in self.features)
-        places = {"shortest": 0.0, "median": 0.5, "95_percent": 0.95, "longest": 1.0}
-        return {name: lengths[round(place * (len(lengths) - 1))] for name, place in places.items()}
-
-    @property
-    def supervised_tokens(self) -> int:
-        """Number of tokens that carry loss in all examples."""
-        return sum(label != IGNORE_INDEX for feature in self.features for label in feature["labels"])
-
-
-def train_data_record(examples: Examples, tokenized: TokenizedExamples, label_words: list[str]) -> TrainDataRecord:
-    """The record of the training examples."""
-    return TrainDataRecord(
-        **asdict(data_record(examples, label_words)),
-        tokens=tokenized.tokens,
-        supervised_tokens=tokenized.supervised_tokens,
-        sequence_lengths=tokenized.sequence_lengths,
-        truncated=tokenized.truncated,
-        first_texts=first_text_per_label(examples, label_words),
-    )
-
-
-def tokenize_examples(examples: Examples, prompt_tokenizer: PromptTokenizer) -> TokenizedExamples:
-    """Token ids and labels of every example.
-
-    With a prompt of ids 5 6 7 and a completion of ids 8 2 (2 the stop token):
-
-        input_ids  [5, 6, 7, 8, 2]
-        labels     [-100, -100, -100, 8, 2]
-
-    Raises:
-        InputError: an example does not end in the supervised stop token, or starts with more than one BOS token.
-    """
-    prompts, truncated = prompt_tokenizer.prompt_ids(examples.texts)
-    features = []
-    for example_id, prompt, label in zip(examples.example_ids, prompts, examples.labels, strict=True):
-        completion = prompt_tokenizer.completion_ids[label]
-        feature = {
-            "input_ids": prompt + completion,
-            "labels": [IGNORE_INDEX] * len(prompt) + completion,
-            "example_id": example_id,
-        }
-        check_example(feature, prompt_tokenizer)
-        features.append(feature)
-    return TokenizedExamples(features, truncated)
-
-
-def check_example(feature: dict[str, Any], prompt_tokenizer: PromptTokenizer) -> None:
-    """Refuse an example whose last supervised token is not the stop token, or that starts with two BOS tokens.
-
-    Without a supervised stop token, the model would learn to continue after the answer. A second BOS would not be
-    there in generation.
-    """
-    bos = prompt_tokenizer.tokenizer.bos_token_id
-    if feature["labels"][-1] != prompt_tokenizer.stop_token_id:
-        raise InputError(
-            f"example {feature['example_id']}: the last supervised token is {feature['labels'][-1]}; expected the "
-            f"stop token {prompt_tokenizer.format.stop_token!r} ({prompt_tokenizer.stop_token_id}). The chat template "
-            "does not fit the tokenizer."
-        )
-    doubled = bos is not None and feature["input_ids"][:2] == [bos, bos]
-    if doubled:
-        raise InputError(
-            f"example {feature['example_id']} starts with two BOS tokens ({prompt_tokenizer.tokenizer.bos_token!r}); "
-            "expected at most one. The chat template and the tokenizer both add one."
-        )
-
-
-def show_example(feature: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """One example as text, with each supervised token between 【 and 】."""
-    ids, labels = feature["input_ids"], feature["labels"]
-    first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
-    supervised = "".join(f"【{tokenizer.decode([token])}】" for token in ids[first:])
-    return f"{tokenizer.decode(ids[:first])}{supervised}"
 
 
 def stop_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase, stop_token_id: int) -> list[int]:

@@ -24,7 +24,7 @@ from tweetdora.device import Hardware
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256, read_json, write_json
 
-RECORD_VERSION = 8
+RECORD_VERSION = 9
 RUN_FILE = "run.json"
 TASK_FILE = "task.json"
 ADAPTER_DIR = "adapter"
@@ -674,6 +674,8 @@ def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Recor
         value = _from_version_6(kind, value)
     if version <= 7:
         value = _from_version_7(kind, value)
+    if version <= 8:
+        value = _from_version_8(kind, value)
     return decode(kind, value, path)
 
 
@@ -867,6 +869,13 @@ _NEW_IN_TASK = {
 
 
 _NEW_IN_5: dict[str, dict[str, Any]] = {"task": {"balance_labels": False}, "model": {"use_rslora": False}}
+
+
+def _from_version_8(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """Convert a record of version 8 to version 9: add the new field."""
+    if kind is RunRecord:
+        return {**value, "model": {**value["model"], "load_in_4bit": False}}
+    return value
 
 
 def _from_version_7(kind: type, value: dict[str, Any]) -> dict[str, Any]:

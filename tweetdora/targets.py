@@ -18,6 +18,7 @@ from tweetdora.modeling import (
     base_identity,
     load_adapter,
     load_base,
+    load_for_merge,
     load_tokenizer,
     merge,
     read_adapter_config,
@@ -217,11 +218,14 @@ def load_target_base(
 ) -> tuple[PreTrainedModel, BaseModelRecord]:
     """Load the target's base model at commit `revision`, and return it with its identity.
 
+    It is in `dtype`; or, if there is an adapter, ready for a merge with a result in `dtype`.
+
     Raises:
         InputError: it is not the base that the run was trained on.
         HubError: the Hub cannot be reached.
     """
-    model = load_base(target.base, revision, dtype, device)
+    load = load_for_merge if target.adapter_dir else load_base
+    model = load(target.base, revision, dtype, device)
     identity = base_identity(model, target.base, revision)
     if target.run is not None and identity != target.run.base_model:
         raise InputError(
@@ -232,8 +236,8 @@ def load_target_base(
 
 
 def merge_adapter(model: PreTrainedModel, adapter_dir: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Merge the adapter into the float32 base, then cast to `dtype`, as publishing does."""
-    return torch.nn.Module.to(merge(load_adapter(model, adapter_dir)), dtype)
+    """Merge the adapter into a base of `load_target_base`, with a result in `dtype`, as publishing does."""
+    return merge(load_adapter(model, adapter_dir), dtype)
 
 
 def adapter_sha256(adapter_dir: str) -> str:
@@ -246,5 +250,5 @@ def load_finetuned(
 ) -> tuple[PreTrainedModel, BaseModelRecord]:
     """Load the model that answers, with the adapter merged if there is one, and the base's identity."""
     dtype = DTYPES[precision]
-    model, identity = load_target_base(target, revision, torch.float32 if target.adapter_dir else dtype, device)
+    model, identity = load_target_base(target, revision, dtype, device)
     return merge_adapter(model, target.adapter_dir, dtype) if target.adapter_dir else model, identity

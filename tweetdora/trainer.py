@@ -36,7 +36,8 @@ from tweetdora.metrics import compute_metrics
 from tweetdora.modeling import save_adapter
 from tweetdora.packing import FILLER_ID, PackedCollator, PaddedCollator, token_count
 from tweetdora.progress import ProgressBar, ProgressLines
-from tweetdora.prompts import IGNORE_INDEX, PromptTokenizer, tokenize_examples
+from tweetdora.prompts import IGNORE_INDEX, PromptTokenizer
+from tweetdora.tokenized import tokenize_examples
 
 # Validation metrics that are logged and tracked during training.
 LOGGED_SCORES = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_match", "eos_rate")

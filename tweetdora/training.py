@@ -26,6 +26,7 @@ from tweetdora.config import (
 from tweetdora.data import Examples, check_trainable, data_record, load_examples
 from tweetdora.data_notes import notes_on_splits
 from tweetdora.errors import DivergedError, InputError, UserError
+from tweetdora.extras import check_installed
 from tweetdora.files import file_sha256, tensors_sha256
 from tweetdora.generation import LabelParser
 from tweetdora.modeling import (
@@ -41,14 +42,7 @@ from tweetdora.modeling import (
 from tweetdora.plan import count_steps, default_hub_model_id
 from tweetdora.plots import plot_training
 from tweetdora.processes import check_same
-from tweetdora.prompts import (
-    PromptTokenizer,
-    TokenizedExamples,
-    read_prompt_format,
-    tokenize_examples,
-    train_data_record,
-    use_template,
-)
+from tweetdora.prompts import PromptTokenizer, read_prompt_format, use_template
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.records import (
     ADAPTER_DIR,
@@ -63,6 +57,7 @@ from tweetdora.records import (
 )
 from tweetdora.resume import Commits
 from tweetdora.source_cards import read_base_card, read_dataset_card
+from tweetdora.tokenized import TokenizedExamples, tokenize_examples, train_data_record
 from tweetdora.tracking import finish_wandb, start_wandb
 from tweetdora.trainer import ClassificationTrainer, mean_loss, training_seconds
 
@@ -91,6 +86,7 @@ def load(
     `saved` is the record of the run that is being resumed.
     """
     check_prompt(task)
+    check_4bit(model_config, training)
     name = model_config.model_name_or_path
     with state.main_process_first():  # the other processes then read from the cache
         train_examples = load_examples(task, "train", commits.data)
@@ -108,10 +104,11 @@ def load(
     prompt_tokenizer = PromptTokenizer(tokenizer, prompt_format, task.max_length)
     check_label_words(prompt_tokenizer, task)
     check_budget(prompt_tokenizer, task, training)
-    tokenized = tokenize_examples(train_examples, prompt_tokenizer)
-    base = _load_base(name, commits.base, training, state)
+    with state.local_main_process_first():  # the other processes of the machine then read a large set from the cache
+        tokenized = tokenize_examples(train_examples, prompt_tokenizer)
+    base = _load_base(model_config, commits.base, training, state)
     base_model = base_identity(base, name, commits.base)  # before attach_adapter, which adds parameters
-    check_ids_fit(base, tokenizer, (token for feature in tokenized.features for token in feature["input_ids"]))
+    check_ids_fit(base, tokenizer, [tokenized.largest_id])
     check_positions(base, tokenized)
     set_seed(training.seed)  # before the adapter's random initialization
     model = attach_adapter(base, model_config)
@@ -142,12 +139,31 @@ def load(
     return Loaded(model, tokenizer, prompt_tokenizer, tokenized, validation_examples), run
 
 
-def _load_base(name: str, revision: str | None, training: TrainConfig, state: PartialState) -> PreTrainedModel:
+def _load_base(
+    model_config: ModelConfig, revision: str | None, training: TrainConfig, state: PartialState
+) -> PreTrainedModel:
     """Load the base, or this process's part of it."""
+    name, in_4bit = model_config.model_name_or_path, model_config.load_in_4bit
     shards = training.world_size if training.shard_base else 1
     # The other processes then read from the cache. The parts of a base that is sharded are loaded by all at once.
     with state.main_process_first() if shards == 1 else contextlib.nullcontext():
-        return load_base(name, revision, DTYPES[training.precision], training.device, shards)
+        return load_base(name, revision, DTYPES[training.precision], training.device, shards, in_4bit)
+
+
+def check_4bit(model_config: ModelConfig, training: TrainConfig) -> None:
+    """Check that a base can be quantised to 4 bits here, if it is asked for.
+
+    Raises:
+        InputError: bitsandbytes is missing, or the base is to be sharded.
+    """
+    if not model_config.load_in_4bit:
+        return
+    check_installed("--load_in_4bit true", "4bit", ["bitsandbytes"])
+    if training.shard_base:
+        raise InputError(
+            "--load_in_4bit true and --shard_base true cannot be combined: it was not tested. Choose one. In 4 bits, "
+            "a 70B base takes about 40 GB on each GPU."
+        )
 
 
 # Settings that may differ between machines, or are objects of the process.
