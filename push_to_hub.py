@@ -245,7 +245,9 @@ def complete(
     draw_plots(folder, records.run.name, records.result, records.evaluation)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as stream:
         answers = reference.outputs.generations
-        text = render_card(records, publication, config.dtype, check, answers, model_type(folder), conversions)
+        text = render_card(
+            records, publication, config.dtype, check, answers, model_type(folder), conversions, reference.base_dtype
+        )
         stream.write(text)
     if (results := eval_results_file(records)) is not None:
         os.makedirs(os.path.join(folder, ".eval_results"))

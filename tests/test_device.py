@@ -1,6 +1,7 @@
 """The machine: its hardware, the threads that are used of it, and the memory that was needed."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -61,3 +62,19 @@ def test_on_a_gpu_the_threads_are_left_alone(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setattr(device, "cpu_cores", lambda: before + 5)
     assert use_cpu_threads(torch.device("cuda"), 1) == before
+
+
+def test_a_limit_of_a_control_group_counts(tmp_path):
+    """The innermost group has no limit, the one above leaves 300 bytes, the outermost 500."""
+    groups = {"": (1000, 600, 100), "job": (800, 550, 50), "job/step": ("max", 500, 0)}
+    for path, (limit, used, inactive) in groups.items():
+        folder = tmp_path / path
+        folder.mkdir(exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 7\ninactive_file {inactive}\nactive_file 9\n")
+    (tmp_path / "own").write_text("0::/job/step\n")
+    assert device._left_of_the_cgroup(str(tmp_path), str(tmp_path / "own")) == 300
+    (tmp_path / "own").write_text("5:memory:/job\n")
+    assert device._left_of_the_cgroup(str(tmp_path), str(tmp_path / "own")) == sys.maxsize
+    assert device._left_of_the_cgroup(str(tmp_path), str(tmp_path / "none")) == sys.maxsize

@@ -90,6 +90,17 @@ def test_magnitudes_start_at_the_norms_of_the_dequantised_rows(model_dir):
     assert not torch.equal(stored.lora_magnitude_vector["default"].weight, norms)
 
 
+def test_evaluation_leaves_the_packed_weights_alone(model_dir):
+    """On a CPU with AVX512-BF16, bitsandbytes would pack them anew in place; the flag stands for such a CPU."""
+    base = quantised(model_dir)
+    layers = [layer for layer in base.modules() if isinstance(layer, Linear4bit)]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    before = [layer.weight.data.clone() for layer in layers]
+    with torch.no_grad():
+        base.eval()(input_ids=IDS)
+    assert all(torch.equal(layer.weight.data, kept) for layer, kept in zip(layers, before, strict=True))
+
+
 def test_what_cannot_be_is_refused(monkeypatch, model_dir, training):
     config = ModelConfig(model_name_or_path=model_dir, load_in_4bit=True)
     check_4bit(config, training())

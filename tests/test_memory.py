@@ -57,7 +57,7 @@ def test_a_step_is_counted_without_computing(
         supervised_loss_sum(model, batch)
     saved = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
     assert expected == live.peak
-    assert saved <= expected < 3 * saved if not checkpointing else expected > 0
+    assert checkpointing or saved <= expected < 1.5 * saved
 
 
 def test_gradient_checkpointing_and_prefixes_that_are_shared_take_less(
@@ -91,6 +91,7 @@ def test_the_line_says_whether_it_fits():
         == "about 1.5 GB at the peak (1.00 base, 0.00 adapter and optimizer, 0.50 activations); 2.0 GB available"
     )
     assert ": IT DOES NOT FIT. Raise --gradient_acc" in replace(plan, available=10**9).line()
+    assert ": IT DOES NOT FIT. Use --load_in_4bit true, or --shard_base" in replace(plan, available=10**8).line()
     assert replace(plan, loading=3 * 10**9).peak == 3 * 10**9, "loading took more than the training will"
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
-from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -364,8 +364,50 @@ def test_a_base_stored_in_float32_is_never_rounded_before_a_merge(contrast_dir, 
     with caplog.at_level("INFO", logger="tweetdora"):
         assert modeling.load_for_merge(contrast_dir, None, torch.bfloat16, CPU).dtype == torch.float32
         assert modeling.load_for_merge(stored_in_bf16, None, torch.float32, CPU).dtype == torch.float32
-    notes = [line.getMessage() for line in caplog.records if "Loading it anyway" in line.getMessage()]
-    assert len(notes) == 2 and notes[0].endswith("needed in float32.") and "needed in a float32 result" in notes[1]
+    notes = [line.getMessage() for line in caplog.records if "It is loaded anyway" in line.getMessage()]
+    assert len(notes) == 2 and notes[0].endswith("needed in float32, as it is stored.")
+    assert notes[1].endswith("float32 for the result. Ask for a bfloat16 result (--dtype bfloat16, --precision bf16).")
+
+
+def test_merged_frequencies_are_those_of_the_published_model(contrast_dir, tmp_path):
+    """The frequencies of rotary embeddings are in no checkpoint; rounded to bfloat16, they change answers."""
+    merged = merge(disturbed(contrast_dir), torch.bfloat16)
+    save_merged(merged, load_tokenizer(contrast_dir), [2, 4], str(tmp_path))
+    published = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for name, buffer in published.named_buffers():
+        assert torch.equal(merged.get_buffer(name), buffer) and buffer.dtype == torch.float32, name
+    merged.set_attn_implementation("sdpa")
+    assert torch.equal(merged(input_ids=IDS).logits, published(input_ids=IDS).logits)
+
+
+def test_an_adapter_on_experts_is_merged(make_model, tmp_path):
+    """PEFT wraps their parameters, which belong to no linear layer, and puts two wrappers on one layer."""
+    settings = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        base = make_model("mixtral", **settings).to(dtype)
+        names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        torch.manual_seed(3)
+        adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["k_proj"], target_parameters=names))
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.data = torch.randn(weight.shape)
+        found.append(merge(adapted, torch.float16).state_dict())
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=0.02, atol=0.02, msg=name)
+
+
+@pytest.mark.parametrize("fault", ["pointer", "missing shard"])
+def test_what_loading_says_of_bad_weights_a_merge_says_too(fault, stored_in_bf16, tmp_path):
+    shutil.copytree(stored_in_bf16, tmp_path / "base")
+    shard = next((tmp_path / "base").glob("*.safetensors"))
+    shard.unlink() if fault == "missing shard" else shard.write_text("version https://git-lfs.github.com/spec/v1\n")
+    said = []
+    for load in (load_base, modeling.load_for_merge):
+        with pytest.raises(InputError) as caught:
+            load(str(tmp_path / "base"), None, torch.float32, CPU)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
 
 
 def test_a_checkpoint_of_two_dtypes_counts_as_float32(contrast_dir, tmp_path, monkeypatch):
@@ -513,7 +555,7 @@ def test_a_quantised_base_is_refused(model_dir, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         InputError,
-        match=f"^--model_name_or_path {tmp_path} is quantised; .* full-precision model\\. --load_in_4bit true .*",
+        match=f"^--model_name_or_path {tmp_path} is quantised; .* full-precision model; train.py --load_in_4bit true",
     ):
         base_of(str(tmp_path))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import os
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import pytest
 from tweetdora import tokenized
 from tweetdora.config import TaskConfig
 from tweetdora.data import Examples, load_examples, make_examples
-from tweetdora.errors import ResourceError
 from tweetdora.prompts import IGNORE_INDEX, PromptTokenizer
 from tweetdora.tokenized import Features, TokenizedExamples, tokenize_examples
 
@@ -84,7 +84,7 @@ def test_lengths_of_rows_are_those_of_the_sorted_rows():
 
 def test_what_is_in_the_cache_is_not_tokenised_again(cache, prompt_tokenizer, monkeypatch):
     tokenize_examples(rows(), prompt_tokenizer)
-    monkeypatch.setattr(PromptTokenizer, "prompts", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(tokenized, "_batches", lambda *_: pytest.fail("tokenised again"))
     assert tokenize_examples(rows(), prompt_tokenizer).from_cache
 
 
@@ -111,6 +111,9 @@ def test_whatever_changes_the_tokens_makes_another_file(cache, prompt_tokenizer,
         (examples, PromptTokenizer(grown, form, 512)),
         (examples, PromptTokenizer(lower, form, 512)),
     ]
+    kept = make_tokenizer()
+    kept.split_special_tokens = True  # no part of the text that tokenizers writes
+    others.append((examples, PromptTokenizer(kept, form, 512)))
     tokenize_examples(examples, prompt_tokenizer)
     for count, (other, encoder) in enumerate(others, 2):
         found = tokenize_examples(other, encoder)
@@ -118,26 +121,40 @@ def test_whatever_changes_the_tokens_makes_another_file(cache, prompt_tokenizer,
         assert list(found.features) == expected(other, encoder)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "another"])
 def test_a_damaged_file_is_made_again(damage, cache, prompt_tokenizer):
     tokenize_examples(rows(), prompt_tokenizer)
     path = cache / files(cache)[0]
     whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "noise": b"x" * len(whole)}[damage])
+    tokenize_examples(rows(9), prompt_tokenizer)
+    (another,) = set(files(cache)) - {path.name}
+    damaged = {"empty": b"", "cut": whole[: len(whole) // 2], "noise": b"x" * len(whole)}
+    path.write_bytes({**damaged, "another": (cache / another).read_bytes()}[damage])
     found = tokenize_examples(rows(), prompt_tokenizer)
     assert not found.from_cache and list(found.features) == expected(rows(), prompt_tokenizer)
     assert tokenize_examples(rows(), prompt_tokenizer).from_cache
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing(cache, prompt_tokenizer, monkeypatch):
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+def full_disk(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
 
+
+@pytest.mark.parametrize("fault", ["full disk", "a file for a folder", "not mapped"])
+def test_without_a_cache_the_examples_stay_in_memory(fault, cache, prompt_tokenizer, monkeypatch, caplog):
     with monkeypatch.context() as patch:
-        patch.setattr(tokenized.os, "replace", full)
-        with pytest.raises(ResourceError, match=f"could not be written to {cache}: .*No space.*set HF_DATASETS_CACHE"):
-            tokenize_examples(rows(), prompt_tokenizer)
-    assert files(cache) == []
+        if fault == "full disk":
+            patch.setattr(tokenized.os, "replace", full_disk)
+        elif fault == "a file for a folder":
+            cache.write_text("")
+        else:
+            patch.setattr(tokenized.pyarrow, "memory_map", full_disk)
+        with caplog.at_level("INFO", logger="tweetdora"):
+            found = tokenize_examples(rows(), prompt_tokenizer)
+    assert list(found.features) == expected(rows(), prompt_tokenizer) and not found.from_cache
+    assert found.largest_id == max(max(row["input_ids"]) for row in found.features)
+    (note,) = [line.getMessage() for line in caplog.records if line.name == "tweetdora.tokenized"]
+    assert note.startswith("note: 14 tokenised examples stay in memory") and "Set HF_DATASETS_CACHE" in note
+    assert fault == "a file for a folder" or [name for name in files(cache) if name.endswith(".part")] == []
 
 
 def test_a_bad_example_leaves_no_file(cache, prompt_tokenizer, monkeypatch):
@@ -173,17 +190,50 @@ def test_texts_of_a_large_file_take_no_python_objects(name, tmp_path, cache):
     assert (pyarrow.total_allocated_bytes() - arrow) / count < 40, "the text and its offset"
 
 
-def test_two_processes_do_not_disturb_each_other(cache, prompt_tokenizer, monkeypatch):
-    """Another process finishes first, and an earlier one was killed while it wrote."""
+def test_two_processes_with_one_cache_do_not_disturb_each_other(cache, prompt_tokenizer, monkeypatch):
+    """As of two machines whose processes have one number: the second writes all of it while the first one writes."""
+    batches, written = tokenized._batches, []
+
+    def first(*arguments: Any) -> Any:
+        for number, batch in enumerate(batches(*arguments)):
+            if number == 1:
+                monkeypatch.setattr(tokenized, "_batches", batches)
+                written.append(tokenize_examples(rows(), prompt_tokenizer))
+            yield batch
+
+    monkeypatch.setattr(tokenized, "_batches", first)
+    written.append(tokenize_examples(rows(), prompt_tokenizer))
+    again = tokenize_examples(rows(), prompt_tokenizer)
+    assert again.from_cache and len(written) == 2 and len(files(cache)) == 1
+    for found in (*written, again):
+        assert list(found.features) == expected(rows(), prompt_tokenizer)
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(cache, prompt_tokenizer):
     cache.mkdir()
-    (cache / "0123.arrow.1.part").write_bytes(b"rest of a killed process")
-    write, replace = tokenized._write, os.replace
+    for name, age in (("old.part", 25), ("new.part", 1), ("old.arrow", 99)):
+        (cache / name).write_bytes(b"rest")
+        os.utime(cache / name, (0, time.time() - age * 3600))
+    tokenize_examples(rows(), prompt_tokenizer)
+    assert {"new.part", "old.arrow"} < set(files(cache)) and "old.part" not in files(cache)
 
-    def late(part: str, path: str) -> None:
-        monkeypatch.setattr(tokenized.os, "replace", replace)
-        write(path, tokenized._batches(rows(), prompt_tokenizer))
-        replace(part, path) if os.path.exists(part) else None
 
-    monkeypatch.setattr(tokenized.os, "replace", late)
-    found = tokenize_examples(rows(), prompt_tokenizer)
-    assert list(found.features) == expected(rows(), prompt_tokenizer)
+def test_a_file_does_not_depend_on_the_size_of_blocks(cache, prompt_tokenizer, monkeypatch):
+    tokenize_examples(rows(), prompt_tokenizer)
+    for block in (3, 8):
+        monkeypatch.setattr(tokenized, "BLOCK", block)
+        found = tokenize_examples(rows(), prompt_tokenizer)
+        assert found.from_cache and list(found.features) == expected(rows(), prompt_tokenizer)
+
+
+def test_a_tokenizer_that_cannot_be_written_as_text_is_not_cached(cache, make_tokenizer, prompt_tokenizer):
+    tokenizer = make_tokenizer()
+
+    class Own:
+        def pre_tokenize(self, text: Any) -> None:
+            text.split(lambda _, part: [part])
+
+    tokenizer.backend_tokenizer.pre_tokenizer = tokenized.tokenizers.pre_tokenizers.PreTokenizer.custom(Own())
+    encoder = PromptTokenizer(tokenizer, prompt_tokenizer.format, 512)
+    assert list(tokenize_examples(rows(), encoder).features) == expected(rows(), encoder)
+    assert not cache.exists()

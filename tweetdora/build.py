@@ -98,6 +98,7 @@ class Reference:
     max_new_tokens: int
     adapter_only: bool
     outputs: Outputs
+    base_dtype: str = "float32"  # of base and adapter, with which the saved model was compared
 
 
 def build_model(
@@ -124,6 +125,7 @@ def build_model(
         raise InputError(
             f"{name} is not this run's base model: found {asdict(identity)}, expected {asdict(run.base_model)}."
         )
+    base_dtype = str(base.dtype).removeprefix("torch.")
     with_adapter = load_adapter(base, adapter_dir)
     expected = logits_and_generations(with_adapter, tokenizer, prompt_tokenizer, examples, task, run.max_new_tokens)
     if config.adapter_only:
@@ -140,7 +142,8 @@ def build_model(
     check_prompts(saved_tokenizer, prompt_tokenizer, examples, task)
     found = logits_and_generations(saved, saved_tokenizer, prompt_tokenizer, examples, task, run.max_new_tokens)
     check = check_saved(expected, found, config.dtype)
-    return check, Reference(examples, task, prompt_tokenizer, run.max_new_tokens, config.adapter_only, found)
+    reference = Reference(examples, task, prompt_tokenizer, run.max_new_tokens, config.adapter_only, found, base_dtype)
+    return check, reference
 
 
 def write_task(folder: str, run: RunRecord) -> None:

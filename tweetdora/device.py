@@ -1,5 +1,6 @@
 """The machine: device, precision, threads and memory use."""
 
+import contextlib
 import os
 import platform
 import resource
@@ -126,10 +127,35 @@ def use_cpu_threads(device: torch.device, processes: int, threads: int = 0) -> i
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """Return the bytes that this process can still allocate on its device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return the bytes that this process can still allocate, on the host and on its device."""
+    here = min(psutil.virtual_memory().available, _left_of_the_cgroup()) // int(
+        os.environ.get("LOCAL_WORLD_SIZE", "1")
+    )
+    return min(here, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else here
+
+
+def _left_of_the_cgroup(root: str = "/sys/fs/cgroup", of_process: str = "/proc/self/cgroup") -> int:
+    """Return what the memory limits of this process's control groups (v2) leave, as in a container or a Slurm job."""
+    left = sys.maxsize
+    try:
+        with open(of_process, encoding="utf-8") as stream:
+            path = next(line.rstrip("\n").removeprefix("0::") for line in stream if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return left
+    parts = path.strip("/").split("/")
+    for depth in range(len(parts) + 1):
+        folder = os.path.join(root, *parts[:depth])
+        with contextlib.suppress(OSError, ValueError):
+            limit, used = (_number_in(folder, name) for name in ("memory.max", "memory.current"))
+            with open(os.path.join(folder, "memory.stat"), encoding="utf-8") as stream:
+                cached = sum(int(line.split()[1]) for line in stream if line.startswith("inactive_file "))
+            left = min(left, limit - used + cached)
+    return left
+
+
+def _number_in(folder: str, name: str) -> int:
+    with open(os.path.join(folder, name), encoding="utf-8") as stream:
+        return int(stream.read())
 
 
 def peak_memory_bytes() -> dict[str, int]:

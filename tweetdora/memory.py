@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tweetdora.config import ModelConfig, TrainConfig
 from tweetdora.device import available_memory_bytes, own_peak_memory_bytes
+from tweetdora.dora import is_4bit
 from tweetdora.modeling import DTYPES, attach_adapter, set_up_for_packing, trainable_parameters
 from tweetdora.packing import PackedCollator, PaddedCollator
 from tweetdora.tokenized import Features
@@ -67,6 +68,8 @@ class MemoryPlan:
         line = f"about {self.peak / 1e9:.1f} GB at the peak ({shown}); {self.available / 1e9:.1f} GB available"
         if self.peak <= self.available:
             return line
+        if self.base > self.available:
+            return f"{line}: IT DOES NOT FIT. Use --load_in_4bit true, or --shard_base true with several GPUs"
         return f"{line}: IT DOES NOT FIT. Raise --gradient_accumulation_steps, or add --activation_checkpointing true"
 
 
@@ -87,8 +90,9 @@ def plan_memory(
     inner = model.get_base_model()
     step = step_bytes(inner, model_config, training, batch)
     if model_config.load_in_4bit:  # one layer at a time is dequantised
-        sizes = [layer.in_features * layer.out_features for layer in inner.modules() if isinstance(layer, nn.Linear)]
-        step += max(sizes) * DTYPES[training.precision].itemsize
+        layers = [layer for layer in inner.modules() if isinstance(layer, nn.Linear) and is_4bit(layer)]
+        sizes = [layer.in_features * layer.out_features for layer in layers]
+        step += max(sizes, default=0) * DTYPES[training.precision].itemsize
     if training.shard_base:
         layers = inner.config.get_text_config().num_hidden_layers
         head = inner.get_output_embeddings().weight

@@ -49,11 +49,13 @@ def render_card(
     generations: Sequence[str],
     model_type: str | None = None,
     conversions: Sequence[Conversion] = (),
+    base_dtype: str = "float32",
 ) -> str:
     """Render the whole card, metadata first. Its code loads the model from the Hub, or from the folder if unpublished.
 
     `model_type` is that of the saved configuration; `conversions` are the model's other formats; `check` is the
-    comparison of the saved model, in `dtype`, with the trained one; `generations` are its first answers.
+    comparison of the saved model, in `dtype`, with the trained one, whose base was in `base_dtype`; `generations` are
+    its first answers.
     """
     # StrictUndefined: a name that card_facts does not define is an error, not a gap in a sentence. No HTML escaping:
     # each filter below escapes for the place in Markdown where it is used.
@@ -65,7 +67,7 @@ def render_card(
         template = environment.from_string(stream.read())
     read_by = supported_versions(model_type)
     facts = card_facts(records, publication, dtype, check, generations, read_by, conversions)
-    text = template.render(**facts, metadata=front_matter(records, publication))
+    text = template.render(**facts, base_dtype=base_dtype, metadata=front_matter(records, publication))
     ModelCard(text)  # parses the metadata, or raises
     return text
 

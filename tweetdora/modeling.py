@@ -97,7 +97,7 @@ def load_base(
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(
                 f"--model_name_or_path {name_or_path} is quantised; merging an adapter into a quantised base changes "
-                "its answers. Choose the full-precision model. --load_in_4bit true quantises it for the training."
+                "its answers. Choose the full-precision model; train.py --load_in_4bit true quantises it to train on."
             )
         # transformers 5 prefers safetensors; loading pickled weights can execute code.
         model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
@@ -130,6 +130,7 @@ def load_base(
     _check_weights(name_or_path, model, report)
     set_up_for_packing(model)
     if in_4bit:
+        _keep_4bit_packing(model)
         return model.eval()
     if shards == 1:
         return model.to(device).eval()
@@ -145,7 +146,8 @@ def load_for_merge(
     """Load a base that an adapter will be merged into, with a result in `dtype`.
 
     It is loaded in float32 if that fits the memory, and otherwise as it is stored. Each layer is merged in float32
-    either way (`merge`), so the result is the same.
+    either way (`merge`), so the result is the same. (Except for `modules_to_save`, whole layers in an adapter from
+    elsewhere, which PEFT rounds to the base's dtype.)
 
     Raises:
         InputError: the model is unknown, or is not a causal language model.
@@ -157,8 +159,9 @@ def load_for_merge(
         return load_base(name_or_path, revision, torch.float32, device)
     what = f"note: {name_or_path} takes {needed / 1e9:.1f} GB in float32, and {available / 1e9:.1f} GB are available"
     if stored == torch.float32 or dtype == torch.float32:
-        how = "float32" if stored == torch.float32 else "a float32 result"
-        log.info("%s. Loading it anyway: it is needed in %s.", what, how)
+        how = "float32, as it is stored" if stored == torch.float32 else "float32 for the result"
+        cure = "" if stored == torch.float32 else " Ask for a bfloat16 result (--dtype bfloat16, --precision bf16)."
+        log.info("%s. It is loaded anyway, for it is needed in %s.%s", what, how, cure)
         return load_base(name_or_path, revision, torch.float32, device)
     log.info("%s, so it stays in %s, as it is stored. The merge gives the same weights.", what, _name(stored))
     return load_base(name_or_path, revision, stored, device)
@@ -169,28 +172,31 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _stored_weights(name_or_path: str, revision: str | None) -> tuple[int, torch.dtype]:
-    """Number of weights in a model's files, and the dtype that holds all of them without loss."""
+    """Number of weights in a model's files, and the dtype that holds all of them without loss.
+
+    No weights if the files are missing or damaged, which loading them explains.
+    """
     numbers, dtypes = 0, set()
-    for path in _weight_files(name_or_path, revision):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                part = file.get_slice(name)
-                numbers += math.prod(part.get_shape())
-                dtypes.add(_STORED_DTYPES.get(part.get_dtype(), torch.float32))
+    try:
+        for path in _weight_files(name_or_path, revision):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    numbers += math.prod(part.get_shape())
+                    if not part.get_dtype().startswith(("I", "U", "BOOL")):  # buffers, such as position ids
+                        dtypes.add(_STORED_DTYPES.get(part.get_dtype(), torch.float32))
+    except (OSError, ValueError, HTTPError, SafetensorError):
+        return 0, torch.float32
     return numbers, dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _weight_files(name_or_path: str, revision: str | None) -> list[str]:
-    """The safetensors files of a model; none if it is unknown, which loading it explains."""
-    try:
-        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-            found = cached_file(name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-            if found is not None and name == SAFE_WEIGHTS_NAME:
-                return [found]
-            if found is not None:
-                return get_checkpoint_shard_files(name_or_path, found, revision=revision)[0]
-    except (OSError, ValueError, HTTPError):
-        pass
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        found = cached_file(name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None and name == SAFE_WEIGHTS_NAME:
+            return [found]
+        if found is not None:
+            return get_checkpoint_shard_files(name_or_path, found, revision=revision)[0]
     return []
 
 
@@ -201,6 +207,16 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _keep_4bit_packing(model: nn.Module) -> None:
+    """Stop bitsandbytes from packing weights anew for CPUs with AVX512-BF16 when a layer is evaluated.
+
+    It does so in place (bitsandbytes 0.50): afterwards DoRA's norms would be wrong, and gradients would be lost.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def set_up_for_packing(model: Any) -> None:
@@ -531,15 +547,34 @@ def merge(model: PeftModel, dtype: torch.dtype = torch.float32) -> PreTrainedMod
     of weight and update once more, which changes answers. A base in a lower precision is converted one layer at a
     time, so a model of n bytes needs little more than n bytes.
     """
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer) and layer.get_base_layer().weight.dtype != torch.float32:
-            layer.get_base_layer().float()
-            layer.merge(safe_merge=True)
-            layer.get_base_layer().to(dtype)
+    adapted: dict[nn.Module, list[BaseTunerLayer]] = {}  # several may be on one layer
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            adapted.setdefault(module.get_base_layer(), []).append(module)
+    for layer, tuners in adapted.items():
+        if any(weight.dtype != torch.float32 for weight in layer.parameters(recurse=False)):
+            layer.float()
+            for tuner in tuners:
+                tuner.merge(safe_merge=True)
+            layer.to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
         merged = model.merge_and_unload(safe_merge=True)
-    return nn.Module.to(merged, dtype)  # in place
+    return _cast_weights(merged, dtype)
+
+
+def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast in place what a checkpoint holds.
+
+    Other buffers, such as the frequencies of rotary embeddings, stay in float32, as from_pretrained makes them.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to(dtype)
+    return model
 
 
 def save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], folder: str) -> None:

@@ -4,27 +4,41 @@ The file's name is a hash of everything that determines its content, so a resume
 and the other processes of a machine read it instead of tokenising again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
 import pyarrow
 import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from tweetdora.data import Examples, data_record, first_text_per_label
-from tweetdora.errors import InputError, ResourceError
+from tweetdora.errors import InputError
 from tweetdora.prompts import IGNORE_INDEX, PromptTokenizer
 from tweetdora.records import TrainDataRecord
 from tweetdora.texts import BLOCK
 
+log = logging.getLogger(__name__)
 CACHE_FROM = 20_000  # examples; fewer are tokenised in a second or two
-_FORMAT = 1  # of the cache's files
+# Texts whose token ids tell tokenizers apart: case, spaces, letters, numbers, emoji, and one that is truncated.
+_PROBES = (
+    "What a GOOD day, isn't it?",
+    " two  spaces\n\tand a tab ",
+    "na\u00efve \u00c5 \ufb01 \u4f60\u597d",
+    "1234567 :-) \U0001f31e",
+    "so " * 5000,
+)
+_DAY = 24 * 3600.0  # seconds
 _SCHEMA = pyarrow.schema(
     [
         ("input_ids", pyarrow.list_(pyarrow.int32())),
@@ -42,6 +56,7 @@ class Features(Sequence[dict[str, Any]]):
         columns = [{name: batch.column(name) for name in _SCHEMA.names} for batch in batches]
         self._tokens = [found["input_ids"].values.to_numpy() for found in columns]
         self._ends = [found["input_ids"].offsets.to_numpy() for found in columns]
+        self._starts = np.cumsum([0, *(len(batch) for batch in batches)])  # first row of each batch
         self.supervised = _joined([found["supervised"].to_numpy() for found in columns], np.int32)  # (N,)
         self.example_ids = _joined([found["example_id"].to_numpy() for found in columns], np.int64)  # (N,)
         self.lengths = _joined([np.diff(ends) for ends in self._ends], np.int32)  # tokens, (N,)
@@ -53,9 +68,10 @@ class Features(Sequence[dict[str, Any]]):
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
         row = range(len(self))[index]
-        block, place = divmod(row, BLOCK)
-        start, end = self._ends[block][place : place + 2]
-        ids = self._tokens[block][start:end].tolist()
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        place = row - int(self._starts[batch])
+        start, end = self._ends[batch][place : place + 2]
+        ids = self._tokens[batch][start:end].tolist()
         supervised = int(self.supervised[row])
         return {
             "input_ids": ids,
@@ -117,17 +133,26 @@ def tokenize_examples(examples: Examples, prompt_tokenizer: PromptTokenizer) -> 
 
     Raises:
         InputError: an example does not end in the supervised stop token, or starts with more than one BOS token.
-        ResourceError: the cache could not be written.
     """
     key = _key(examples, prompt_tokenizer) if len(examples) >= CACHE_FROM else None
-    if key is None:
-        batches = list(_batches(examples, prompt_tokenizer))
-        return _from_batches(batches, max(map(_largest_id, batches)))
-    path = os.path.join(datasets.config.HF_DATASETS_CACHE, "tokenized", f"{key}.arrow")
-    cached = _read(path)
-    if cached is None:
-        _write(path, _batches(examples, prompt_tokenizer))
-    return _from_batches(*(cached or _read(path) or ([], 0)), from_cache=cached is not None)
+    if key is not None:
+        path = os.path.join(datasets.config.HF_DATASETS_CACHE, "tokenized", f"{key}.arrow")
+        cached = _read(path, len(examples))
+        if cached is not None:
+            return _from_batches(*cached, from_cache=True)
+        problem = _write(path, _batches(examples, prompt_tokenizer))
+        written = _read(path, len(examples))
+        if written is not None:
+            return _from_batches(*written)
+        log.info(
+            "note: %s tokenised examples stay in memory and will be tokenised again on resume: %s cannot be written "
+            "and mapped (%s). Set HF_DATASETS_CACHE to another folder to keep them.",
+            f"{len(examples):,}",
+            os.path.dirname(path),
+            problem or "it could not be read again",
+        )
+    batches = list(_batches(examples, prompt_tokenizer))
+    return _from_batches(batches, max(map(_largest_id, batches)))
 
 
 def _from_batches(batches: list[pyarrow.RecordBatch], largest_id: int, from_cache: bool = False) -> TokenizedExamples:
@@ -194,49 +219,66 @@ def show_example(feature: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 def _key(examples: Examples, prompt_tokenizer: PromptTokenizer) -> str | None:
     """Hash of everything that determines the token ids; None for a tokenizer that cannot be written as text."""
-    backend = getattr(prompt_tokenizer.tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    try:
+        written = cast(Any, prompt_tokenizer.tokenizer).backend_tokenizer.to_str()
+    except Exception:  # no backend, or one with custom parts, for which tokenizers raises a plain Exception
         return None
     content = {
-        "format": _FORMAT,
         "tokenizers": tokenizers.__version__,
-        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
-        "bos": prompt_tokenizer.tokenizer.bos_token_id,
+        "transformers": transformers.__version__,
+        "tokenizer": hashlib.sha256(written.encode()).hexdigest(),
         "prompt": dataclasses.asdict(prompt_tokenizer.format),
         "max_prompt_length": prompt_tokenizer.max_prompt_length,
+        "completions": prompt_tokenizer.completion_ids,
+        # For all that is not in the tokenizer's text: its Python class and settings, and this project's own code.
+        "probes": prompt_tokenizer.prompts([*_PROBES, *prompt_tokenizer.tokenizer.all_special_tokens]),
         "examples": examples.sha256,
         "example_ids": hashlib.sha256(np.asarray(examples.example_ids, np.int64).tobytes()).hexdigest(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: str) -> tuple[list[pyarrow.RecordBatch], int] | None:
-    """The batches of a file, memory-mapped, and the largest token id; None if there is no such file, or it is damaged.
+def _read(path: str, count: int) -> tuple[list[pyarrow.RecordBatch], int] | None:
+    """The batches of a file, memory-mapped, and the largest token id.
 
-    The largest id is kept beside each batch, because finding it again would read the whole file into memory.
+    The largest id is kept beside each batch, because finding it again would read the whole file into memory. None if
+    there is no such file, or it is incomplete.
     """
     try:
         with pyarrow.ipc.open_file(pyarrow.memory_map(path)) as reader:
             found = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
-        return [batch for batch, _ in found], max(int(metadata["largest_id"]) for _, metadata in found)
-    except (OSError, pyarrow.ArrowException):
+        batches, largest = [batch for batch, _ in found], max(int(kept["largest_id"]) for _, kept in found)
+    except (OSError, ValueError, TypeError, KeyError):  # ArrowInvalid is a ValueError
         return None
+    return (batches, largest) if sum(map(len, batches)) == count and reader.schema == _SCHEMA else None
 
 
-def _write(path: str, batches: Iterator[pyarrow.RecordBatch]) -> None:
-    """Write a file of the cache at once: another process sees none of it, or all."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    part = f"{path}.{os.getpid()}.part"
+def _write(path: str, batches: Iterator[pyarrow.RecordBatch]) -> str | None:
+    """Write a file of the cache at once: another process sees none of it, or all. Return what went wrong, or None."""
+    folder, part = os.path.dirname(path), None
     try:
-        with pyarrow.OSFile(part, "wb") as sink, pyarrow.ipc.new_file(sink, _SCHEMA) as writer:
-            for batch in batches:
-                writer.write_batch(batch, custom_metadata={"largest_id": str(_largest_id(batch))})
+        os.makedirs(folder, exist_ok=True)
+        _remove_old_parts(folder)
+        number, part = tempfile.mkstemp(suffix=".part", dir=folder)  # other machines may write here too
+        with os.fdopen(number, "wb") as sink:
+            with pyarrow.ipc.new_file(sink, _SCHEMA) as writer:
+                for batch in batches:
+                    writer.write_batch(batch, custom_metadata={"largest_id": str(_largest_id(batch))})
+            sink.flush()
+            os.fsync(sink.fileno())
         os.replace(part, path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ResourceError(
-            f"the tokenised examples could not be written to {os.path.dirname(path)}: {error}. Free disk space there, "
-            "or set HF_DATASETS_CACHE to another folder."
-        ) from error
+    except OSError as error:
+        return str(error)
     finally:
-        if os.path.exists(part):
+        if part is not None and os.path.exists(part):
             os.remove(part)
+    return None
+
+
+def _remove_old_parts(folder: str) -> None:
+    """Remove what killed processes have left; a file that grows is younger than a day."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError):  # another process was faster
+            if name.endswith(".part") and time.time() - os.path.getmtime(path) > _DAY:
+                os.remove(path)
