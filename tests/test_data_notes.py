@@ -37,6 +37,8 @@ def test_texts_in_two_splits_are_counted():
     assert notes_on_splits({"train": train, "test": shared}, WORDS) == [
         DataNote("test", "7 of 120 texts are in the train split too")
     ]
+    often = dataclasses.replace(test, texts=[*[train.texts[0]] * 7, *test.texts[7:]])
+    assert said(train=train, test=often) == [("test", "7 of 120 texts are in the train split too")]
     validation = dataclasses.replace(test, texts=["x", *test.texts[1:]])
     found = said(train=train, validation=validation, test=shared)
     assert found == [

@@ -65,8 +65,8 @@ def test_on_a_gpu_the_threads_are_left_alone(monkeypatch):
 
 
 def test_a_limit_of_a_control_group_counts(tmp_path):
-    """The innermost group has no limit, the one above leaves 300 bytes, the outermost 500."""
-    groups = {"": (1000, 600, 100), "job": (800, 550, 50), "job/step": ("max", 500, 0)}
+    """The innermost group has no limit, the one above leaves 500 bytes, the outermost 300."""
+    groups = {"": (800, 550, 50), "job": (1000, 600, 100), "job/step": ("max", 500, 0)}
     for path, (limit, used, inactive) in groups.items():
         folder = tmp_path / path
         folder.mkdir(exist_ok=True)

@@ -60,6 +60,19 @@ def test_a_step_is_counted_without_computing(
     assert checkpointing or saved <= expected < 1.5 * saved
 
 
+def test_bytes_are_counted_while_they_live():
+    weight = torch.zeros(10, 10)
+    with _LiveBytes([weight]) as live:
+        first = weight.t() + 1
+        view = first[:5]
+        second = first * 2
+        del first, view
+        third = torch.cat([second, second])
+        del second, third
+        weight.exp()
+    assert live.peak == 400 + 800, "second and third; first is gone, and views and the weight take nothing"
+
+
 def test_gradient_checkpointing_and_prefixes_that_are_shared_take_less(
     teachable_dir, task, prompt_tokenizer, training
 ):

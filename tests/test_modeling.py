@@ -385,16 +385,16 @@ def test_an_adapter_on_experts_is_merged(make_model, tmp_path):
     settings = {"num_local_experts": 2, "num_experts_per_tok": 1}
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        base = make_model("mixtral", **settings).to(dtype)
+        base = make_model("mixtral", **settings).to(torch.bfloat16).to(dtype)
         names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         torch.manual_seed(3)
         adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["k_proj"], target_parameters=names))
         for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
+            if "lora_" in name:
                 weight.data = torch.randn(weight.shape)
         found.append(merge(adapted, torch.float16).state_dict())
     for name, weight in found[0].items():
-        torch.testing.assert_close(found[1][name], weight, rtol=0.02, atol=0.02, msg=name)
+        assert torch.equal(found[1][name], weight), name
 
 
 @pytest.mark.parametrize("fault", ["pointer", "missing shard"])
@@ -415,7 +415,8 @@ def test_a_checkpoint_of_two_dtypes_counts_as_float32(contrast_dir, tmp_path, mo
     shutil.copytree(contrast_dir, tmp_path / "base")
     weights = load_file(f"{contrast_dir}/model.safetensors")
     name = next(iter(weights))
-    save_file({**weights, name: weights[name].bfloat16()}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    half = {other: weight.half() for other, weight in weights.items()}
+    save_file({**half, name: weights[name].bfloat16()}, tmp_path / "base/model.safetensors", {"format": "pt"})
     too_little_memory(monkeypatch)
     assert modeling.load_for_merge(str(tmp_path / "base"), None, torch.bfloat16, CPU).dtype == torch.float32
 

@@ -192,18 +192,21 @@ def test_texts_of_a_large_file_take_no_python_objects(name, tmp_path, cache):
 
 def test_two_processes_with_one_cache_do_not_disturb_each_other(cache, prompt_tokenizer, monkeypatch):
     """As of two machines whose processes have one number: the second writes all of it while the first one writes."""
-    batches, written = tokenized._batches, []
+    batches, written, parts = tokenized._batches, [], []
 
     def first(*arguments: Any) -> Any:
         for number, batch in enumerate(batches(*arguments)):
-            if number == 1:
-                monkeypatch.setattr(tokenized, "_batches", batches)
+            if number == 1 and not parts:
+                parts.append(files(cache))
                 written.append(tokenize_examples(rows(), prompt_tokenizer))
+            elif number == 1:
+                parts.append(files(cache))
             yield batch
 
     monkeypatch.setattr(tokenized, "_batches", first)
     written.append(tokenize_examples(rows(), prompt_tokenizer))
     again = tokenize_examples(rows(), prompt_tokenizer)
+    assert [len(names) for names in parts] == [1, 2], "each has a file of its own while it writes"
     assert again.from_cache and len(written) == 2 and len(files(cache)) == 1
     for found in (*written, again):
         assert list(found.features) == expected(rows(), prompt_tokenizer)
