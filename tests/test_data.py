@@ -91,6 +91,25 @@ def test_columns_can_have_other_names(make_task):
     assert (load_examples(task, "train", None).texts, load_examples(task, "train", None).labels) == (["fine"], [1])
 
 
+def test_a_file_that_changes_is_read_again(make_task):
+    """Its rows are kept, because the three splits of a task may be parts of one file."""
+    first = load_examples(make_task("rows.csv", "text,label\na,0\nb,1\n"), "train", None)
+    second = load_examples(make_task("rows.csv", "text,label\nlonger,0\nb,2\n"), "train", None)
+    assert (first.texts, second.texts) == (["a", "b"], ["longer", "b"]) and second.labels == [0, 2]
+
+
+def test_parts_of_a_file_have_their_rows_lines_and_faults(make_task):
+    """Rows 1 and 3 cannot be used: their lines are 2 and 4."""
+    task = make_task(
+        "rows.jsonl", "".join(f'{{"text": {text}, "label": 0}}\n' for text in ('"a"', "7", '"c"', "null", '"e"'))
+    )
+    part = dataclasses.replace(task, train_split="train[:1]+train[2:3]+train[4:]")
+    assert load_examples(part, "train", None).texts == ["a", "c", "e"]
+    assert load_examples(dataclasses.replace(task, skip_bad_rows=True), "train", None).texts == ["a", "c", "e"]
+    with pytest.raises(InputError, match=r"2 of 3 rows cannot be used: line 2: .* holds 7; expected text; line 4: "):
+        load_examples(dataclasses.replace(task, train_split="train[1:4]"), "train", None)
+
+
 @pytest.mark.parametrize(("split", "examples"), [("train[:5]", 5), ("train[5:]", 43), ("train[:25%]", 12)])
 def test_a_slice_of_a_split_is_a_split(task, split, examples):
     sliced = load_examples(dataclasses.replace(task, test_split=split), "test", None)

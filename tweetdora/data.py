@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 from array import array
@@ -149,14 +150,16 @@ class _Split:
     problems: dict[int, str] = field(default_factory=dict)
     class_names: list[str] | None = None
 
-    def part(self, rows: list[int]) -> "_Split":
-        """Return some rows of a file."""
-        texts = ColumnBuilder()
-        for row in rows:
-            texts.append(self.texts[row])
-        problems = {number: self.problems[row] for number, row in enumerate(rows) if row in self.problems}
-        lines = None if self.lines is None else [self.lines[row] for row in rows]
-        return _Split(self.name, texts.column(), [self.labels[row] for row in rows], lines, problems)
+    def part(self, name: str, parts: list[range]) -> "_Split":
+        """Return these rows of a file; the texts are not copied."""
+        rows = list(itertools.chain(*parts)) if self.problems or self.texts.others else []
+        return _Split(
+            name,
+            self.texts.part(parts, rows),
+            [label for part in parts for label in self.labels[part.start : part.stop]],
+            array("q", itertools.chain(*((self.lines or [])[part.start : part.stop] for part in parts))),
+            {number: self.problems[row] for number, row in enumerate(rows) if row in self.problems},
+        )
 
     def place(self, row: int) -> str:
         """Return a row's position for a message."""
@@ -184,21 +187,22 @@ def _read_split(task: TaskConfig, split_name: str, revision: str | None) -> _Spl
 
 
 def _split_of_file(task: TaskConfig, split_name: str) -> _Split:
-    columns: dict[str, None] = {}
-    texts, labels, lines, problems, share = ColumnBuilder(), [], array("q"), {}, Sharer()
-    for number, row in enumerate(read_rows(task.dataset_name, task.csv_delimiter, task.encoding)):
-        columns |= dict.fromkeys(row.values)  # JSON lines may omit some
-        texts.append(row.values.get(task.text_column))
-        labels.append(share(row.values.get(task.label_column)))
-        lines.append(row.line)
-        if row.problem:
-            problems[number] = row.problem
-    if not lines:
+    state = os.stat(task.dataset_name)
+    whole, columns = _read_file(
+        task.dataset_name,
+        (state.st_size, state.st_mtime_ns),
+        task.csv_delimiter,
+        task.encoding,
+        task.text_column,
+        task.label_column,
+    )
+    count = len(whole.labels)
+    if not count:
         raise InputError(
             f"--dataset_name {task.dataset_name} has no rows; the first line of a .csv names the columns."
         )
     try:
-        parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": len(lines)})
+        parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": count})
     except Exception as error:  # datasets raises many kinds of errors for a slice
         said = " ".join(str(error).split())[:200]
         raise InputError(
@@ -206,11 +210,30 @@ def _split_of_file(task: TaskConfig, split_name: str) -> _Split:
             f"train. {_SPLIT_HINT}"
         ) from error
     if columns:
-        _check_columns(task, list(columns))
-    whole = _Split(split_name, texts.column(), labels, lines, problems)
-    if [(part.from_, part.to) for part in parts] == [(0, len(lines))]:
-        return whole
-    return whole.part([row for part in parts for row in range(part.from_, part.to)])
+        _check_columns(task, columns)
+    return whole.part(split_name, [range(part.from_, part.to) for part in parts])
+
+
+@functools.lru_cache(maxsize=1)  # the splits of a task are parts of one file, which is large if it is worth to be kept
+def _read_file(
+    path: str,
+    state: tuple[int, int],
+    delimiter: str | None,
+    encoding: str | None,
+    text_column: str,
+    label_column: str,
+) -> tuple[_Split, list[str]]:
+    """Return all rows of a file, and its columns; `state`, its size and time of change, tells if it was changed."""
+    columns: dict[str, None] = {}
+    texts, labels, lines, problems, share = ColumnBuilder(), [], array("q"), {}, Sharer()
+    for number, row in enumerate(read_rows(path, delimiter, encoding)):
+        columns |= dict.fromkeys(row.values)  # JSON lines may omit some
+        texts.append(row.values.get(text_column))
+        labels.append(share(row.values.get(label_column)))
+        lines.append(row.line)
+        if row.problem:
+            problems[number] = row.problem
+    return _Split("train", texts.column(), labels, lines, problems), list(columns)
 
 
 def _check_columns(task: TaskConfig, columns: list[str]) -> None:

@@ -27,6 +27,12 @@ class Column(Sequence[Any]):
         row = range(len(self))[index]
         return self.others[row] if row in self.others else self.values[row].as_py()
 
+    def part(self, parts: Sequence[range], rows: Sequence[int]) -> "Column":
+        """Return these rows, without a copy; `rows` names them one by one, if there are `others`."""
+        chunks = [chunk for part in parts for chunk in self.values.slice(part.start, len(part)).chunks]
+        others = {number: self.others[row] for number, row in enumerate(rows) if row in self.others}
+        return Column(pyarrow.chunked_array(chunks, type=self.values.type), others)
+
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self), BLOCK):
             block = self.values.slice(start, BLOCK).to_pylist()
