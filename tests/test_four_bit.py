@@ -11,8 +11,9 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
+from tests.test_launch import FILES
 from tests.test_modeling import IDS, new_adapter
-from tests.test_scripts import main_of, run, train_flags
+from tests.test_scripts import ROOT, main_of, run, train_flags
 from tweetdora.config import ModelConfig
 from tweetdora.dora import DoraLinear
 from tweetdora.errors import InputError
@@ -134,3 +135,34 @@ def test_train_evaluate_and_publish(method, batching, teachable_dir, data_dir, t
     assert "quantization_config" not in config and config["dtype"] == "float32"
     assert "quantised to 4 bits (NF4) for the training only" in (folder / "publish" / "README.md").read_text()
     shutil.rmtree(folder / "publish")
+
+
+CACHED = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+import tweetdora
+from tweetdora import tokenized
+tokenized.CACHE_FROM = 4
+write = tokenized._write
+tokenized._write = lambda *arguments: print("tokenised by one process") or write(*arguments)
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def test_two_processes_train_what_one_trains(teachable_dir, data_dir, tmp_path):
+    """Each holds the 4-bit base; one of them tokenises, and the other reads the cache."""
+    script, losses = tmp_path / "cached.py", []
+    script.write_text(CACHED.format(root=str(ROOT)))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(FILES / "cpu.yaml"), "--main_process_port", "0"]
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        words = ["train.py"] if processes == 1 else [*launch, "--num_processes", "2", str(script)]
+        flags = train_flags(teachable_dir, data_dir, folder)
+        for flag, value in {"--max_steps": "6", "--max_eval_samples": "0", "--logging_steps": "1"}.items():
+            flags[flags.index(flag) + 1] = value
+        said = run(*words, *flags, "--load_in_4bit", "true", HF_DATASETS_CACHE=str(tmp_path / "cache"))
+        assert said.count("tokenised by one process") == processes - 1, said
+        history = json.loads((folder / "run.json").read_text())["result"]["log_history"]
+        losses.append([line["loss"] for line in history if "loss" in line])
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 1
