@@ -5,7 +5,8 @@
     python -m bench --quick                  # a smoke test: 2 steps of 8 examples, into runs/bench/quick.json
 
 The parts are training (steps, losses, share of the GEMM rate, projection), memory, methods (DoRA and LoRA), prompts
-(longer ones), generation, prediction, saving, launch, and full (the published recipe, with --full or --only full).
+(longer ones), generation, prediction, launches (operations of a step), saving, launch, and full (the published recipe,
+with --full or --only full).
 Each part runs in separate processes, so none inherits another's memory. Compared sides are interleaved in one process.
 
 Writes every raw sample, with machine, versions and commit, to results/bench/cpu.json.
@@ -47,6 +48,7 @@ PARTS = {
     "prompts": ("bench.variants.measure_prompts", ["bf16"]),
     "generation": ("bench.generation.measure_generation", ["all"]),
     "prediction": ("bench.prediction.measure_prediction", ["fp32", "bf16"]),
+    "launches": ("bench.launches.measure_launches", ["fp32", "bf16"]),
     "saving": ("bench.saving.measure_saving", ["all"]),
     "launch": ("bench.launch.measure_launch", ["all"]),
     "full": ("bench.launch.measure_full", ["all"]),

@@ -129,6 +129,18 @@ def _prediction(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     return rows
 
 
+def _launches(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
+    rows = []
+    for precision, sample in samples.items():
+        ours = sum(sample["ours"].values())
+        for kind, found in sample.items():
+            if kind != "ours":
+                other = sum(found.values())
+                what = f"operations of a step that are no views, {precision}, TRL ({kind})"
+                rows.append([what, f"{ours:,}", f"{other:,}", f"{other / ours:.2f}"])
+    return rows
+
+
 def _launch(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     sample, what = samples["all"], f"accelerate launch to the first step, {settings.train_examples:,} examples"
     rows = [[what, f"{sample['runs'][-1]['to_first_step']:.1f} s", "", ""]]
@@ -158,6 +170,7 @@ _LINES = {
     "prompts": _prompts,
     "generation": _generation,
     "prediction": _prediction,
+    "launches": _launches,
     "saving": _saving,
     "launch": _launch,
     "full": _full,

@@ -4,13 +4,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from sample_records import ENVIRONMENT
 
 from bench.__main__ import OUTPUT, PARTS, parse, stolen_share
 from bench.generation import until_stop
 from bench.launch import import_seconds, train_flags
+from bench.launches import count_operations
 from bench.record import BenchData, BenchPart, BenchRecord, read_bench, write_bench
-from bench.report import table
+from bench.report import _launches, table
 from bench.settings import Settings
 from bench.stats import ModelShape, format_spread, format_table, ratios, spread, step_operations
 from tweetdora.cli import parse_train
@@ -145,6 +147,26 @@ def test_the_stolen_share_is_that_of_the_time_between():
     after[stolen] += 10
     assert stolen_share(before, after) == 0.1
     assert stolen_share(None, after) is None
+
+
+def test_operations_are_counted_without_views():
+    """A step: two products, a view that is none of the count, a sum, and what the backward pass needs for them."""
+
+    class Step:
+        weight = torch.ones(2, 3, requires_grad=True)
+
+        def step(self, rows: list) -> None:
+            ((torch.ones(4, 3) @ self.weight.t()) * 2).view(-1).sum().backward()
+
+    found = count_operations(Step(), [])
+    # mul and its gradient; the sum's gradient is expanded, a view; mm for the weight's gradient.
+    assert {name: found[name] for name in ("mm", "mul", "sum")} == {"mm": 2, "mul": 2, "sum": 1}
+    assert not {"t", "view", "expand", "detach"} & set(found)
+
+
+def test_the_lines_of_operations_compare_the_sums():
+    samples = {"fp32": {"trl": {"mm": 6, "mul": 4}, "ours": {"mm": 4}}}
+    assert _launches(samples, None) == [["operations of a step that are no views, fp32, TRL (trl)", "4", "10", "2.50"]]
 
 
 def test_memory_is_compared_within_a_precision():

@@ -379,7 +379,9 @@ def test_what_passes_ends_in_one_commit(push, trained: Desk, fault: Fault, reque
 
 # The client hands bytes to httpx2 in a way that httpx2 wants no more.
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-def test_an_upload_that_broke_is_gone_on_with_by_the_same_command(push, trained: Desk, tmp_path: Path):
+def test_an_upload_that_broke_is_gone_on_with_by_the_same_command(push, trained: Desk, tmp_path: Path, monkeypatch):
+    # On some CPUs, one of the few answers of this tiny model is another one in float16.
+    monkeypatch.setattr("tweetdora.build.MIN_EQUAL_GENERATIONS", 0.5)
     trained.hub.faults = [Fault("PUT /cdn/upload", 400, times=99)]
     weights = ("--dtype", "float16")  # the Hub has those in float32 already
     said = refused(push, f"{REPO}-again", *weights)

@@ -205,7 +205,7 @@ def test_a_run_of_the_version_before_that_was_stopped_is_read_as_unfinished(tmp_
     (tmp_path / "run.json").write_text(json.dumps({"record_version": 2, **old}))
     with pytest.raises(InputError, match="is interrupted, not finished. Resume it with"):
         read_run(str(tmp_path))
-    with pytest.raises(InputError, match="has record version 2; this code reads version 8. Use the version of"):
+    with pytest.raises(InputError, match="has record version 2; this code reads version 9. Use the version of"):
         read_record(RunRecord, str(tmp_path / "run.json"), oldest_version=RECORD_VERSION)
 
 
@@ -330,7 +330,7 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
 def test_a_record_of_another_version_is_refused(version, run_dir):
     change(run_dir, record_version=version)
     message = (
-        f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3, 4, 5, 6, 7 and 8. Use the"
+        f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3, 4, 5, 6, 7, 8 and 9. Use the"
     )
     with pytest.raises(InputError, match=message):
         read_run(str(run_dir))

@@ -272,7 +272,7 @@ def test_push_refuses_a_folder_that_is_not_whole(finished, tmp_path, monkeypatch
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish"))
     damage(folder)
-    monkeypatch.setattr("tweetdora.build.load_base", None)  # refused before the merge
+    monkeypatch.setattr("tweetdora.build.load_for_merge", None)  # refused before the merge
     assert message in refused("push_to_hub.py", folder, "--dry_run", "true")
     assert not (folder / "publish").exists()
 

@@ -174,7 +174,7 @@ def test_train_py_hands_the_interrupted_runs_record_on(monkeypatch, tmp_path):
     assert given[-1] is saved and Commits("a" * 40, "b" * 40) in given
 
 
-@pytest.mark.parametrize("optim", ["apollo_adamw", "galore_adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optim", ["apollo_adamw", "galore_adamw", "grokadamw"])
 def test_an_optimizer_that_cannot_be_made_is_refused_by_its_flag(optim, load_with):
     loaded, _ = load_with()
     settings = TrainConfig(output_dir="x", precision="fp32", report_to=[], optim=optim)

@@ -133,13 +133,13 @@ def _packed_attention(
         torch.cat([first.expand(len(rows), -1, -1, -1), rows], dim=2)
         for first, rows in zip(of_prefix[1:], own[1:], strict=True)
     )
-    mask = _causal_mask(prefix + padded_length, sliding_window, query.device)
-    output = _attend(own[0], keys, values, mask[prefix:], scaling, dropout)  # (N, H, L, D)
+    own_mask, prefix_mask = _masks(packing, prefix + padded_length, sliding_window, query.device)
+    output = _attend(own[0], keys, values, own_mask, scaling, dropout)  # (N, H, L, D)
     output = output.transpose(1, 2).flatten(0, 1)  # (N * L, H, D)
     output = _Regroup.apply(output, to_packed, to_padded, packing["is_padding"])  # (T - P, H, D)
     if prefix:
         query, key, value = (states[None] for states in of_prefix)
-        prefix_output = _attend(query, key, value, mask[:prefix, :prefix], scaling, dropout)[0]
+        prefix_output = _attend(query, key, value, prefix_mask, scaling, dropout)[0]
         output = torch.cat([prefix_output.transpose(0, 1), output])
     return output.unsqueeze(0), keys, values
 
@@ -268,15 +268,39 @@ def _causal_mask(length: int, window: int | None, device: torch.device) -> torch
     return seen if window is None else seen & (distance < window)
 
 
+class _Mask:
+    """Which positions (columns) each position (rows) sees, bool (L, S), and what is added to scores for that."""
+
+    def __init__(self, seen: torch.Tensor) -> None:
+        self.seen = seen
+        self._added: dict[tuple[torch.dtype, int], torch.Tensor] = {}
+
+    def added(self, dtype: torch.dtype, heads: int) -> torch.Tensor:
+        """0 where a position is seen, minus infinity elsewhere, (heads * L, S)."""
+        if (dtype, heads) not in self._added:
+            hidden = torch.zeros_like(self.seen, dtype=dtype).masked_fill_(~self.seen, float("-inf"))
+            self._added[dtype, heads] = hidden.repeat(heads, 1)
+        return self._added[dtype, heads]
+
+
+def _masks(packing: dict[str, Any], length: int, window: int | None, device: torch.device) -> tuple[_Mask, _Mask]:
+    """The masks of the rows' own tokens and of the prefix; made by a batch's first layer, and kept for the others."""
+    made, prefix = packing.setdefault("masks", {}), packing["prefix_length"]
+    if (window, device) not in made:
+        seen = _causal_mask(length, window, device)
+        made[window, device] = _Mask(seen[prefix:]), _Mask(seen[:prefix, :prefix])
+    return made[window, device]
+
+
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    mask: _Mask,
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Attention output (N, H, L, D) for query (N, H, L, D), key and value (N, G, S, D) and mask (L, S)."""
+    """Attention output (N, H, L, D) for query (N, H, L, D), key and value (N, G, S, D)."""
     count, heads, length, width = query.shape
     groups, seen = key.shape[1:3]
     most = _KEPT_SCORES if torch.is_grad_enabled() else _SCORES
@@ -285,13 +309,13 @@ def _attend(
         if query.device.type == "cpu" and query.element_size() < 4:
             query, key, value = query.float(), key.float(), value.float()
         output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=groups != heads
+            query, key, value, attn_mask=mask.seen, dropout_p=dropout, scale=scaling, enable_gqa=groups != heads
         )
         return output.to(dtype)
     # Stack the heads that share keys, so that each row and group needs only one product.
     query = query.reshape(count * groups, -1, width)  # (N * G, H / G * L, D)
     key, value = key.reshape(count * groups, seen, width), value.reshape(count * groups, seen, width)
-    hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf")).repeat(heads // groups, 1)
+    hidden = mask.added(query.dtype, heads // groups)
     scale = scaling if scaling is not None else width**-0.5
     scores = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=scale)  # (N * G, H / G * L, S)
     return torch.bmm(torch.softmax(scores, dim=-1), value).view(count, heads, length, width)
