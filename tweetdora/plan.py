@@ -15,7 +15,7 @@ from tweetdora.config import (
     normalize_label,
 )
 from tweetdora.errors import ResourceError
-from tweetdora.records import RunRecord
+from tweetdora.records import BaseModelRecord, RunRecord
 from tweetdora.tracking import wandb_mode
 
 # Below both limits, an adapter barely changes: README's own recipe for another task once trained 3 steps at 3e-5, and
@@ -80,11 +80,7 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
     counts = ", ".join(f"{count:,} {word}" for word, count in data.label_counts.items())
     name, trainable = "/".join(filter(None, (data.name, data.config))), run.adapter.trainable_parameters
     lines = [
-        (
-            "base model",
-            f"{base.name_or_path} ({base.architecture}, {base.parameters:,} parameters)"
-            + (", quantised to 4 bits for the training" if adapter.load_in_4bit else ""),
-        ),
+        ("base model", _base_line(base, adapter.load_in_4bit)),
         (
             "adapter",
             f"{adapter.method} on {', '.join(adapter.target_modules)}, r {adapter.r}, alpha {adapter.lora_alpha}: "
@@ -134,6 +130,11 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
             )
         )
     return "\n".join(f"  {label:<14} {text}" for label, text in lines)
+
+
+def _base_line(base: BaseModelRecord, in_4bit: bool) -> str:
+    quantised = ", quantised to 4 bits for the training" if in_4bit else ""
+    return f"{base.name_or_path} ({base.architecture}, {base.parameters:,} parameters){quantised}"
 
 
 def _unnamed_words(task: TaskConfig) -> list[str]:

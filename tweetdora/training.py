@@ -97,8 +97,7 @@ def load(
         test_examples = load_examples(task, "test", commits.data)
         tokenizer = load_tokenizer(name, commits.base)
     check_trainable(train_examples, task)
-    validation = {"validation": validation_examples} if validation_examples else {}
-    splits = {"train": train_examples, **validation, "test": test_examples}
+    splits = {"train": train_examples, "validation": validation_examples, "test": test_examples}
     prompt_format = trained_format(tokenizer, task, saved) or read_prompt_format(tokenizer, task)
     use_template(tokenizer, task)  # the tokenizer is saved with it
     prompt_tokenizer = PromptTokenizer(tokenizer, prompt_format, task.max_length)
@@ -134,7 +133,7 @@ def load(
         steps=count_steps(training, len(train_examples)),
         environment=environment(),
         dataset_card=read_dataset_card(task.dataset_name, commits.data, task.label_words, task.label_values),
-        notes=notes_on_splits(splits, task.label_words),
+        notes=notes_on_splits({name: found for name, found in splits.items() if found}, task.label_words),
     )
     return Loaded(model, tokenizer, prompt_tokenizer, tokenized, validation_examples), run
 
