@@ -166,7 +166,7 @@ def test_a_bad_example_leaves_no_file(cache, prompt_tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])
 def test_texts_of_a_large_file_take_no_python_objects(name, tmp_path, cache):
-    """Lists of strings took 190 bytes a row here, beside the texts."""
+    """Only the label is an object of Python, and the same one for all rows that have it."""
     count = 20_000
     frame = {"text": [f"What a good day {number}" for number in range(count)], "label": ["good", "bad"] * (count // 2)}
     table = datasets.Dataset.from_dict(frame).to_pandas()

@@ -22,6 +22,7 @@ from tweetdora.files import read_json
 from tweetdora.generation import generate_all
 from tweetdora.modeling import (
     base_identity,
+    dtype_name,
     load_adapter,
     load_for_merge,
     load_tokenizer,
@@ -125,7 +126,7 @@ def build_model(
         raise InputError(
             f"{name} is not this run's base model: found {asdict(identity)}, expected {asdict(run.base_model)}."
         )
-    base_dtype = str(base.dtype).removeprefix("torch.")
+    base_dtype = dtype_name(base.dtype)
     with_adapter = load_adapter(base, adapter_dir)
     expected = logits_and_generations(with_adapter, tokenizer, prompt_tokenizer, examples, task, run.max_new_tokens)
     if config.adapter_only:

@@ -33,7 +33,7 @@ from tweetdora.tokenized import Features
 from tweetdora.trainer import supervised_loss_sum
 
 _DRAWS = 200  # batches that are drawn to find a large one
-# On a CPU, the heap takes more than the tensors that live in it. Measured: 1.02 to 1.3 times as much (LOG.md).
+# On a CPU, the heap takes more than the tensors that live in it. Measured: 1.0 to 1.3 times as much (LOG.md).
 _HEAP = 1.1
 # Adam's two moments, in float32, for each trained weight. The gradients are counted with the step.
 _OPTIMIZER_BYTES = 8

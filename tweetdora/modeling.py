@@ -163,11 +163,12 @@ def load_for_merge(
         cure = "" if stored == torch.float32 else " Ask for a bfloat16 result (--dtype bfloat16, --precision bf16)."
         log.info("%s. It is loaded anyway, for it is needed in %s.%s", what, how, cure)
         return load_base(name_or_path, revision, torch.float32, device)
-    log.info("%s, so it stays in %s, as it is stored. The merge gives the same weights.", what, _name(stored))
+    log.info("%s, so it stays in %s, as it is stored. The merge gives the same weights.", what, dtype_name(stored))
     return load_base(name_or_path, revision, stored, device)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,6 +1,6 @@
 """Columns of a data set as sequences whose values stay in Arrow arrays, memory-mapped where the data set is.
 
-A list would hold every text as a Python string: 1 million tweets would take 180 MB.
+A list would hold every text as a Python string, which takes more memory than the text itself.
 """
 
 from collections.abc import Iterator, Sequence

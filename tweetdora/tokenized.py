@@ -227,10 +227,9 @@ def _key(examples: Examples, prompt_tokenizer: PromptTokenizer) -> str | None:
         "tokenizers": tokenizers.__version__,
         "transformers": transformers.__version__,
         "tokenizer": hashlib.sha256(written.encode()).hexdigest(),
-        "prompt": dataclasses.asdict(prompt_tokenizer.format),
         "max_prompt_length": prompt_tokenizer.max_prompt_length,
         "completions": prompt_tokenizer.completion_ids,
-        # For all that is not in the tokenizer's text: its Python class and settings, and this project's own code.
+        # For the prompt around a text, and all that is not in the tokenizer's text: its class and settings, our code.
         "probes": prompt_tokenizer.prompts([*_PROBES, *prompt_tokenizer.tokenizer.all_special_tokens]),
         "examples": examples.sha256,
         "example_ids": hashlib.sha256(np.asarray(examples.example_ids, np.int64).tobytes()).hexdigest(),
