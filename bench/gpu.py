@@ -42,6 +42,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from bench.stats import format_spread, format_table, ratios, spread
+from tweetdora.block import write_out
 from tweetdora.config import ModelConfig
 from tweetdora.device import hardware
 from tweetdora.files import write_json
@@ -127,6 +128,7 @@ class Job:
         if kind == "ours":
             config = ModelConfig(model_name_or_path=self.model, target_modules=TARGETS[targets])
             model = attach_adapter(base, config)
+            write_out(model)
         else:
             model = get_peft_model(base, lora_config(targets, use_dora=kind != "lora"))
         return (copy_adapter(start, model) if start else model).train()

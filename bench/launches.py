@@ -12,8 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.settings import Settings
 from bench.sides import Side, our_side, trl_side
 
-# Operations that only describe the same memory anew, although their schema does not say so.
-_VIEWS = {"aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh"}
+# Operations that start no kernel, although their schema does not say so: views, memory without contents, questions
+# about dtypes, and the profiler's marks.
+_FREE = {
+    *("aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh"),
+    *("aten::new_empty", "aten::new_empty_strided", "aten::promote_types", "aten::result_type"),
+    *("profiler::_record_function_enter_new", "profiler::_record_function_exit"),
+}
 
 
 class _Operations(TorchDispatchMode):
@@ -26,7 +31,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count an operation and run it."""
         name = func._schema.name
-        if not (func.is_view or name in _VIEWS or name.startswith("aten::empty")):
+        if not (func.is_view or name in _FREE or name.startswith("aten::empty")):
             self.found[name.removeprefix("aten::")] += 1
         return func(*args, **(kwargs or {}))
 

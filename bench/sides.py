@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.settings import Settings
+from tweetdora.block import write_out
 from tweetdora.config import ModelConfig
 from tweetdora.modeling import DTYPES, attach_adapter, load_base, load_tokenizer
 from tweetdora.packing import PackedCollator
@@ -59,7 +60,9 @@ def our_side(settings: Settings, precision: str, learning_rate: float = 3e-5) ->
     """Build base and adapter as train.py does, on packed batches."""
     base = load_base(settings.model, None, DTYPES[precision], CPU)
     torch.manual_seed(42)
-    return packed_side(attach_adapter(base, ModelConfig(model_name_or_path=settings.model)), learning_rate)
+    model = attach_adapter(base, ModelConfig(model_name_or_path=settings.model))
+    write_out(model)
+    return packed_side(model, learning_rate)
 
 
 def packed_side(model: torch.nn.Module, learning_rate: float = 3e-5) -> Side:

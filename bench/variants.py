@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from bench.settings import Settings
 from bench.sides import CPU, our_side, packed_side, time_in_turn, trl_side
 from bench.training import faster_trl
+from tweetdora.block import write_out
 from tweetdora.config import ModelConfig
 from tweetdora.modeling import DTYPES, attach_adapter, load_base
 
@@ -20,7 +21,9 @@ def measure_methods(settings: Settings, precision: str, targets: str) -> dict[st
     for method in ("dora", "lora"):
         config = ModelConfig(model_name_or_path=settings.model, method=method, target_modules=modules)
         base = load_base(settings.model, None, DTYPES[precision], CPU)
-        sides[f"ours_{method}"] = packed_side(attach_adapter(base, config))
+        ours = attach_adapter(base, config)
+        write_out(ours)
+        sides[f"ours_{method}"] = packed_side(ours)
         base = load_base(settings.model, None, DTYPES[precision], CPU)
         plain = LoraConfig(
             task_type="CAUSAL_LM",

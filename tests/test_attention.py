@@ -57,24 +57,29 @@ class ExactNorm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
 def adapted(
-    make_model: Callable[..., Any], kind: str, attention: str, method: str = "dora", **settings: Any
+    make_model: Callable[..., Any],
+    kind: str,
+    attention: str,
+    method: str = "dora",
+    target_modules: Sequence[str] = ("all-linear",),
+    **settings: Any,
 ) -> PeftModel:
     """A tiny float64 model whose adapter has left its start; equal weights for any `attention`."""
     # 0.2: with the usual 0.02 attention is nearly uniform, and a wrong mask changes little.
-    base = make_model(kind.partition(",")[0], **{"initializer_range": 0.2, **KINDS[kind], **settings})
+    base = make_model(kind.partition(",")[0], **{"initializer_range": 0.2, **KINDS.get(kind, {}), **settings})
     for name, module in list(base.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             base.set_submodule(name, ExactNorm(module))
     base.set_attn_implementation(attention)
     base.name_or_path = "tiny"
-    config = ModelConfig(model_name_or_path="tiny", method=method, target_modules=["all-linear"])
+    config = ModelConfig(model_name_or_path="tiny", method=method, target_modules=list(target_modules))
     torch.manual_seed(1)
     model = attach_adapter(base, config).double().eval()
     with torch.no_grad():

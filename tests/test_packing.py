@@ -51,6 +51,7 @@ def test_packed_batch_is_the_one_of_the_docstring():
             "to_padded": [0, 1, 0, 2, 3, 4],
             "is_padding": [False, False, True, False, False, False],
             "to_packed": [0, 1, 3, 4, 5],
+            "kept": [2, 3, 5, 6],
         },
     }
 
@@ -70,6 +71,7 @@ def test_packed_rows_that_share_nothing_have_no_prefix():
             "to_padded": [0, 1, 2, 3, 4, 5],
             "is_padding": [False] * 6,
             "to_packed": [0, 1, 2, 3, 4, 5],
+            "kept": [1, 2, 4, 5],
         },
     }
 
@@ -89,6 +91,7 @@ def test_packed_single_row_keeps_the_token_before_its_answer_out_of_the_prefix()
             "to_padded": [0, 1],
             "is_padding": [False] * 2,
             "to_packed": [0, 1],
+            "kept": [2, 3],
         },
     }
 
@@ -108,6 +111,7 @@ def test_packed_identical_rows_each_keep_the_token_before_their_answer():
             "to_padded": [0, 1, 2, 3],
             "is_padding": [False] * 4,
             "to_packed": [0, 1, 2, 3],
+            "kept": [2, 3, 4, 5],
         },
     }
 
@@ -127,6 +131,7 @@ def test_packed_answers_of_different_lengths_each_keep_their_own_loss():
             "to_padded": [0, 1, 0, 0, 2, 3, 4, 5],
             "is_padding": [False] * 2 + [True] * 2 + [False] * 4,
             "to_packed": [0, 1, 4, 5, 6, 7],
+            "kept": [1, 2, 3, 4, 5, 6],
         },
     }
 

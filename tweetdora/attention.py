@@ -32,7 +32,7 @@ ATTENTION = "tweetdora"
 # On a CPU, matrix products that store all N x H x L x (P + L) scores take half the time of torch's fused attention,
 # mostly because of the gradient. Above these numbers of scores they would take too much memory: the first limit is for
 # scores that are kept for the gradient, the second for inference.
-_KEPT_SCORES, _SCORES = 2**22, 2**25
+KEPT_SCORES, _SCORES = 2**22, 2**25
 
 
 class NotPackable(RuntimeError):
@@ -133,7 +133,7 @@ def _packed_attention(
         torch.cat([first.expand(len(rows), -1, -1, -1), rows], dim=2)
         for first, rows in zip(of_prefix[1:], own[1:], strict=True)
     )
-    own_mask, prefix_mask = _masks(packing, prefix + padded_length, sliding_window, query.device)
+    own_mask, prefix_mask = causal_masks(packing, prefix + padded_length, query.device, sliding_window)
     output = _attend(own[0], keys, values, own_mask, scaling, dropout)  # (N, H, L, D)
     output = output.transpose(1, 2).flatten(0, 1)  # (N * L, H, D)
     output = _Regroup.apply(output, to_packed, to_padded, packing["is_padding"])  # (T - P, H, D)
@@ -283,7 +283,9 @@ class _Mask:
         return self._added[dtype, heads]
 
 
-def _masks(packing: dict[str, Any], length: int, window: int | None, device: torch.device) -> tuple[_Mask, _Mask]:
+def causal_masks(
+    packing: dict[str, Any], length: int, device: torch.device, window: int | None = None
+) -> tuple[_Mask, _Mask]:
     """The masks of the rows' own tokens and of the prefix; made by a batch's first layer, and kept for the others."""
     made, prefix = packing.setdefault("masks", {}), packing["prefix_length"]
     if (window, device) not in made:
@@ -303,7 +305,7 @@ def _attend(
     """Attention output (N, H, L, D) for query (N, H, L, D), key and value (N, G, S, D)."""
     count, heads, length, width = query.shape
     groups, seen = key.shape[1:3]
-    most = _KEPT_SCORES if torch.is_grad_enabled() else _SCORES
+    most = KEPT_SCORES if torch.is_grad_enabled() else _SCORES
     if query.device.type != "cpu" or dropout or count * heads * length * seen > most:
         dtype = query.dtype
         if query.device.type == "cpu" and query.element_size() < 4:

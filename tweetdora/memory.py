@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tweetdora.block import is_written_out, join_weights, write_out
 from tweetdora.config import ModelConfig, TrainConfig
 from tweetdora.device import available_memory_bytes, own_peak_memory_bytes
 from tweetdora.dora import is_4bit
@@ -140,12 +141,15 @@ def step_bytes(base: PreTrainedModel, config: ModelConfig, training: TrainConfig
         bare = AutoModelForCausalLM.from_config(settings, dtype=DTYPES[training.precision])
         set_up_for_packing(bare)
         model = attach_adapter(bare, config)
+        if is_written_out(base):
+            write_out(model, proven=True)
     model.train()
     if training.activation_checkpointing:
         bare.activation_checkpointing_enable()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         _make_fake(model, training.device)
         batch = tree_map_only(torch.Tensor, lambda tensor: fake.from_tensor(tensor).to(training.device), batch)
+        join_weights(model)
         with _LiveBytes(model.parameters()) as live:
             supervised_loss_sum(model, batch).backward()
     return live.peak

@@ -38,6 +38,7 @@ class PackedCollator:
                         to_padded   [0, 1, 0, 2, 3, 4]   (N * L,), own tokens of the N rows, padded to length L
                         is_padding  [0, 0, 1, 0, 0, 0]   (N * L,)
                         to_packed   [0, 1, 3, 4, 5]      (T - 2,), the reverse
+                        kept        as logits_to_keep, for the last layer (block.py)
 
     (`to_padded` counts from the end of the prefix. A padding position repeats token 0, and nothing attends to it.)
     """
@@ -54,6 +55,7 @@ class PackedCollator:
                     # SmolLM2-135M: 49,152 x 576 weights), so it is computed only where there is loss.
                     keep.append(start + offset - 1)
                     labels.append(IGNORE_INDEX if example["example_id"] == FILLER_ID else label)
+        batch["packing"]["kept"] = torch.tensor(keep)
         return batch | {
             "logits_to_keep": torch.tensor(keep),
             "labels": torch.tensor(labels),

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from tweetdora.block import write_out
 from tweetdora.callbacks import EvaluationStopped, LogGenerations, StopOnSignal
 from tweetdora.checkpoints import checkpoint_step
 from tweetdora.config import (
@@ -112,6 +113,8 @@ def load(
     set_seed(training.seed)  # before the adapter's random initialization
     model = attach_adapter(base, model_config)
     adapter_start = [(name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad]
+    if training.batching == "shared_prefix":
+        write_out(model)
     run = RunRecord(
         name=training.run_name or "",
         status="planned",

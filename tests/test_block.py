@@ -1,0 +1,221 @@
+"""Decoder layers with a written-out gradient against each row alone in transformers' own code, all in float64."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from test_attention import ROWS, adapted, assert_same, collated, one_by_one, row
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tweetdora import block
+from tweetdora.attention import ATTENTION
+from tweetdora.block import is_written_out, write_out
+from tweetdora.config import ModelConfig
+from tweetdora.modeling import attach_adapter, merge
+from tweetdora.packing import PackedCollator
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FORMS = {
+    "llama": {},
+    "llama, as many key heads as heads": {"num_key_value_heads": 4},
+    "llama, heads wider than the states": {"head_dim": 24},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral, window shorter than the prefix": {"sliding_window": 4},
+    "mistral, window between prefix and row": {"sliding_window": 9},
+    "mistral, window longer than the row": {"sliding_window": 64},
+    "qwen2": {},
+    "qwen2, one layer with a window": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+}
+
+
+def pair(make_model: Any, kind: str = "llama", **settings: Any) -> tuple[Any, Any]:
+    """A model in transformers' own code, and the same one written out in full."""
+    settings = {**FORMS.get(kind, {}), **settings}
+    plain, ours = (adapted(make_model, kind.partition(",")[0], how, **settings) for how in ("sdpa", ATTENTION))
+    assert write_out(ours) == 2
+    return plain, ours
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("kind", FORMS)
+def test_loss_and_gradients_are_those_of_separate_rows(kind, method, make_model):
+    plain, ours = pair(make_model, kind, method=method)
+    assert_same(collated(ours, PackedCollator()(ROWS)), one_by_one(plain, ROWS))
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        *([name] for name in LINEAR),
+        *(list(names) for names in itertools.combinations(LINEAR[:3], 2)),
+        *(["gate_proj", "up_proj"], ["o_proj", "down_proj"], ["q_proj", "v_proj", "up_proj"]),
+    ],
+    ids=",".join,
+)
+def test_loss_and_gradients_are_those_of_separate_rows_for_an_adapter_on(targets, method, make_model):
+    plain, ours = pair(make_model, method=method, target_modules=targets)
+    assert_same(collated(ours, PackedCollator()(ROWS)), one_by_one(plain, ROWS))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([row([50, 51, 52], [60, 4]), row([53, 51], [61, 62, 4])], id="no shared prefix"),
+        pytest.param([ROWS[0]], id="one row"),
+        pytest.param([ROWS[0]] * 3, id="equal rows"),
+        pytest.param([row([50], [60, 4]), row([50], [61, 4])], id="a prompt of one token"),
+        pytest.param([row([3, 9, 10], [60, 4]), row([3, *range(20, 60), 9, 10], [60, 4])], id="uneven"),
+    ],
+)
+def test_loss_and_gradients_are_those_of_separate_rows_for(rows, make_model):
+    plain, ours = pair(make_model, "mistral, window shorter than the prefix")
+    assert_same(collated(ours, PackedCollator()(rows)), one_by_one(plain, rows))
+
+
+def test_activation_checkpointing_gives_the_same_gradients(make_model):
+    plain, ours = pair(make_model)
+    ours.get_base_model().activation_checkpointing_enable()
+    ours.enable_input_require_grads()
+    assert_same(collated(ours.train(), PackedCollator()(ROWS)), one_by_one(plain, ROWS))
+
+
+def test_in_bf16_it_is_as_near_to_float64_as_the_models_own_code(make_model):
+    """The base in bf16 and the adapter in float32, as train.py has them."""
+    plain, ours = pair(make_model)
+    theirs = adapted(make_model, "llama", ATTENTION)
+    expected = one_by_one(plain, ROWS)
+
+    def error(model: Any) -> float:
+        for weight in model.parameters():
+            weight.data = weight.data.to(torch.float32 if weight.requires_grad else torch.bfloat16)
+        found = collated(model, PackedCollator()(ROWS))
+        assert all(value.dtype == torch.float32 for name, value in found.items() if name != "loss")
+        return sum(((found[name] - value).norm() / value.norm()).item() for name, value in expected.items())
+
+    assert 0 < error(ours) < 1.2 * error(theirs)
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def rolls(model: Any, **changes: Any) -> int:
+    """How often a forward pass of ROWS turns states for the rotary embedding; a plain layer never does."""
+    batch = PackedCollator()(ROWS)
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "example_ids")}
+    with Operations() as operations:
+        model(**{**inputs, **changes}, use_cache=False)
+    return operations.names.count("aten::roll")
+
+
+def test_only_training_on_packed_batches_is_written_out(make_model):
+    _, ours = pair(make_model)
+    assert rolls(ours) == 2, "once in each layer"
+    with torch.no_grad():
+        assert rolls(ours) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rolls(ours) == 0
+    with ours.disable_adapter():
+        assert rolls(ours) == 0
+    ours.train().get_base_model().config.attention_dropout = 0.5
+    for module in ours.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    assert rolls(ours) == 0
+
+
+def test_too_many_scores_for_one_product_are_left_to_the_models_code(make_model, monkeypatch):
+    _, ours = pair(make_model)
+    monkeypatch.setattr(block, "KEPT_SCORES", 100)
+    assert rolls(ours) == 0
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "phi3", "olmo2"])
+def test_layers_of_another_form_run_the_models_own_code(kind, make_model):
+    settings = {"head_dim": 8, "pad_token_id": 0} if kind != "olmo2" else {"pad_token_id": 0}
+    base = make_model(kind, **settings)
+    base.set_attn_implementation(ATTENTION)
+    base.name_or_path = "tiny"
+    model = attach_adapter(base, ModelConfig(model_name_or_path="tiny", target_modules=["all-linear"]))
+    assert write_out(model) == 0 and not is_written_out(model)
+
+
+class Doubled(nn.Module):
+    """A norm that looks like Llama's but is none."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return 2 * self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@pytest.mark.parametrize("part", ["input_layernorm", "post_attention_layernorm"])
+def test_a_layer_that_only_looks_like_llamas_runs_the_models_own_code(part, make_model):
+    model = adapted(make_model, "llama", ATTENTION)
+    for layer in model.get_base_model().model.layers:
+        setattr(layer, part, Doubled(getattr(layer, part)))
+    assert write_out(model) == 0
+
+
+def test_a_layer_that_ignores_its_configurations_window_runs_the_models_own_code(make_model, monkeypatch):
+    model = adapted(make_model, "mistral", ATTENTION, sliding_window=64)
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.sliding_window = 32
+    assert write_out(model) == 0
+
+
+@pytest.mark.parametrize("target", ["input_layernorm", "mlp.up_proj.base_layer"])
+def test_a_layer_with_trained_weights_of_its_own_runs_the_models_own_code(target, make_model):
+    model = adapted(make_model, "llama", ATTENTION)
+    model.get_base_model().model.layers[1].get_submodule(target).weight.requires_grad_(True)
+    assert write_out(model) == 1
+
+
+def test_dropout_on_the_adapters_input_runs_the_models_own_code(make_model):
+    base = make_model("llama")
+    base.set_attn_implementation(ATTENTION)
+    base.name_or_path = "tiny"
+    assert write_out(attach_adapter(base, ModelConfig(model_name_or_path="tiny", lora_dropout=0.1))) == 0
+
+
+def test_weights_that_share_an_input_lie_together_and_stay_the_layers_own(make_model):
+    _, ours = pair(make_model)
+    layer = ours.get_base_model().model.layers[0]
+    parts = [layer.self_attn.get_submodule(f"{name}_proj.base_layer").weight for name in "qkv"]
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    before = collated(ours, PackedCollator()(ROWS))
+    for part in parts:  # as a move to another device would
+        part.data = part.data.clone()
+    assert_same(collated(ours, PackedCollator()(ROWS)), before)
+    with torch.no_grad():
+        parts[0][:] = 0  # a change in place is a change of what is computed
+    assert not torch.equal(collated(ours, PackedCollator()(ROWS))["loss"], before["loss"])
+
+
+def test_a_written_out_model_merges_and_saves_like_any_other(make_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    plain, ours = pair(make_model)
+    ids = torch.tensor([ROWS[0]["input_ids"]])
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+        merged = merge(ours, torch.float64)
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=0, atol=1e-6)
+        merged.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert all(
+        torch.equal(weight, dict(merged.named_parameters())[name]) for name, weight in loaded.named_parameters()
+    )
