@@ -14,6 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tweetdora.block import write_out
 from tweetdora.config import ModelConfig
 from tweetdora.data import load_examples
 from tweetdora.memory import MemoryPlan, _LiveBytes, large_batch, step_bytes
@@ -26,11 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def collator_of(batching: str) -> Any:
-    return PackedCollator() if batching == "shared_prefix" else PaddedCollator(4)
+    return PackedCollator() if batching.startswith("shared_prefix") else PaddedCollator(4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("batching", ["shared_prefix", "padded"])
+@pytest.mark.parametrize("batching", ["shared_prefix", "shared_prefix, written out", "padded"])
 @pytest.mark.parametrize("method", ["dora", "lora"])
 def test_a_step_is_counted_without_computing(
     method, batching, checkpointing, teachable_dir, task, prompt_tokenizer, training
@@ -40,8 +41,10 @@ def test_a_step_is_counted_without_computing(
     batch = collator_of(batching)(examples.features[:16])
     config = ModelConfig(model_name_or_path=teachable_dir, method=method)
     base = load_base(teachable_dir, None, torch.float32, torch.device("cpu"))
-    expected = step_bytes(base, config, training(activation_checkpointing=checkpointing), batch)
     model = attach_adapter(base, config).train()
+    if batching.endswith("written out"):
+        assert write_out(model) == 2
+    expected = step_bytes(base, config, training(activation_checkpointing=checkpointing), batch)
     if checkpointing:
         base.activation_checkpointing_enable()
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
@@ -57,7 +60,7 @@ def test_a_step_is_counted_without_computing(
         supervised_loss_sum(model, batch)
     saved = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
     assert expected == live.peak
-    assert checkpointing or saved <= expected < 1.5 * saved
+    assert checkpointing or saved <= expected < 1.6 * saved
 
 
 def test_bytes_are_counted_while_they_live():

@@ -64,11 +64,16 @@ class _Norm:
         wide = torch.promote_types(x.dtype, torch.float32)
         width = x.shape[-1]
         root = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        if self._added is None or (self._added.dtype, self._added.device) != (wide, x.device):
-            self._added = root.new_tensor(math.sqrt(width * self.epsilon))
         # sqrt(|x|^2 + width * epsilon) / sqrt(width)
-        root = torch.hypot(root, self._added).mul_(width**-0.5)
+        root = torch.hypot(root, self.added(wide, x.device)).mul_(width**-0.5)
         return torch.div(x, root, out=torch.empty_like(x)).mul_(self.module.weight), root
+
+    def added(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """sqrt(width * epsilon) as a tensor; made once."""
+        if self._added is None or (self._added.dtype, self._added.device) != (dtype, device):
+            number = math.sqrt(len(self.module.weight) * self.epsilon)
+            self._added = torch.tensor(number, dtype=dtype, device=device)
+        return self._added
 
     def backward(
         self, gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, residual: torch.Tensor
@@ -461,8 +466,11 @@ def join_weights(model: nn.Module) -> None:
     """Lay the weights of layers that share an input on top of each other, before the first step needs them."""
     for module in model.modules():
         if isinstance(module, _WrittenOut):
+            for norm in module._written_out.norms:
+                weight = norm.module.weight
+                norm.added(torch.promote_types(weight.dtype, torch.float32), weight.device)
             for joined in module._written_out.joined():
-                joined.weight()
+                joined.prepare()
 
 
 def _is_adapted(layer: Any) -> bool:

@@ -86,6 +86,12 @@ class Joined:
             self._joined = joined
         return joined
 
+    def prepare(self) -> None:
+        """Make what is made once, before the first step needs it."""
+        weight = self.weight()
+        if self.dora:
+            self._squares(weight[self.first :], self.adapter_weights()[0].dtype)
+
     def forward(
         self, x: torch.Tensor, weights: Sequence[torch.Tensor], residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Kept]:
