@@ -6,7 +6,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import wandb
 from accelerate.utils import gather, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -14,7 +13,7 @@ from tweetdora.checkpoints import last_whole_checkpoint
 from tweetdora.config import TrainConfig
 from tweetdora.errors import DivergedError
 from tweetdora.packing import FILLER_ID
-from tweetdora.tracking import log_generations
+from tweetdora.tracking import log_generations, open_run
 
 if TYPE_CHECKING:
     from tweetdora.trainer import ClassificationTrainer
@@ -155,6 +154,6 @@ class LogGenerations(_TrainerCallback):
     ) -> None:
         """Log the generations of the last validation."""
         examples = self.trainer.validation_examples
-        if wandb.run is not None and examples is not None:
+        if open_run() is not None and examples is not None:
             found = [generation for generation in self.trainer.last_generations if generation is not None]
             log_generations("validation", examples, found, self.trainer.task.label_words, state.global_step)

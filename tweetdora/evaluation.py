@@ -25,13 +25,13 @@ from tweetdora.metrics import (
 )
 from tweetdora.modeling import DTYPES, check_ids_fit, load_base
 from tweetdora.other_classifiers import other_classifiers
-from tweetdora.plots import SHOWN_NAMES, confusion_title, plot_confusion, plot_reliability
 from tweetdora.priors import correct, estimate_shares
 from tweetdora.processes import check_same
 from tweetdora.prompts import PromptTokenizer
 from tweetdora.provenance import command_line, environment, utc_now
 from tweetdora.records import (
     PREDICTIONS,
+    SHOWN_NAMES,
     BaseModelRecord,
     Bootstrap,
     DataNote,
@@ -402,6 +402,9 @@ def predictions_of(examples: Examples, measured: Measured, label_words: list[str
 
 def save_results(record: EvaluationRecord, target: EvalTarget) -> None:
     """Draw the confusion matrices, then write the record."""
+    # matplotlib takes a second, which --help and mistakes in the flags need not wait for.
+    from tweetdora.plots import confusion_title, plot_confusion, plot_reliability
+
     folder = os.path.join(target.results_dir, record.split)
     for name, metrics in record.models.items():
         path = os.path.join(folder, f"confusion_{name}.png")

@@ -13,7 +13,7 @@ from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from tweetdora.records import LikelihoodMetrics
+from tweetdora.records import SHOWN_NAMES, LikelihoodMetrics
 
 _STYLE: Any = {
     "font.size": 10,
@@ -25,7 +25,6 @@ _STYLE: Any = {
     "text.parse_math": False,  # a "$" in a label is a dollar
 }
 _FONT = "DejaVu Sans"  # comes with matplotlib
-SHOWN_NAMES = {"base": "base", "finetuned": "fine-tuned"}  # of the measured models, for people
 _BLUE, _LIGHT_BLUE, _ORANGE, _GREY = "#2166ac", "#92c5de", "#d95f02", "#767676"
 BAR_COLOURS = {"base": _GREY, "other": "#c7c7c7", "finetuned": _ORANGE}
 

@@ -29,6 +29,7 @@ RUN_FILE = "run.json"
 TASK_FILE = "task.json"
 ADAPTER_DIR = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SHOWN_NAMES = {"base": "base", "finetuned": "fine-tuned"}  # of the measured models, for people
 PREDICTIONS = "predictions.jsonl"
 KEPT_PREDICTIONS = "predictions.json"  # the file's name after <split>.
 

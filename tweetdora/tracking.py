@@ -3,11 +3,11 @@
 import logging
 import netrc
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-import wandb
 from transformers.utils import ENV_VARS_TRUE_VALUES
 
 from tweetdora.data import Examples
@@ -63,6 +63,8 @@ def start_wandb(
 
     If the server cannot be reached, training continues: the run is stored offline, and a warning is logged.
     """
+    import wandb  # takes a second, which a run without W&B is spared
+
     mode, _ = wandb_mode()
     settings: dict[str, Any] = {
         "project": tracker.project if tracker else os.environ.get("WANDB_PROJECT", "tweetdora"),
@@ -91,10 +93,18 @@ def start_wandb(
     return TrackerRecord(id=run.id, mode=mode, url=url, project=run.project, entity=run.entity or None)
 
 
+def open_run() -> Any:
+    """The open W&B run; None if there is none."""
+    wandb = sys.modules.get("wandb")
+    return wandb.run if wandb is not None else None
+
+
 def log_generations(
     prefix: str, examples: Examples, generations: Sequence[Generation], label_words: Sequence[str], step: int
 ) -> None:
     """Log a confusion matrix and a table of the first generations to the open W&B run."""
+    import wandb
+
     names = [*label_words, UNPARSED_NAME]
     predictions = [len(label_words) if found.predicted == UNPARSED else found.predicted for found in generations]
     table = wandb.Table(columns=["example_id", "text", "label", "generation", "predicted", "stopped"])
@@ -110,12 +120,11 @@ def log_generations(
 
 def finish_wandb(summary: dict[str, Any] | None = None, exit_code: int = 0) -> None:
     """Close the open W&B run, if any."""
-    if wandb.run is None:
+    if (run := open_run()) is None:
         return
-    run = wandb.run
     run.summary.update(summary or {})
     try:
-        wandb.finish(exit_code=exit_code)
+        run.finish(exit_code=exit_code)
     except TimeoutError:
         waited = f"{_FINISH_SECONDS:.0f} s"
         log.warning(

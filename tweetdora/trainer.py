@@ -32,7 +32,6 @@ from tweetdora.config import TaskConfig, TrainConfig
 from tweetdora.data import Examples
 from tweetdora.errors import DivergedError, ResourceError
 from tweetdora.generation import Generation, generate_all
-from tweetdora.metrics import compute_metrics
 from tweetdora.modeling import save_adapter
 from tweetdora.packing import FILLER_ID, PackedCollator, PaddedCollator, token_count
 from tweetdora.progress import ProgressBar, ProgressLines
@@ -177,6 +176,8 @@ class ClassificationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Compute loss and generations of the validation examples, with a share for each process."""
+        from tweetdora.metrics import compute_metrics  # takes two seconds, which the first step need not wait for
+
         examples, stop = self.validation_examples, self._stop_on_signal()
         if examples is None:
             raise AssertionError("the Trainer does not validate without validation examples")

@@ -41,7 +41,6 @@ from tweetdora.modeling import (
     trainable_parameters,
 )
 from tweetdora.plan import count_steps, default_hub_model_id
-from tweetdora.plots import plot_training
 from tweetdora.processes import check_same
 from tweetdora.prompts import PromptTokenizer, read_prompt_format, use_template
 from tweetdora.provenance import command_line, environment, utc_now
@@ -356,6 +355,8 @@ def is_unfinished(trainer: ClassificationTrainer) -> bool:
 
 def save_run(trainer: ClassificationTrainer, run: RunRecord, peak_memory: dict[str, int]) -> RunRecord:
     """Write adapter, tokenizer and training plot, and finally the record that marks the run as finished."""
+    from tweetdora.plots import plot_training  # matplotlib takes a second, which the first step need not wait for
+
     run_dir, history = trainer.args.output_dir, trainer.state.log_history
     adapter_dir = os.path.join(run_dir, ADAPTER_DIR)
     save_adapter(trainer.model, adapter_dir)
