@@ -30,8 +30,18 @@ demo: $(VENV)/.runtime assets
 	$(BIN)/python evaluate.py $(DEMO_DIR) $(EVALUATE_FLAGS)
 	$(BIN)/python push_to_hub.py $(DEMO_DIR) --dry_run true
 
-test: $(VENV)/.dev assets .llama.cpp
-	$(BIN)/python -m pytest
+# Two processes share the files of tests; TEST_FLAGS="-n 0" runs them in one. The tests of 4-bit bases run by themselves,
+# because PEFT imports bitsandbytes wherever it is installed, which would slow every start of every other test.
+TEST_FLAGS ?= -n 2
+
+test: $(VENV)/.dev assets .llama.cpp .4bit/.done
+	$(BIN)/python -m pytest --ignore tests/test_four_bit.py --dist loadgroup --no-loadscope-reorder $(TEST_FLAGS)
+	PYTHONPATH=.4bit $(BIN)/python -m pytest tests/test_four_bit.py
+
+.4bit/.done: requirements-4bit.txt $(VENV)/.dev
+	rm -rf .4bit
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .4bit -r requirements-4bit.txt
+	touch $@
 
 test-compat: $(VENV)/.dev assets .compat/.done
 	$(BIN)/python -m pytest tests/test_compat.py

@@ -57,6 +57,24 @@ WHOLE_WORDS = """Ġnegative Ġneutr Ġpositive Ġgood Ġbad Ġplain Ġday Ġis �
 negative neutr positive good bad plain system user assistant Say The What Such Today""".split()
 
 
+# The files whose tests take longest, so that no process is left with one of them at the end; the others follow.
+_SLOWEST = """test_own_task test_formats test_launch test_publish test_sweep test_memory test_scripts test_survival test_predict
+test_compat test_trainer""".split()
+_SMALL_RUN = {"test_formats", "test_page", "test_quickstart_run"}  # the files that use small_run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run a file's tests in one process (they share fixtures), as those that share small_run, the slowest files first."""
+
+    def place(item: pytest.Item) -> int:
+        return _SLOWEST.index(item.path.stem) if item.path.stem in _SLOWEST else len(_SLOWEST)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("small_run" if item.path.stem in _SMALL_RUN else item.path.stem))
+    items.sort(key=place)  # stable
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HOME, ignore_errors=True)
 
@@ -258,12 +276,17 @@ def prompt_tokenizer(tokenizer: Any, task: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of the real small model on real tweets, 30 steps, and what push_to_hub.py said: it wrote all formats."""
+    """A run of the real small model on real tweets, 30 steps, and what push_to_hub.py said: it wrote all formats.
+
+    The quickstart recipe, shortened, started as README starts it (`make test` makes the assets).
+    """
     run = tmp_path_factory.mktemp("small") / "small"
-    short = "--max_steps 30 --eval_steps 30 --max_eval_samples 8"
-    _script("train.py", "--config", "recipes/quickstart.yaml", "--output_dir", str(run), *short.split())
-    _script("evaluate.py", str(run), "--max_eval_samples", "48", "--bootstrap_samples", "200")
-    formats = "--gguf q8_0 --onnx true --dry_run true --check_samples 24"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+    recipe = ["--config", "recipes/quickstart.yaml", "--output_dir", str(run)]
+    short = "--max_steps 30 --global_batch_size 8 --eval_steps 30 --max_eval_samples 8"
+    _script(*launch, "train.py", *recipe, *short.split())
+    _script("evaluate.py", str(run), "--max_eval_samples", "32", "--bootstrap_samples", "200")
+    formats = "--gguf q8_0 --onnx true --dry_run true --check_samples 12"
     return run, _script("push_to_hub.py", str(run), *formats.split())
 
 

@@ -149,8 +149,8 @@ def test_every_format_answers_as_the_published_model_does(small_run):
     found = {line.split(":")[0]: line for line in said.splitlines() if " answers equal in " in line}
     assert list(found) == ["GGUF q8_0", "ONNX float32", "ONNX int8"]
     equal = {name: int(line.split(", ")[1].split(" of ")[0]) for name, line in found.items()}
-    assert "24 of 24 answers equal in onnxruntime" in found["ONNX float32"]
-    assert min(equal.values()) >= 22, found
+    assert "12 of 12 answers equal in onnxruntime" in found["ONNX float32"]
+    assert min(equal.values()) >= 11, found
     card = (run / "publish/README.md").read_text()
     for name, line in found.items():
         assert line.split(", ", 1)[1].replace(" in ", ", in ") in card, name

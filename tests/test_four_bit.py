@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("bitsandbytes", reason="make test runs these tests with .4bit on the path")
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
@@ -21,6 +24,7 @@ from tweetdora.modeling import attach_adapter, base_identity, load_base
 from tweetdora.training import check_4bit
 
 CPU = torch.device("cpu")
+PATH = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # of the processes that are started here, for bitsandbytes
 
 
 def quantised(model_dir: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -122,7 +126,7 @@ def test_train_evaluate_and_publish(method, batching, teachable_dir, data_dir, t
     folder = tmp_path / "run"
     flags = train_flags(teachable_dir, data_dir, folder)
     more = ["--load_in_4bit", "true", "--method", method, "--batching", batching, "--max_steps", "12"]
-    planned = run("train.py", *flags, *more, "--dry_run", "true")
+    planned = run("train.py", *flags, *more, "--dry_run", "true", **PATH)
     assert "quantised to 4 bits for the training" in planned
     main_of("train.py")([*flags, *more])
     record = json.loads((folder / "run.json").read_text())
@@ -160,7 +164,7 @@ def test_two_processes_train_what_one_trains(teachable_dir, data_dir, tmp_path):
         flags = train_flags(teachable_dir, data_dir, folder)
         for flag, value in {"--max_steps": "6", "--max_eval_samples": "0", "--logging_steps": "1"}.items():
             flags[flags.index(flag) + 1] = value
-        said = run(*words, *flags, "--load_in_4bit", "true", HF_DATASETS_CACHE=str(tmp_path / "cache"))
+        said = run(*words, *flags, "--load_in_4bit", "true", HF_DATASETS_CACHE=str(tmp_path / "cache"), **PATH)
         assert said.count("tokenised by one process") == processes - 1, said
         history = json.loads((folder / "run.json").read_text())["result"]["log_history"]
         losses.append([line["loss"] for line in history if "loss" in line])

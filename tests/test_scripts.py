@@ -1,4 +1,4 @@
-"""The scripts as a user starts them: processes, files in, files out. A tiny model, and once the real small one."""
+"""The scripts as a user starts them: processes, files in, files out. A tiny model; the real one is in test_quickstart_run.py."""
 
 import dataclasses
 import json
@@ -486,22 +486,3 @@ def test_the_bases_answers_are_taken_from_an_earlier_evaluation_of_the_same(fini
     assert "validation.json is missing" in refused("evaluate.py", folder, *flags, "--split", "validation")
     data = read(folder / "run.json")["task"]["dataset_name"]
     assert "needs a run folder; " in refused("evaluate.py", folder / "adapter", *flags, "--dataset_name", data)
-
-
-def test_the_real_small_model_end_to_end(tmp_path):
-    """The quickstart recipe, shortened: SmolLM2-135M-Instruct on real tweets (`make test` makes the assets)."""
-    folder = tmp_path / "quick"
-    launch(
-        *("train.py", "--config", "recipes/quickstart.yaml", "--output_dir", str(folder), "--max_steps", "4"),
-        *("--max_train_samples", "64", "--max_eval_samples", "0", "--logging_steps", "1", "--learning_rate", "1e-3"),
-    )
-    run("evaluate.py", str(folder), "--max_eval_samples", "16", "--max_new_tokens", "8")
-    run("push_to_hub.py", str(folder), "--dry_run", "true", "--check_samples", "4")
-    losses = [entry["loss"] for entry in read(folder / "run.json")["result"]["log_history"] if "loss" in entry]
-    assert len(losses) == 4 and losses[-1] < losses[0] - 0.5
-    record = read(folder / "evaluation/test.json")
-    assert record["finetuned"]["parse_rate"] > record["base"]["parse_rate"]
-    card, adapter = (folder / "publish/README.md").read_text(), read(folder / "publish/adapter/adapter_config.json")
-    assert adapter["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card
-    assert "here converted from `SmolLM2-135M-Instruct.Q4_1.gguf` and therefore not identical to the original" in card
