@@ -17,9 +17,20 @@ import tweetdora  # noqa: F401  (before torch, because it sets torch's threads)
 
 # isort: split
 import logging
+from functools import partial
 
-from tweetdora.cli import parse_with_target, run_script
+from tweetdora.cli import check_flags, parse_with_target, run_script
 from tweetdora.config import EvaluateConfig
+
+parse = partial(
+    parse_with_target,
+    config_class=EvaluateConfig,
+    description=__doc__.partition("\n")[0],
+    target_help="Run folder, adapter or model id; see the top of this file.",
+)
+check_flags(__name__, parse, "evaluate.py")  # before the other imports, which take seconds
+
+# isort: split
 from tweetdora.device import compute_state, use_cpu_threads
 from tweetdora.evaluation import (
     describe,
@@ -43,9 +54,7 @@ log = logging.getLogger("tweetdora.evaluate")
 def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit status."""
     # parse
-    config, name = parse_with_target(
-        argv, EvaluateConfig, __doc__.partition("\n")[0], "Run folder, adapter or model id; see the top of this file."
-    )
+    config, name = parse(argv)
     state = compute_state()
     use_cpu_threads(state.device, state.num_processes)
 

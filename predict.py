@@ -14,12 +14,18 @@ import tweetdora  # noqa: F401  (before torch, because it sets torch's threads)
 # isort: split
 import logging
 import os
+from functools import partial
 
+from tweetdora.cli import check_flags, parse_predict, run_script, show_log
+from tweetdora.config import PredictConfig
+
+parse = partial(parse_predict, description=__doc__.partition("\n")[0])
+check_flags(__name__, parse, "predict.py")  # before the other imports, which take seconds
+
+# isort: split
 from accelerate import PartialState
 
 from tweetdora.classifier import Classifier
-from tweetdora.cli import parse_predict, run_script, show_log
-from tweetdora.config import PredictConfig
 from tweetdora.device import compute_state
 from tweetdora.errors import InputError
 from tweetdora.prediction import Summary, Table, find_text_column, predict_file, predict_stream, read_input, scan
@@ -31,7 +37,7 @@ log = logging.getLogger("tweetdora.predict")
 def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit status."""
     # parse
-    config, model, path = parse_predict(argv, __doc__.partition("\n")[0])
+    config, model, path = parse(argv)
     show_log(standard_error=True)
     if config.output is not None and os.path.exists(config.output) and not config.overwrite:
         raise InputError(f"--output {config.output} already exists; choose another file, or pass --overwrite true.")

@@ -19,13 +19,24 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
+from tweetdora.cli import check_flags, parse_with_target, run_script
+from tweetdora.config import PushConfig
+
+parse = partial(
+    parse_with_target,
+    config_class=PushConfig,
+    description=__doc__.partition("\n")[0],
+    target_help="Run folder of train.py.",
+)
+check_flags(__name__, parse, "push_to_hub.py")  # before the other imports, which take seconds
+
+# isort: split
 import torch
 
 from tweetdora.build import Reference, build_model, check_output_dir, draw_plots, format_check, staged_folder
 from tweetdora.card_facts import Publication, Records, read_records, title
-from tweetdora.cli import parse_with_target, run_script
-from tweetdora.config import PushConfig
 from tweetdora.conversions import check_conversions, check_gguf, convert, format_conversions
 from tweetdora.device import compute_state, use_cpu_threads
 from tweetdora.errors import UserError
@@ -76,7 +87,7 @@ log = logging.getLogger("tweetdora.push_to_hub")
 def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit status."""
     # parse
-    config, run_dir = parse_with_target(argv, PushConfig, __doc__.partition("\n")[0], "Run folder of train.py.")
+    config, run_dir = parse(argv)
     run = read_run(run_dir)
     kind = "publish_adapter" if config.adapter_only else "publish"
     folder = os.path.normpath(config.output_dir or os.path.join(run_dir, kind))

@@ -58,14 +58,14 @@ negative neutr positive good bad plain system user assistant Say The What Such T
 
 
 # The files whose tests take longest, so that no process is left with one of them at the end; the others follow.
-_SLOWEST = """test_own_task test_formats test_launch test_publish test_sweep test_memory test_scripts test_survival test_predict
-test_compat test_trainer""".split()
+_SLOWEST = """test_own_task test_formats test_launch test_publish test_sweep test_memory test_scripts test_survival
+test_predict test_compat test_trainer""".split()
 _SMALL_RUN = {"test_formats", "test_page", "test_quickstart_run"}  # the files that use small_run
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run a file's tests in one process (they share fixtures), as those that share small_run, the slowest files first."""
+    """Run a file's tests in one process, because they share fixtures, and the slowest files first."""
 
     def place(item: pytest.Item) -> int:
         return _SLOWEST.index(item.path.stem) if item.path.stem in _SLOWEST else len(_SLOWEST)
@@ -308,7 +308,7 @@ def _script(*words: str) -> str:
 @pytest.fixture
 def training(tmp_path: Path) -> Callable[..., Any]:
     """training(**settings): the settings of a run in a folder that does not exist yet."""
-    from tweetdora.config import TrainConfig
+    from tweetdora.train_config import TrainConfig
 
     def make(**settings: Any) -> Any:
         defaults = {"output_dir": str(tmp_path / "run"), "precision": "fp32", "report_to": []}

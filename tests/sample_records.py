@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
+from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.data import make_examples
 from tweetdora.device import Hardware
 from tweetdora.records import (
@@ -39,6 +39,7 @@ from tweetdora.records import (
     TrainingResult,
     training_settings,
 )
+from tweetdora.train_config import TrainConfig
 
 WORDS = ["bad", "good"]
 BASE = BaseModelRecord("OuteAI/Lite-Oute-1-300M-Instruct", "a" * 40, "M", 1_000_000, None)

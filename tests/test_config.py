@@ -13,18 +13,10 @@ from transformers import TrainingArguments
 
 from tweetdora import cli, config, device
 from tweetdora.cli import parse_train, parse_with_target, read_task, run_script
-from tweetdora.config import (
-    CORRECTIONS,
-    SYSTEM_PROMPT,
-    EvaluateConfig,
-    ModelConfig,
-    PushConfig,
-    TaskConfig,
-    TrainConfig,
-    is_published_run,
-)
+from tweetdora.config import CORRECTIONS, SYSTEM_PROMPT, EvaluateConfig, ModelConfig, PushConfig, TaskConfig
 from tweetdora.device import decide_precision
 from tweetdora.errors import DivergedError, HubError, InputError, ResourceError, UserError, VerificationError
+from tweetdora.train_config import TrainConfig, is_published_run
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPO_DIR / "recipes").rglob("*.yaml"))

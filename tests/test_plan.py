@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 
 from tweetdora import device, plan
-from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
+from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.data import load_examples
 from tweetdora.errors import ResourceError
 from tweetdora.plan import check_disk, count_steps, default_hub_model_id, format_plan
 from tweetdora.records import RunRecord, training_settings
+from tweetdora.train_config import TrainConfig
 
 REASON = "no W&B login was found (wandb login, or WANDB_API_KEY)"
 

@@ -10,7 +10,7 @@ import pytest
 from sample_records import ENVIRONMENT, sample_evaluation, sample_predictions, sample_run, write_run
 
 from bench.record import read_bench
-from tweetdora.config import TrainConfig, flags_of
+from tweetdora.config import flags_of
 from tweetdora.errors import InputError
 from tweetdora.records import (
     KEPT_PREDICTIONS,
@@ -36,6 +36,7 @@ from tweetdora.records import (
     write_predictions,
     write_record,
 )
+from tweetdora.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKER = TrackerRecord("id", "online", "https://wandb.test/id", "tweetdora", None)

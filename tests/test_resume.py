@@ -13,10 +13,10 @@ import pytest
 from sample_records import sample_run, write_run
 
 from tweetdora.checkpoints import CHECKSUMS, SAVING_DIR, publish_checkpoint
-from tweetdora.config import TrainConfig
 from tweetdora.errors import InputError
 from tweetdora.records import GitState, RunRecord, TrackerRecord
 from tweetdora.resume import ResumePlan, check_same_run, continue_record, only_training_in, plan_resume
+from tweetdora.train_config import TrainConfig
 
 
 def going_on(settings: TrainConfig) -> tuple[str | None, list[str]]:

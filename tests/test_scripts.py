@@ -1,4 +1,7 @@
-"""The scripts as a user starts them: processes, files in, files out. A tiny model; the real one is in test_quickstart_run.py."""
+"""The scripts as a user starts them: processes, files in, files out, with a tiny model.
+
+The real small model goes through them in test_quickstart_run.py.
+"""
 
 import dataclasses
 import json

@@ -33,7 +33,7 @@ from tweetdora import device
 from tweetdora import trainer as trainer_module
 from tweetdora.callbacks import EvaluationStopped, StopOnNonFiniteGradient, StopOnSignal, after_divergence
 from tweetdora.checkpoints import SAVING_DIR, find_damage, publish_checkpoint
-from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
+from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.data import Examples, load_examples
 from tweetdora.errors import DivergedError, InputError
 from tweetdora.generation import LabelParser
@@ -41,6 +41,7 @@ from tweetdora.modeling import DTYPES, attach_adapter, load_base
 from tweetdora.packing import FILLER_ID, PackedCollator, PaddedCollator
 from tweetdora.prompts import PromptTokenizer
 from tweetdora.tokenized import tokenize_examples
+from tweetdora.train_config import TrainConfig
 from tweetdora.trainer import (
     ClassificationTrainer,
     mean_loss,

@@ -12,10 +12,11 @@ from conftest import CHATML
 from sample_records import sample_run
 from tokenizers import normalizers
 
-from tweetdora.config import ModelConfig, TaskConfig, TrainConfig
+from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.errors import InputError
 from tweetdora.prompts import read_prompt_format
 from tweetdora.resume import Commits, ResumePlan
+from tweetdora.train_config import TrainConfig
 from tweetdora.training import check_optimizer, load, trained_format
 
 PROMPT = "Say it: negative and I am afraid so, or what you like; or plain."

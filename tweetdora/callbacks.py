@@ -10,10 +10,10 @@ from accelerate.utils import gather, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tweetdora.checkpoints import last_whole_checkpoint
-from tweetdora.config import TrainConfig
 from tweetdora.errors import DivergedError
 from tweetdora.packing import FILLER_ID
 from tweetdora.tracking import log_generations, open_run
+from tweetdora.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from tweetdora.trainer import ClassificationTrainer

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-from tweetdora.config import EvaluateConfig
-from tweetdora.device import Precision, compute_state, use_cpu_threads
+from tweetdora.config import EvaluateConfig, Precision
+from tweetdora.device import compute_state, use_cpu_threads
 from tweetdora.hub import pin_revision, use_cache_if_unreachable
 from tweetdora.modeling import check_ids_fit
 from tweetdora.processes import check_same

@@ -6,6 +6,7 @@ A recipe is a flat YAML file of the same keys as the flags. Flags win over the r
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -14,18 +15,19 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from torch import distributed
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as transformers_logging
 
-from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, PredictConfig, TaskConfig, TrainConfig, flags_of
+from tweetdora.config import DEFAULT_RUN_DIR, ModelConfig, PredictConfig, TaskConfig, flags_of
 from tweetdora.errors import InputError, ResourceError, UserError
-from tweetdora.processes import lost_process
+
+if TYPE_CHECKING:
+    from tweetdora.train_config import TrainConfig
 
 # Full disk, exceeded quota or file size limit, read-only folder.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -34,12 +36,14 @@ Config = TypeVar("Config")
 _TRUE_OR_WORD = {"resume_from_checkpoint"}
 
 
-def parse_train(argv: Sequence[str] | None, description: str) -> tuple[TaskConfig, ModelConfig, TrainConfig]:
+def parse_train(argv: Sequence[str] | None, description: str) -> "tuple[TaskConfig, ModelConfig, TrainConfig]":
     """Read recipe and flags of train.py.
 
     Raises:
         InputError: an unknown key, a wrong value or a contradiction.
     """
+    from tweetdora.train_config import TrainConfig  # takes seconds, and the other scripts do without it
+
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser([TaskConfig, ModelConfig, TrainConfig], description)
     parser.add_argument("--help_all", action="store_true", help="Show all flags, including the Trainer's, and exit.")
@@ -47,7 +51,7 @@ def parse_train(argv: Sequence[str] | None, description: str) -> tuple[TaskConfi
         argv = ["--help"]
     else:
         for action in parser._actions:
-            if action.dest in _trainer_fields() - _shown_flags():
+            if action.dest in _trainer_fields(TrainConfig) - _shown_flags(TrainConfig):
                 action.help = argparse.SUPPRESS
     task, model, training, *_ = parser.parse_strictly(with_recipe(parser, argv))
     return task, model, training
@@ -88,6 +92,8 @@ def read_task(recipe_path: str | None) -> TaskConfig:
     """Return the task of a recipe, or the published task without one."""
     if recipe_path is None:
         return TaskConfig()
+    from tweetdora.train_config import TrainConfig  # as above
+
     parser = _parser([TaskConfig, ModelConfig, TrainConfig], "")
     argv = with_recipe(parser, ["--config", recipe_path])
     namespace = parser.parse_args(argv)
@@ -177,6 +183,16 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def check_flags(run_as: str, parse: Callable[[None], Any], name: str) -> None:
+    """Answer --help and refuse wrong flags at once, before a script's other imports, which take seconds.
+
+    run_as: the script's __name__; a script that is imported does not read the flags of whoever imports it.
+    """
+    if run_as == "__main__":
+        with _errors_in_words(name):
+            parse(None)
+
+
 def run_script(main: Callable[[], int], name: str) -> NoReturn:
     """Run a script's main and exit; errors that the user can fix are printed without a traceback.
 
@@ -188,10 +204,16 @@ def run_script(main: Callable[[], int], name: str) -> NoReturn:
     # PEFT 0.21 uses a name that transformers 5.23 renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     show_log()
-    try:
+    with _errors_in_words(name):
         status = main()
         _leave_process_group()
         sys.exit(status)
+
+
+@contextlib.contextmanager
+def _errors_in_words(name: str) -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         if _wants_traceback(sys.argv[1:]):
             traceback.print_exc()
@@ -204,6 +226,8 @@ def run_script(main: Callable[[], int], name: str) -> NoReturn:
         print(f"{name}: {error}. {advice}, or use another folder.", file=sys.stderr)
         sys.exit(ResourceError.exit_status)
     except RuntimeError as error:
+        from tweetdora.processes import lost_process
+
         if _wants_traceback(sys.argv[1:]) or (message := lost_process(error)) is None:
             raise
         print(f"{name}: {message}", file=sys.stderr)
@@ -219,6 +243,8 @@ def _leave_process_group() -> None:
     Python may otherwise exit while gloo's threads run, and the process aborts ("terminate called without an active
     exception"). After an error the others may wait in a collective, so the launcher ends them.
     """
+    from torch import distributed
+
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -323,11 +349,11 @@ def _parser(config_classes: list[Any], description: str) -> _Parser:
     return parser
 
 
-def _trainer_fields() -> set[str]:
-    return {item.name for item in dataclasses.fields(TrainConfig)}
+def _trainer_fields(config_class: Any) -> set[str]:
+    return {item.name for item in dataclasses.fields(config_class)}
 
 
-def _shown_flags() -> set[str]:
-    flags = flags_of(TrainConfig)
-    declared = set(TrainConfig.__annotations__)  # ours; the others are the Trainer's
+def _shown_flags(config_class: Any) -> set[str]:
+    flags = flags_of(config_class)
+    declared = set(config_class.__annotations__)  # ours; the others are the Trainer's
     return {name for name in declared if name not in flags or flags[name].shown}

@@ -6,17 +6,16 @@ import platform
 import resource
 import sys
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from tweetdora.config import Precision
 from tweetdora.errors import InputError
 from tweetdora.processes import check_launch
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]  # "auto" only as a request
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tweetdora.block import is_written_out, join_weights, write_out
-from tweetdora.config import ModelConfig, TrainConfig
+from tweetdora.config import ModelConfig
 from tweetdora.device import available_memory_bytes, own_peak_memory_bytes
 from tweetdora.dora import is_4bit
 from tweetdora.modeling import DTYPES, attach_adapter, set_up_for_packing, trainable_parameters
 from tweetdora.packing import PackedCollator, PaddedCollator
 from tweetdora.tokenized import Features
+from tweetdora.train_config import TrainConfig
 from tweetdora.trainer import supervised_loss_sum
 
 _DRAWS = 200  # batches that are drawn to find a large one

@@ -6,17 +6,11 @@ import shutil
 
 import torch
 
-from tweetdora.config import (
-    PUBLISHED_REPO,
-    ModelConfig,
-    TaskConfig,
-    TrainConfig,
-    is_published_run,
-    normalize_label,
-)
+from tweetdora.config import PUBLISHED_REPO, ModelConfig, TaskConfig, normalize_label
 from tweetdora.errors import ResourceError
 from tweetdora.records import BaseModelRecord, RunRecord
 from tweetdora.tracking import wandb_mode
+from tweetdora.train_config import TrainConfig, is_published_run
 
 # Below both limits, an adapter barely changes: README's own recipe for another task once trained 3 steps at 3e-5, and
 # the answers stayed the same.

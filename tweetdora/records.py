@@ -19,10 +19,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tweetdora.config import RESULT_ARGUMENTS, RUNS_DIR, ModelConfig, TaskConfig, TrainConfig
+from tweetdora.config import RUNS_DIR, ModelConfig, TaskConfig
 from tweetdora.device import Hardware
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256, read_json, write_json
+from tweetdora.train_config import RESULT_ARGUMENTS, TrainConfig
 
 RECORD_VERSION = 9
 RUN_FILE = "run.json"

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tweetdora.checkpoints import all_checkpoints, find_damage, last_whole_checkpoint, saved_run
-from tweetdora.config import ROUNDING_ARGUMENTS, ModelConfig, TaskConfig, TrainConfig
+from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.errors import InputError
 from tweetdora.files import held_lock
 from tweetdora.hub import pin_revision
 from tweetdora.records import RunRecord, run_status
+from tweetdora.train_config import ROUNDING_ARGUMENTS, TrainConfig
 
 # What may differ in a resumed run if the user allows it, and the effect. Any other difference makes it another run,
 # whose adapter would match neither the old settings nor the new ones.

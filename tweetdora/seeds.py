@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from tweetdora.config import RESULT_ARGUMENTS, ROUNDING_ARGUMENTS
 from tweetdora.errors import InputError
 from tweetdora.metrics import confusion_matrix, interval_of, mcnemar_p_value, scores
 from tweetdora.records import (
@@ -35,6 +34,7 @@ from tweetdora.records import (
     read_predictions,
     read_record,
 )
+from tweetdora.train_config import RESULT_ARGUMENTS, ROUNDING_ARGUMENTS
 
 _IN_EVERY_RUN = ("seed", "data_seed", *ROUNDING_ARGUMENTS)  # in which the runs of a group may differ
 # Where base and data came from, and which rows are measured: not settings of the training.

@@ -45,16 +45,7 @@ from typing import Annotated, Any, get_args
 import yaml
 
 from tweetdora.cli import parse_train, parse_with_paths, parse_with_target, read_yaml, run_script
-from tweetdora.config import (
-    AT_LEAST_1,
-    RECIPE_ARGUMENTS,
-    EvaluateConfig,
-    Flag,
-    ModelConfig,
-    TaskConfig,
-    TrainConfig,
-    check_ranges,
-)
+from tweetdora.config import AT_LEAST_1, EvaluateConfig, Flag, ModelConfig, TaskConfig, check_ranges
 from tweetdora.errors import InputError
 from tweetdora.files import held_lock
 from tweetdora.records import (
@@ -71,6 +62,7 @@ from tweetdora.records import (
     training_settings,
     write_record,
 )
+from tweetdora.train_config import RECIPE_ARGUMENTS, TrainConfig
 
 log = logging.getLogger("tweetdora.sweep")
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

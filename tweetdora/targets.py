@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tweetdora.cli import read_task
-from tweetdora.config import MAX_NEW_TOKENS, RUNS_DIR, EvaluateConfig, TaskConfig
-from tweetdora.device import Precision, can_compute, decide_precision
+from tweetdora.config import MAX_NEW_TOKENS, RUNS_DIR, EvaluateConfig, Precision, TaskConfig
+from tweetdora.device import can_compute, decide_precision
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256
 from tweetdora.modeling import (

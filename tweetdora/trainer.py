@@ -28,7 +28,7 @@ from tweetdora.callbacks import (
     after_divergence,
 )
 from tweetdora.checkpoints import SAVING_DIR, clear_unfinished, last_whole_checkpoint, publish_checkpoint
-from tweetdora.config import TaskConfig, TrainConfig
+from tweetdora.config import TaskConfig
 from tweetdora.data import Examples
 from tweetdora.errors import DivergedError, ResourceError
 from tweetdora.generation import Generation, generate_all
@@ -37,6 +37,7 @@ from tweetdora.packing import FILLER_ID, PackedCollator, PaddedCollator, token_c
 from tweetdora.progress import ProgressBar, ProgressLines
 from tweetdora.prompts import IGNORE_INDEX, PromptTokenizer
 from tweetdora.tokenized import tokenize_examples
+from tweetdora.train_config import TrainConfig
 
 # Validation metrics that are logged and tracked during training.
 LOGGED_SCORES = ("macro_f1", "macro_recall", "accuracy", "parse_rate", "exact_match", "eos_rate")

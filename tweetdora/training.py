@@ -20,7 +20,6 @@ from tweetdora.config import (
     SYSTEM_PROMPT,
     ModelConfig,
     TaskConfig,
-    TrainConfig,
     make_system_prompt,
     normalize_label,
 )
@@ -59,6 +58,7 @@ from tweetdora.resume import Commits
 from tweetdora.source_cards import read_base_card, read_dataset_card
 from tweetdora.tokenized import TokenizedExamples, tokenize_examples, train_data_record
 from tweetdora.tracking import finish_wandb, start_wandb
+from tweetdora.train_config import TrainConfig
 from tweetdora.trainer import ClassificationTrainer, mean_loss, training_seconds
 
 
