@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 _HOME = tempfile.mkdtemp(prefix="tweetdora-tests-")
 os.environ.update(
@@ -57,21 +58,20 @@ WHOLE_WORDS = """Ġnegative Ġneutr Ġpositive Ġgood Ġbad Ġplain Ġday Ġis �
 negative neutr positive good bad plain system user assistant Say The What Such Today""".split()
 
 
-# The files whose tests take longest, so that no process is left with one of them at the end; the others follow.
-_SLOWEST = """test_own_task test_formats test_launch test_publish test_sweep test_memory test_scripts test_survival
-test_predict test_compat test_trainer""".split()
-_SMALL_RUN = {"test_formats", "test_page", "test_quickstart_run"}  # the files that use small_run
+# Files of tests are shared among processes (`make test`). The slowest come first, so that no process is left with one at
+# the end. Two that use small_run come last, so that they need not wait for it.
+_FIRST = """test_formats test_own_task test_launch test_publish test_sweep test_memory test_scripts test_survival
+test_predict test_trainer""".split()
+_LAST = ["test_page", "test_quickstart_run"]
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run a file's tests in one process, because they share fixtures, and the slowest files first."""
+    """Put the tests in the order in which processes take their files."""
 
     def place(item: pytest.Item) -> int:
-        return _SLOWEST.index(item.path.stem) if item.path.stem in _SLOWEST else len(_SLOWEST)
+        name = item.path.stem
+        return _FIRST.index(name) - len(_FIRST) if name in _FIRST else int(name in _LAST)
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("small_run" if item.path.stem in _SMALL_RUN else item.path.stem))
     items.sort(key=place)  # stable
 
 
@@ -280,14 +280,23 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
     The quickstart recipe, shortened, started as README starts it (`make test` makes the assets).
     """
-    run = tmp_path_factory.mktemp("small") / "small"
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    folder = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
+    said = folder / "small.txt"
+    with FileLock(folder / "small.lock"):  # for all processes, one of which makes it
+        if not said.is_file():
+            said.write_text(_make_small_run(folder / "small"), encoding="utf-8")
+    return folder / "small", said.read_text(encoding="utf-8")
+
+
+def _make_small_run(run: Path) -> str:
     launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
     recipe = ["--config", "recipes/quickstart.yaml", "--output_dir", str(run)]
     short = "--max_steps 30 --global_batch_size 8 --eval_steps 30 --max_eval_samples 8"
     _script(*launch, "train.py", *recipe, *short.split())
     _script("evaluate.py", str(run), "--max_eval_samples", "32", "--bootstrap_samples", "200")
     formats = "--gguf q8_0 --onnx true --dry_run true --check_samples 12"
-    return run, _script("push_to_hub.py", str(run), *formats.split())
+    return _script("push_to_hub.py", str(run), *formats.split())
 
 
 def _script(*words: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from tweetdora import cli, config, device
+from tweetdora import cli, config, device, train_config
 from tweetdora.cli import parse_train, parse_with_target, read_task, run_script
 from tweetdora.config import CORRECTIONS, SYSTEM_PROMPT, EvaluateConfig, ModelConfig, PushConfig, TaskConfig
 from tweetdora.device import decide_precision
@@ -892,7 +892,7 @@ def test_a_base_is_not_sharded_over_one_process_nor_in_fp16(monkeypatch):
         with pytest.raises(InputError, match="expected --fsdp true alone"):
             parse(*flags)
     several_processes(monkeypatch)
-    monkeypatch.setattr(config, "decide_precision", lambda **arguments: ("fp16", "asked for"))
+    monkeypatch.setattr(train_config, "decide_precision", lambda **arguments: ("fp16", "asked for"))
     with pytest.raises(InputError, match="--shard_base true is not tested with fp16"):
         parse("--shard_base", "true")
 
@@ -903,19 +903,19 @@ def test_a_base_is_not_sharded_over_one_process_nor_in_fp16(monkeypatch):
 def test_what_changes_the_result_is_recorded_and_what_may_differ_is_named():
     """The three kinds by hand: a flag that is moved from one to another is seen here."""
     rounding = {"world_size", "gradient_accumulation_steps", "batching", "shard_base"}
-    assert set(config.ROUNDING_ARGUMENTS) == rounding
-    assert set(config.RESULT_ARGUMENTS) - set(config.RECIPE_ARGUMENTS) - rounding == {
+    assert set(train_config.ROUNDING_ARGUMENTS) == rounding
+    assert set(train_config.RESULT_ARGUMENTS) - set(train_config.RECIPE_ARGUMENTS) - rounding == {
         *("precision", "tf32", "full_determinism"),
     }
-    assert {"learning_rate", "seed", "optim", "max_steps", "global_batch_size"} < set(config.RECIPE_ARGUMENTS)
-    assert not set(config.RECIPE_ARGUMENTS) & {"output_dir", "logging_steps", "max_eval_samples", "report_to"}
+    assert {"learning_rate", "seed", "optim", "max_steps", "global_batch_size"} < set(train_config.RECIPE_ARGUMENTS)
+    assert not set(train_config.RECIPE_ARGUMENTS) & {"output_dir", "logging_steps", "max_eval_samples", "report_to"}
 
 
 def test_an_inherited_flag_keeps_the_trainers_default_and_help():
     fields = {item.name: item for item in dataclasses.fields(TrainConfig)}
     for item in dataclasses.fields(TrainingArguments):
         of_ours = ("learning_rate", "num_train_epochs", "max_steps")
-        if item.name in config.RECIPE_ARGUMENTS and item.name not in of_ours:
+        if item.name in train_config.RECIPE_ARGUMENTS and item.name not in of_ours:
             assert (fields[item.name].default, fields[item.name].metadata) == (item.default, item.metadata), item.name
 
 
