@@ -1,5 +1,5 @@
 # make demo     train, evaluate and build a real model on real tweets, offline except for packages; ends with a table
-# make test     all tests, offline
+# make test     all tests, offline, in two processes
 # make test-compat   load the published folder in an older transformers too
 # make soak     kill -9 a run at random moments, 20 times, and compare each run with an uninterrupted one
 # make app      a page in the browser to try a finished run

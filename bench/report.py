@@ -63,6 +63,13 @@ def _memory(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     return rows
 
 
+def _documented(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
+    return [
+        _seconds_row(f"training step, {precision}, TRL as documented", sample["ours"], sample["trl"])
+        for precision, sample in samples.items()
+    ]
+
+
 def _methods(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     rows = []
     for variant, sample in samples.items():
@@ -166,6 +173,7 @@ def _full(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
 _LINES = {
     "training": _training,
     "memory": _memory,
+    "documented": _documented,
     "methods": _methods,
     "prompts": _prompts,
     "generation": _generation,

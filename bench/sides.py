@@ -5,8 +5,9 @@ ours: what train.py builds: packed batch, our attention and DoRA layer, base in 
 trl: TRL's SFTTrainer with PEFT's DoRA. It gets our token ids, with a completion mask on the answer and its stop token,
 so both sides supervise the same tokens. With its own tokenization it would supervise more: the line end that the
 ChatML template writes after the stop token (given prompt and completion as messages), or every token of the
-conversation (given messages only). Gradient checkpointing, on by default in TRL, is off here, which is faster. bf16 is
-tried in both of TRL's forms: `trl` has the base in float32 under autocast, its default; `trl_bf16` has it in bf16.
+conversation (given messages only). bf16 is tried in both of TRL's forms: `trl` has the base in float32 under autocast,
+its default; `trl_bf16` has it in bf16. Both are without gradient checkpointing, which TRL has on by default, because
+they are faster so. `trl_documented` is what its documentation shows: `trl` with gradient checkpointing.
 
 A step of TRL is collator, SFTTrainer.training_step, clipping and optimizer. The rest of Trainer's loop (logs,
 callbacks, data loader) is left out on both sides. On a CPU, SFTTrainer 1.16 computes the logits of every token; where
@@ -78,7 +79,7 @@ def packed_side(model: torch.nn.Module, learning_rate: float = 3e-5) -> Side:
 
 
 def trl_side(settings: Settings, precision: str, rows: list[dict[str, Any]], folder: str, kind: str = "trl") -> Side:
-    """Build SFTTrainer with PEFT's DoRA; it prepares `rows` and may write to `folder`. `kind` is trl or trl_bf16."""
+    """Build SFTTrainer with PEFT's DoRA; it prepares `rows` and may write to `folder`. `kind` is said above."""
     import datasets
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -95,7 +96,7 @@ def trl_side(settings: Settings, precision: str, rows: list[dict[str, Any]], fol
             report_to="none",
             use_cpu=True,
             bf16=precision == "bf16",
-            gradient_checkpointing=False,
+            gradient_checkpointing=kind == "trl_documented",
             completion_only_loss=True,
             disable_tqdm=True,
         ),

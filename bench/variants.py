@@ -38,6 +38,20 @@ def measure_methods(settings: Settings, precision: str, targets: str) -> dict[st
     return {name: found["seconds"] for name, found in measured.items()}
 
 
+def measure_documented(settings: Settings, precision: str) -> dict[str, list[float]]:
+    """Time interleaved steps of ours and of TRL as its documentation shows it."""
+    batches = settings.batches(settings.warmup + settings.steps)
+    rows = [row for batch in batches for row in batch]
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {
+            "trl": trl_side(settings, precision, rows, folder, "trl_documented"),
+            "ours": our_side(settings, precision),
+        }
+        actions = {name: (lambda number, side=side: side.step(batches[number])) for name, side in sides.items()}
+        measured = time_in_turn(actions, settings.steps, settings.warmup)
+    return {name: found["seconds"] for name, found in measured.items()}
+
+
 def measure_prompts(settings: Settings, precision: str) -> dict[str, Any]:
     """Time interleaved steps of both sides with the system prompt once, twice and four times as long."""
     lengths = (1, 2, 4)

@@ -58,8 +58,8 @@ WHOLE_WORDS = """Ġnegative Ġneutr Ġpositive Ġgood Ġbad Ġplain Ġday Ġis �
 negative neutr positive good bad plain system user assistant Say The What Such Today""".split()
 
 
-# Files of tests are shared among processes (`make test`). The slowest come first, so that no process is left with one at
-# the end. Two that use small_run come last, so that they need not wait for it.
+# Files of tests are shared among processes (`make test`). The slowest come first, so that no process is left with one
+# of them at the end. Two that use small_run come last, so that they need not wait for it.
 _FIRST = """test_formats test_own_task test_launch test_publish test_sweep test_memory test_scripts test_survival
 test_predict test_trainer""".split()
 _LAST = ["test_page", "test_quickstart_run"]

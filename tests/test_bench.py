@@ -7,7 +7,8 @@ import pytest
 import torch
 from sample_records import ENVIRONMENT
 
-from bench.__main__ import OUTPUT, PARTS, parse, stolen_share
+from bench import __main__ as bench
+from bench.__main__ import OUTPUT, PARTS, measure, parse, stolen_share
 from bench.generation import until_stop
 from bench.launch import import_seconds, train_flags
 from bench.launches import count_operations
@@ -147,6 +148,46 @@ def test_the_stolen_share_is_that_of_the_time_between():
     after[stolen] += 10
     assert stolen_share(before, after) == 0.1
     assert stolen_share(None, after) is None
+
+
+@pytest.mark.parametrize(
+    ("part_name", "shares", "tries", "kept"),
+    [
+        ("training", [0.2, 0.04, 0.0], 2, 0.04),
+        ("training", [0.2, 0.3, 0.06], 3, 0.06),
+        ("training", [None], 1, None),
+        ("launches", [0.9], 1, 0.9),
+    ],
+)
+def test_a_part_is_measured_again_while_the_host_is_busy(part_name, shares, tries, kept, monkeypatch, capsys):
+    measured, slept, given = [], [], iter(shares)
+    monkeypatch.setattr(bench, "run_worker", lambda part, variant, argv: measured.append(variant) or {"n": 1})
+    monkeypatch.setattr(bench, "stolen_share", lambda before, after: next(given))
+    monkeypatch.setattr(bench.time, "sleep", slept.append)
+    known = part()
+    facts = {name: getattr(known, name) for name in ("command", "settings", "data", "openmp", "environment")}
+    found = measure(part_name, facts, [], tries=3)
+    assert (found.stolen_share, len(measured), len(slept)) == (kept, 2 * tries, tries - 1)
+    refused = capsys.readouterr().out
+    assert refused.count("a measurement is valid up to 5%") == sum(
+        share is not None and share > 0.05 and part_name == "training" for share in shares[:tries]
+    )
+
+
+def test_what_a_busy_machine_gave_does_not_enter_the_record(tmp_path, monkeypatch, capsys):
+    path = str(tmp_path / "cpu.json")
+    write_bench(path, BenchRecord({"saving": part(all="earlier")}))
+    monkeypatch.setattr(bench, "describe", lambda argv, settings: {})
+    busy = {"training": 0.5, "saving": 0.01}
+    monkeypatch.setattr(
+        bench, "measure", lambda name, facts, argv, tries: replace(part(new=name), stolen_share=busy[name])
+    )
+    monkeypatch.setattr(bench, "table", lambda parts: "table")
+    assert bench.main(["--only", "training", "saving", "--output", path]) == 1
+    assert read_bench(path).parts.keys() == {"saving"} and read_bench(path).parts["saving"].samples == {
+        "new": "saving"
+    }
+    assert "Not measured, because the machine was busy: training." in capsys.readouterr().out
 
 
 def test_operations_are_counted_without_views():
