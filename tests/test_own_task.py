@@ -33,7 +33,7 @@ def run(command: str, folder: Path) -> str:
         command,
         shell=True,
         cwd=folder,
-        env={**os.environ, "PATH": path, "PYTHONPATH": "", "OMP_NUM_THREADS": str(os.cpu_count())},
+        env={**os.environ, "PATH": path, "PYTHONPATH": "", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
