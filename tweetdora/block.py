@@ -1,8 +1,8 @@
-"""A decoder layer for packed batches with its gradient written out: a third of the operations of autograd's.
+"""A decoder layer for packed batches with its gradient written out: half of the operations.
 
 A model of 135M parameters is bound by the number of operations on a GPU, and on a CPU by memory traffic between them.
-Here a layer is one autograd function: products of layers that share an input are joined (joined.py), states are moved
-into the padded layout of attention.py by one gather, and residuals are added by the products.
+Here a layer is one autograd function: products of layers that share an input are joined (joined.py), one gather moves
+states into the padded layout (padded.py), and residuals are added by the products.
 
 `write_out` recognises layers of Llama's form by their parts (Llama, SmolLM2, Mistral, Qwen2 and others). Each form is
 tried against the model's own code before it is used. Whatever is not recognised, or is called in another way, such as
@@ -11,44 +11,22 @@ in generation, runs the model's own code.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from tweetdora.attention import ATTENTION, KEPT_SCORES, causal_masks
+from tweetdora.attention import ATTENTION, KEPT_SCORES
 from tweetdora.joined import Joined, Kept
 from tweetdora.packing import pack
+from tweetdora.padded import Gathers, PaddedAttention, rotate
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 # Largest difference between the two ways, over the largest value; float32 is off by 1e-6, bf16 by 0.01.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-
-
-@dataclass
-class _Gathers:
-    """Where the states of a packed batch lie in the padded layout; made once a batch.
-
-    Rows are heads of tokens, of head_dim numbers. Padded, they are laid out as (N, G, H / G, L) own queries,
-    (G, H / G, P) the prefix's queries, (N, G, P + L) keys, as many values, (G, P) keys and values of the prefix.
-
-    padded: for each padded row the row of the packed states. packed: for each packed row its padded row. output and
-    output_back: the same for the queries only. is_padding: (N, 1, 1, L, 1). source: the rotary embedding's cos as
-    it was given. cos and signed_sin: (T, 1, D), the first half of sin negative.
-    """
-
-    padded: torch.Tensor
-    packed: torch.Tensor
-    output: torch.Tensor
-    output_back: torch.Tensor
-    is_padding: torch.Tensor
-    source: torch.Tensor
-    cos: torch.Tensor
-    signed_sin: torch.Tensor
 
 
 class _Norm:
@@ -91,23 +69,13 @@ class _Layer:
 
     def __init__(self, layer: Any, last: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.attention = attention
+        self.module = attention
         self.norms = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        self.head_dim = int(attention.head_dim)
-        self.heads, self.groups = (part.out_features // self.head_dim for part in (q, k))
-        self.scaling = float(attention.scaling)
-        # Mistral reads the window from the configuration, Qwen2 from the layer.
-        config = getattr(attention, "config", None)
-        self.window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
         # Queries and keys stay next to each other, because one rotation serves both.
         rotated = sorted((q, k), key=_is_adapted)
         order = [v, *rotated] if _is_adapted(rotated[1]) and not _is_adapted(v) else [*rotated, v]
-        first, self.offsets = 0, {}
-        for part in order:
-            self.offsets["qkv"[[q, k, v].index(part)]] = first
-            first += part.out_features // self.head_dim
-        self.per_token = first
+        self.attention = _attention_of(attention, order)
         self.qkv, self.o = Joined(order), Joined([attention.o_proj])
         self.gate_first = _is_adapted(mlp.up_proj) or not _is_adapted(mlp.gate_proj)
         gate_up = (mlp.gate_proj, mlp.up_proj)
@@ -130,179 +98,26 @@ class _Layer:
             return False
         if states.shape[0] != 1 or torch.is_autocast_enabled(states.device.type):
             return False
-        if self.attention.training and self.attention.attention_dropout:
+        if self.module.training and self.module.attention_dropout:
             return False
         rows, length = packing["row_count"], packing["to_padded"].numel() // packing["row_count"]
-        if rows * self.heads * length * (packing["prefix_length"] + length) > KEPT_SCORES:
+        if rows * self.attention.heads * length * (packing["prefix_length"] + length) > KEPT_SCORES:
             return False
         return all(joined.is_ordinary() for joined in self.joined())
 
-    def gathers(self, packing: dict[str, Any], cos: torch.Tensor, sin: torch.Tensor) -> _Gathers:
-        """The batch's index tensors; made by the first layer, and kept for the others."""
-        key = "gathers", self.heads, self.groups, self.head_dim, *self.offsets.items()
-        made = packing.setdefault("made", {})
-        if key not in made or made[key].source is not cos:
-            made[key] = _make_gathers(packing, self.heads, self.groups, self.offsets, cos, sin)
-        return made[key]
 
-    def attend(
-        self, states: torch.Tensor, packing: dict[str, Any], gathers: _Gathers
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Attention output (T, H * D) of rotated states (T, per_token * D), and what the backward pass needs."""
-        shape = _Shape.of(packing, self)
-        padded = states.view(-1, self.head_dim).index_select(0, gathers.padded)
-        query, prefix_query, key, value, *_ = shape.split(padded)
-        mask, prefix_mask = causal_masks(packing, shape.prefix + shape.length, states.device, self.window)
-        per_group = self.heads // self.groups
-        output = padded.new_empty(shape.queries, self.head_dim)
-        own, first = output.split([shape.own_queries, shape.queries - shape.own_queries])
-        scores = torch.baddbmm(mask.added(query.dtype, per_group), query, key.mT, alpha=self.scaling)
-        weights = torch.softmax(scores, dim=-1)
-        torch.bmm(weights, value, out=own.view(query.shape))
-        kept = [padded, weights]
-        if shape.prefix:
-            prefix_key, prefix_value = (part[: self.groups, : shape.prefix] for part in (key, value))
-            scores = torch.baddbmm(
-                prefix_mask.added(query.dtype, per_group), prefix_query, prefix_key.mT, alpha=self.scaling
-            )
-            weights = torch.softmax(scores, dim=-1)
-            torch.bmm(weights, prefix_value, out=first.view(prefix_query.shape))
-            kept.append(weights)
-        return output.index_select(0, gathers.output).view(len(states), -1), kept
-
-    def attend_backward(
-        self, gradient: torch.Tensor, kept: Sequence[torch.Tensor], packing: dict[str, Any], gathers: _Gathers
-    ) -> torch.Tensor:
-        """Gradient of the rotated states, (T, per_token * D), from that of the output, (T, H * D)."""
-        shape = _Shape.of(packing, self)
-        padded, weights = kept[0], kept[1]
-        query, prefix_query, key, value, *_ = shape.split(padded)
-        given = gradient.reshape(-1, self.head_dim).index_select(0, gathers.output_back)
-        own, first = given.split([shape.own_queries, shape.queries - shape.own_queries])
-        per_head = (shape.rows, self.groups, self.heads // self.groups, shape.length, self.head_dim)
-        own.view(per_head).masked_fill_(gathers.is_padding, 0)
-        grads = padded.new_empty(shape.total, self.head_dim)
-        d_query, d_prefix_query, d_key, d_value, d_prefix_key, d_prefix_value = shape.split(grads)
-        _attend_backward(
-            own.view(query.shape), weights, (query, key, value), (d_query, d_key, d_value), self.scaling, beta=0
-        )
-        if shape.prefix:
-            for part, target in ((d_key, d_prefix_key), (d_value, d_prefix_value)):  # of all rows
-                per_row = part.view(shape.rows, self.groups, -1, self.head_dim)[:, :, : shape.prefix]
-                torch.sum(per_row, dim=0, out=target)
-            states = (prefix_query, key[: self.groups, : shape.prefix], value[: self.groups, : shape.prefix])
-            targets = d_prefix_query, d_prefix_key, d_prefix_value
-            _attend_backward(first.view(prefix_query.shape), kept[2], states, targets, self.scaling, beta=1)
-        return grads.index_select(0, gathers.packed).view(len(gradient), -1)
-
-    def rotated(self, states: torch.Tensor) -> torch.Tensor:
-        """The heads of queries and keys, (T, H + G, D), of states (T, per_token * D)."""
-        first = min(self.offsets["q"], self.offsets["k"])
-        return states.view(len(states), -1, self.head_dim)[:, first : first + self.heads + self.groups]
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Numbers of a packed batch: rows N, prefix P, own tokens L, and those of heads."""
-
-    rows: int
-    prefix: int
-    length: int
-    heads: int
-    groups: int
-
-    @classmethod
-    def of(cls, packing: dict[str, Any], layer: _Layer) -> "_Shape":
-        """The numbers of a batch in a layer."""
-        rows = packing["row_count"]
-        return cls(rows, packing["prefix_length"], packing["to_padded"].numel() // rows, layer.heads, layer.groups)
-
-    @property
-    def own_queries(self) -> int:
-        """Padded rows that hold the own tokens' queries."""
-        return self.rows * self.heads * self.length
-
-    @property
-    def queries(self) -> int:
-        """Padded rows that hold queries."""
-        return self.own_queries + self.heads * self.prefix
-
-    @property
-    def total(self) -> int:
-        """Padded rows, with those of the gradients of the prefix's keys and values."""
-        return self.queries + 2 * self.groups * (self.rows * (self.prefix + self.length) + self.prefix)
-
-    def split(self, padded: torch.Tensor) -> list[torch.Tensor]:
-        """Own queries, the prefix's queries, keys, values, and the prefix's keys and values if they are there."""
-        seen, width = self.rows * self.groups * (self.prefix + self.length), padded.shape[1]
-        of_prefix = self.groups * self.prefix
-        sizes = [self.own_queries, self.queries - self.own_queries, seen, seen, of_prefix, of_prefix]
-        number = 6 if len(padded) == sum(sizes) else 4
-        batches = [self.rows * self.groups, self.groups] + 2 * [self.rows * self.groups] + 2 * [self.groups]
-        parts = zip(padded.split(sizes[:number]), batches[:number], strict=True)
-        return [part.view(batch, len(part) // batch, width) for part, batch in parts]
-
-
-def _attend_backward(
-    gradient: torch.Tensor,
-    weights: torch.Tensor,
-    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scaling: float,
-    beta: int,
-) -> None:
-    """Write the gradients of query, key and value; with beta=1, add those of key and value to what is there."""
-    query, key, value = states
-    d_query, d_key, d_value = targets
-    d_value.baddbmm_(weights.mT, gradient, beta=beta)
-    d_weights = torch.bmm(gradient, value.mT)
-    d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-    d_query.baddbmm_(d_scores, key, beta=0, alpha=scaling)
-    d_key.baddbmm_(d_scores.mT, query, beta=beta, alpha=scaling)
-
-
-def _make_gathers(
-    packing: dict[str, Any], heads: int, groups: int, offsets: dict[str, int], cos: torch.Tensor, sin: torch.Tensor
-) -> _Gathers:
-    device, rows, prefix = cos.device, packing["row_count"], packing["prefix_length"]
-    to_padded, to_packed = packing["to_padded"].to(device), packing["to_packed"].to(device)
-    length, per_token = to_padded.numel() // rows, heads + 2 * groups
-    own = (prefix + to_padded).view(rows, length)  # tokens
-    first = torch.arange(prefix, device=device)
-    seen = torch.cat([first.expand(rows, -1), own], dim=1)  # (N, P + L)
-    head, group = torch.arange(heads, device=device), torch.arange(groups, device=device)
-    query = own[:, None] * per_token + (head + offsets["q"])[:, None]  # (N, H, L)
-    prefix_query = first * per_token + (head + offsets["q"])[:, None]  # (H, P)
-    keys, values = (
-        seen[:, None] * per_token + (group + offsets[part])[:, None]
-        for part in "kv"  # (N, G, P + L)
-    )
-    prefix_keys, prefix_values = (first * per_token + (group + offsets[part])[:, None] for part in "kv")  # (G, P)
-    parts = [part.flatten() for part in (query, prefix_query, keys, values)]
-    padded = torch.cat(parts)
-    # The reverse: of the padded rows that hold a packed row's gradient, exactly one.
-    tokens = len(to_packed) + prefix
-    place = torch.arange(len(padded) + 2 * groups * prefix, device=device)
-    everything = torch.cat([padded, prefix_keys.flatten(), prefix_values.flatten()])
-    is_padding = packing["is_padding"].to(device).view(rows, length)
-    holds = torch.ones_like(everything, dtype=torch.bool)
-    sizes = [len(part) for part in parts]
-    own_query, _, own_keys, own_values, _ = holds.split([*sizes, 2 * groups * prefix])
-    own_query.view(rows, heads, length).masked_fill_(is_padding[:, None], False)
-    for part in (own_keys, own_values):
-        by_row = part.view(rows, groups, prefix + length)
-        by_row[:, :, :prefix] = False  # their gradients are summed over the rows, into the last rows
-        by_row[:, :, prefix:].masked_fill_(is_padding[:, None], False)
-    unused = tokens * per_token  # what the others write to
-    packed = place.new_empty(unused + 1).scatter_(0, everything.where(holds, unused), place)[:-1]
-    output = packed.view(tokens, per_token)[:, offsets["q"] : offsets["q"] + heads].flatten()
-    queries = torch.cat(parts[:2])
-    output_back = queries.div(per_token, rounding_mode="floor") * heads + queries % per_token - offsets["q"]
-    half = sin.shape[-1] // 2
-    signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)[:, None]  # (T, 1, D)
-    return _Gathers(
-        padded, packed, output, output_back, is_padding[:, None, None, :, None], cos, cos[0][:, None], signed
-    )
+def _attention_of(module: Any, order: Sequence[Any]) -> PaddedAttention:
+    """The attention of a layer whose projections have their columns in this order."""
+    head_dim, first = int(module.head_dim), 0
+    names = {module.q_proj: "q", module.k_proj: "k", module.v_proj: "v"}
+    offsets = {}
+    for part in order:
+        offsets[names[part]] = first
+        first += part.out_features // head_dim
+    heads, groups = (part.out_features // head_dim for part in (module.q_proj, module.k_proj))
+    # Mistral reads the window from the configuration, Qwen2 from the layer.
+    window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
+    return PaddedAttention(heads, groups, head_dim, float(module.scaling), window, offsets)
 
 
 class _Function(torch.autograd.Function):
@@ -314,7 +129,7 @@ class _Function(torch.autograd.Function):
         states: torch.Tensor,
         layer: _Layer,
         packing: dict[str, Any],
-        gathers: _Gathers,
+        gathers: Gathers,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         """Output (1, T, width) for states (1, T, width)."""
@@ -322,12 +137,11 @@ class _Function(torch.autograd.Function):
         of = _by_joined(layer, weights)
         normed, root = layer.norms[0].forward(x)
         qkv, kept_qkv = layer.qkv.forward(normed, of[0])
-        _rotate(layer.rotated(qkv), gathers.cos, gathers.signed_sin)
-        attended, kept_attention = layer.attend(qkv, packing, gathers)
-        attended_all, rows = attended, packing.get("kept") if layer.last else None
-        below = x
-        if rows is not None:
-            attended, below = attended_all.index_select(0, rows), x.index_select(0, rows)
+        rotate(layer.attention.rotated(qkv), gathers.cos, gathers.signed_sin)
+        attended, kept_attention = layer.attention.attend(qkv, packing, gathers)
+        below, rows = x, packing.get("kept") if layer.last else None
+        if rows is not None:  # what follows is needed where there is loss only
+            attended, below = attended.index_select(0, rows), below.index_select(0, rows)
         middle, kept_o = layer.o.forward(attended, of[1], residual=below)
         normed_middle, middle_root = layer.norms[1].forward(middle)
         gate_up, kept_gate_up = layer.gate_up.forward(normed_middle, of[2])
@@ -380,8 +194,8 @@ class _Function(torch.autograd.Function):
         if rows is not None:
             d_attended = d_attended.new_zeros(len(x), d_attended.shape[1]).index_copy_(0, rows, d_attended)
             d_middle = torch.zeros_like(x).index_copy_(0, rows, d_middle)
-        d_qkv = layer.attend_backward(d_attended, of_attention, ctx.packing, ctx.gathers)
-        _rotate(layer.rotated(d_qkv), ctx.gathers.cos, ctx.gathers.signed_sin, back=True)
+        d_qkv = layer.attention.attend_backward(d_attended, of_attention, ctx.packing, ctx.gathers)
+        rotate(layer.attention.rotated(d_qkv), ctx.gathers.cos, ctx.gathers.signed_sin, back=True)
         d_normed, d_qkv_weights = back(0, d_qkv, needs_input)
         d_states = layer.norms[0].backward(d_normed, x, root, d_middle)[None] if needs_input else None
         return d_states, None, None, None, *d_qkv_weights, *d_o, *d_gate_up_weights, *d_down
@@ -403,12 +217,6 @@ def _halves(both: torch.Tensor, gate_first: bool) -> tuple[torch.Tensor, torch.T
     return (first, second) if gate_first else (second, first)
 
 
-def _rotate(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, back: bool = False) -> None:
-    """Apply the rotary embedding in place, or its transpose; both halves of a head have the same angles."""
-    turned = torch.roll(states, states.shape[-1] // 2, -1)
-    states.mul_(cos).addcmul_(turned, signed_sin, value=-1 if back else 1)
-
-
 class _WrittenOut:
     """A decoder layer that runs as one function where it can."""
 
@@ -420,7 +228,7 @@ class _WrittenOut:
         if args or not layer.handles(hidden_states, packing, kwargs):
             return cast(Any, super()).forward(hidden_states, *args, **kwargs)
         assert packing is not None
-        gathers = layer.gathers(packing, *kwargs["position_embeddings"])
+        gathers = layer.attention.gathers(packing, *kwargs["position_embeddings"])
         return cast(torch.Tensor, _Function.apply(hidden_states, layer, packing, gathers, *layer.adapter_weights()))
 
 
@@ -442,7 +250,10 @@ def write_out(model: Any, proven: bool = False) -> int:
         layer = _Layer(module, last=place == len(layers) - 1)
         if not all(joined.is_ordinary() for joined in layer.joined()):
             continue
-        own, form = type(module), (type(module), *layer.offsets.items(), layer.gate_first, layer.window)
+        own, form = (
+            type(module),
+            (type(module), *layer.attention.offsets.items(), layer.gate_first, layer.attention.window),
+        )
         module._written_out = layer
         module.__class__ = type(own.__name__, (_WrittenOut, own), {"__module__": own.__module__})
         if form not in tried:
@@ -497,7 +308,7 @@ def _agrees(module: Any, own: Any) -> bool:
     batch, _ = pack([[0, 0, 1, 2], [0, 0, 3], [0, 0, 4, 5, 6]], prefix=2)
     count = batch["input_ids"].shape[1]
     states = torch.randn(1, count, width, generator=source).to(device, dtype).requires_grad_()
-    angles = 3 * torch.rand(1, count, layer.head_dim // 2, generator=source).repeat(1, 1, 2).to(device)
+    angles = 3 * torch.rand(1, count, layer.attention.head_dim // 2, generator=source).repeat(1, 1, 2).to(device)
     rotary = angles.cos().to(dtype), angles.sin().to(dtype)
     weights = layer.adapter_weights()
     direction = torch.randn(1, count, width, generator=source).to(device, dtype)
@@ -510,7 +321,7 @@ def _agrees(module: Any, own: Any) -> bool:
             }
             arguments = {"position_embeddings": rotary, "attention_mask": batch["attention_mask"].to(device)}
             output = forward(module, states, packing=packing, **arguments)
-            if {window for window, _ in packing["masks"]} != {layer.window}:
+            if {window for window, _ in packing["masks"]} != {layer.attention.window}:
                 return False
             output = output[0] if isinstance(output, tuple) else output
             results.append([output, *torch.autograd.grad(output, [states, *weights], direction)])
