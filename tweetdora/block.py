@@ -250,10 +250,8 @@ def write_out(model: Any, proven: bool = False) -> int:
         layer = _Layer(module, last=place == len(layers) - 1)
         if not all(joined.is_ordinary() for joined in layer.joined()):
             continue
-        own, form = (
-            type(module),
-            (type(module), *layer.attention.offsets.items(), layer.gate_first, layer.attention.window),
-        )
+        own, attention = type(module), layer.attention
+        form = own, *attention.offsets.items(), layer.gate_first, attention.window
         module._written_out = layer
         module.__class__ = type(own.__name__, (_WrittenOut, own), {"__module__": own.__module__})
         if form not in tried:
