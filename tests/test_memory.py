@@ -43,7 +43,7 @@ def test_a_step_is_counted_without_computing(
     base = load_base(teachable_dir, None, torch.float32, torch.device("cpu"))
     model = attach_adapter(base, config).train()
     if batching.endswith("written out"):
-        assert write_out(model) == 2
+        assert write_out(model) == [0, 1]
     expected = step_bytes(base, config, training(activation_checkpointing=checkpointing), batch)
     if checkpointing:
         base.activation_checkpointing_enable()

@@ -4,9 +4,9 @@ A model of 135M parameters is bound by the number of operations on a GPU, and on
 Here a layer is one autograd function: products of layers that share an input are joined (joined.py), one gather moves
 states into the padded layout (padded.py), and residuals are added by the products.
 
-`write_out` recognises layers of Llama's form by their parts (Llama, SmolLM2, Mistral, Qwen2 and others). Each form is
-tried against the model's own code before it is used. Whatever is not recognised, or is called in another way, such as
-in generation, runs the model's own code.
+`write_out` recognises layers of Llama's form by their parts (Llama, SmolLM2, Mistral, Qwen2 and others), and tries
+each one against the model's own code on a small batch. Whatever is not recognised, gives other numbers, or is called
+in another way, such as in generation, runs the model's own code.
 """
 
 import math
@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from tweetdora.attention import ATTENTION, KEPT_SCORES
+from tweetdora.attention import KEPT_SCORES
 from tweetdora.joined import Joined, Kept
 from tweetdora.packing import pack
 from tweetdora.padded import Gathers, PaddedAttention, rotate
@@ -69,7 +70,7 @@ class _Layer:
 
     def __init__(self, layer: Any, last: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.module = attention
+        self.layer = layer
         self.norms = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         # Queries and keys stay next to each other, because one rotation serves both.
@@ -81,6 +82,8 @@ class _Layer:
         gate_up = (mlp.gate_proj, mlp.up_proj)
         self.gate_up, self.down = Joined(gate_up if self.gate_first else gate_up[::-1]), Joined([mlp.down_proj])
         self.last = last
+        linear = (layer for joined in self.joined() for layer in joined.layers)
+        self.parts = {*map(id, linear), id(layer.input_layernorm), id(layer.post_attention_layernorm)}
 
     def joined(self) -> list[Joined]:
         """All linear layers, in the order of adapter_weights."""
@@ -91,19 +94,27 @@ class _Layer:
         return [weight for joined in self.joined() for weight in joined.adapter_weights()]
 
     def handles(self, states: torch.Tensor, packing: dict[str, Any] | None, others: dict[str, Any]) -> bool:
-        """True if forward computes what the layer would, for these arguments."""
+        """True if the function may be used for these arguments, given that the layer has been tried."""
         if packing is None or packing.keys() & {"decoding", "tree", "cache"} or not torch.is_grad_enabled():
             return False
-        if others.get("position_embeddings") is None or others.get("past_key_values") is not None:
+        rotary = others.get("position_embeddings")
+        if rotary is None or rotary[0].shape != (1, states.shape[1], self.attention.head_dim):
             return False
-        if states.shape[0] != 1 or torch.is_autocast_enabled(states.device.type):
+        if others.get("past_key_values") is not None or torch.is_autocast_enabled(states.device.type):
             return False
-        if self.module.training and self.module.attention_dropout:
+        if self.layer.training and self.layer.self_attn.attention_dropout:
             return False
-        rows, length = packing["row_count"], packing["to_padded"].numel() // packing["row_count"]
-        if rows * self.attention.heads * length * (packing["prefix_length"] + length) > KEPT_SCORES:
+        if self.attention.scores(packing) > KEPT_SCORES or not self.is_what_it_was():
             return False
         return all(joined.is_ordinary() for joined in self.joined())
+
+    def is_what_it_was(self) -> bool:
+        """True if the layer still has the parts that this was made of."""
+        attention, mlp, (first, second) = self.layer.self_attn, self.layer.mlp, self.norms
+        linear = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        norms = self.layer.input_layernorm, self.layer.post_attention_layernorm
+        same = {*map(id, (*linear, mlp.gate_proj, mlp.up_proj, mlp.down_proj, *norms))} == self.parts
+        return same and not first.module.weight.requires_grad and not second.module.weight.requires_grad
 
 
 def _attention_of(module: Any, order: Sequence[Any]) -> PaddedAttention:
@@ -223,7 +234,7 @@ class _WrittenOut:
     _written_out: _Layer
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The layer's output (1, T, width)."""
+        """Output (1, T, width) for states (1, T, width)."""
         layer, packing = self._written_out, kwargs.get("packing")
         if args or not layer.handles(hidden_states, packing, kwargs):
             return cast(Any, super()).forward(hidden_states, *args, **kwargs)
@@ -232,43 +243,54 @@ class _WrittenOut:
         return cast(torch.Tensor, _Function.apply(hidden_states, layer, packing, gathers, *layer.adapter_weights()))
 
 
-def write_out(model: Any, proven: bool = False) -> int:
-    """Let the decoder layers of a model with adapters run as one function each; return how many do.
+def write_out(model: Any) -> list[int]:
+    """Let the decoder layers of a model with adapters run as one function each; return the numbers of those that do.
 
-    proven: leave out the trial, for a model without data whose like has been tried. Then call `join_weights` once it
-    has data.
+    Every layer is tried: in some models, layers of one class differ (SmolLM3 leaves the rotary embedding out of some).
     """
-    base = model.get_base_model()
-    if base.config._attn_implementation != ATTENTION:
-        return 0
-    layers = [module for module in base.modules() if {name for name, _ in module.named_children()} == _LAYER_PARTS]
-    tried: dict[Any, bool] = {}
-    count = 0
-    for place, module in enumerate(layers):
-        if not _is_of_llamas_form(module):
-            continue
-        layer = _Layer(module, last=place == len(layers) - 1)
-        if not all(joined.is_ordinary() for joined in layer.joined()):
-            continue
-        own, attention = type(module), layer.attention
-        form = own, *attention.offsets.items(), layer.gate_first, attention.window
-        module._written_out = layer
-        module.__class__ = type(own.__name__, (_WrittenOut, own), {"__module__": own.__module__})
-        if form not in tried:
-            tried[form] = proven or _agrees(module, own)
-        if tried[form]:
-            count += 1
-        else:
-            module.__class__ = own
-            del module._written_out
-    if not proven:
-        join_weights(model)
-    return count
+    rotary = getattr(model.get_base_model().get_decoder(), "rotary_emb", None)
+    done = []
+    for number, module in enumerate(_decoder_layers(model)):
+        if rotary is not None and _is_of_llamas_form(module):
+            try:
+                _replace(module, last=module is _decoder_layers(model)[-1])
+                agrees = _agrees(module, rotary)
+            except Exception:  # code that looks like Llama's can need anything
+                agrees = False
+            if agrees:
+                done.append(number)
+            else:
+                _restore(module)
+    join_weights(model)
+    return done
 
 
-def is_written_out(model: nn.Module) -> bool:
-    """True if layers of a model run as one function each."""
-    return any(isinstance(module, _WrittenOut) for module in model.modules())
+def write_out_like(model: Any, numbers: Sequence[int]) -> None:
+    """Do the same for a model without data, given what write_out returned. Once it has data, call `join_weights`."""
+    for number in numbers:
+        _replace(_decoder_layers(model)[number], last=number == len(_decoder_layers(model)) - 1)
+
+
+def written_out(model: Any) -> list[int]:
+    """The numbers of the layers that run as one function each."""
+    return [number for number, module in enumerate(_decoder_layers(model)) if isinstance(module, _WrittenOut)]
+
+
+def _decoder_layers(model: Any) -> list[Any]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return list(getattr(base.get_decoder(), "layers", []))
+
+
+def _replace(module: Any, last: bool) -> None:
+    own = type(module)
+    module._written_out = _Layer(module, last)
+    module.__class__ = type(own.__name__, (_WrittenOut, own), {"__module__": own.__module__})
+
+
+def _restore(module: Any) -> None:
+    if isinstance(module, _WrittenOut):
+        module.__class__ = type(module).__mro__[2]  # the class before _replace
+        del module._written_out
 
 
 def join_weights(model: nn.Module) -> None:
@@ -297,33 +319,52 @@ def _is_of_llamas_form(module: Any) -> bool:
     return numbers and len(weights) == 2 and not any(weight.requires_grad for weight in weights)
 
 
-def _agrees(module: Any, own: Any) -> bool:
-    """True if the written-out layer has the window, output and gradients of the model's own code on a small batch."""
+def _agrees(module: Any, rotary: Any) -> bool:
+    """True if the written-out layer has the window, output and gradients of the model's own code on a small batch.
+
+    Both are tried as in training, with an adapter off its start, and with positions up to the last one of the model.
+    """
     layer: _Layer = module._written_out
-    weight = layer.qkv.bases[0].weight
-    width, dtype, device = weight.shape[1], weight.dtype, weight.device
+    weight, weights = layer.qkv.bases[0].weight, layer.adapter_weights()
+    if not all(joined.is_ordinary() for joined in layer.joined()) or not weights:
+        return False
     source = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        """Random numbers like the layer's states."""
+        return torch.randn(*shape, generator=source).to(weight.device, weight.dtype)
+
     batch, _ = pack([[0, 0, 1, 2], [0, 0, 3], [0, 0, 4, 5, 6]], prefix=2)
+    batch = send_to_device(batch, weight.device)
     count = batch["input_ids"].shape[1]
-    states = torch.randn(1, count, width, generator=source).to(device, dtype).requires_grad_()
-    angles = 3 * torch.rand(1, count, layer.attention.head_dim // 2, generator=source).repeat(1, 1, 2).to(device)
-    rotary = angles.cos().to(dtype), angles.sin().to(dtype)
-    weights = layer.adapter_weights()
-    direction = torch.randn(1, count, width, generator=source).to(device, dtype)
+    kept = torch.tensor([3, 4, 7] if layer.last else range(count), device=weight.device)
+    states, direction = draw(1, count, weight.shape[1]).requires_grad_(), draw(1, len(kept), weight.shape[1])
+    last_position = getattr(module.self_attn.config, "max_position_embeddings", 1_000) - 1
+    positions = torch.linspace(0, last_position, count, device=weight.device).long()[None]
+    before, was_training = [each.detach().clone() for each in weights], module.training
     results = []
-    with torch.enable_grad():
-        for forward in (own.forward, type(module).forward):
-            packing = {
-                name: value.to(device) if isinstance(value, torch.Tensor) else value
-                for name, value in batch["packing"].items()
-            }
-            arguments = {"position_embeddings": rotary, "attention_mask": batch["attention_mask"].to(device)}
-            output = forward(module, states, packing=packing, **arguments)
-            if {window for window, _ in packing["masks"]} != {layer.attention.window}:
-                return False
-            output = output[0] if isinstance(output, tuple) else output
-            results.append([output, *torch.autograd.grad(output, [states, *weights], direction)])
-    tolerance = _TOLERANCE[dtype]
+    try:
+        for each in weights:
+            each.data += 0.1 * torch.randn(each.shape, generator=source).to(each)
+        module.train()
+        for own in (True, False):
+            packing = {**batch["packing"], "kept": kept}
+            arguments = {"position_embeddings": rotary(states, positions), "position_ids": positions}
+            arguments |= {"packing": packing, "attention_mask": batch["attention_mask"]}
+            with torch.enable_grad(), torch.random.fork_rng():
+                torch.manual_seed(0)  # for dropout, which the written-out layer does not have
+                if not own and not layer.handles(states, packing, arguments):
+                    return False
+                output = (cast(Any, super(_WrittenOut, module)) if own else module).forward(states, **arguments)
+                if {window for window, _ in packing["masks"]} != {layer.attention.window}:
+                    return False
+                gradients = torch.autograd.grad(output[:, kept], [states, *weights], direction)
+            results.append([output[:, kept], *gradients])
+    finally:
+        module.train(was_training)
+        for each, value in zip(weights, before, strict=True):
+            each.data.copy_(value)
+    tolerance = _TOLERANCE[weight.dtype]
     return all(
         (theirs - ours).abs().max() <= tolerance * theirs.abs().max() + 1e-12
         for theirs, ours in zip(*results, strict=True)

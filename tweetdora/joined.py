@@ -41,7 +41,7 @@ class Joined:
     """Linear layers with the same input (T, in), in the order of their columns in the output (T, out).
 
     The layers with adapters come last, so that their columns are next to each other. The weights of several layers
-    become views of one tensor, so they take no more memory.
+    become views of one tensor. (A weight that was only mapped from a file takes memory of its own then.)
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -61,8 +61,11 @@ class Joined:
 
     def is_ordinary(self) -> bool:
         """True if this class computes what the layers would: at most one adapter each, alike, and not merged."""
-        return all(map(_is_plain, self.bases)) and all(
-            _is_ordinary(layer, self.name, self.dora, self.scaling) for layer in self.adapted
+        return (
+            all(map(_is_plain, self.bases))
+            and all(_is_ordinary(layer, self.name, self.dora, self.scaling) for layer in self.adapted)
+            and len({layer.lora_A[self.name].weight.shape for layer in self.adapted}) < 2
+            and len({weight.dtype for weight in self.adapter_weights()}) < 2
         )
 
     def adapter_weights(self) -> list[torch.Tensor]:
@@ -78,10 +81,10 @@ class Joined:
         weights = [base.weight for base in self.bases]
         if len(weights) == 1:
             return weights[0].detach()
-        joined = self._joined
-        if joined is None or any(not _is_part(weight, joined) for weight in weights):
+        joined, sizes = self._joined, [len(weight) for weight in weights]
+        if joined is None or not all(map(_is_same, weights, joined.split(sizes))):
             joined = torch.cat([weight.detach() for weight in weights])
-            for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+            for weight, part in zip(weights, joined.split(sizes), strict=True):
                 weight.data = part
             self._joined = joined
         return joined
@@ -178,7 +181,8 @@ class Joined:
 
     def _squares(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """|W|^2 of each row; recomputed only when a weight changes."""
-        state = dtype, *((base.weight.untyped_storage()._cdata, base.weight._version) for base in self.adapted_bases)
+        versions = ((base.weight.untyped_storage()._cdata, base.weight._version) for base in self.adapted_bases)
+        state = dtype, weight.dtype, weight.device, *versions
         if self._squared_norms is None or self._squared_norms[0] != state:
             self._squared_norms = state, weight.to(dtype).square().sum(1)
         return self._squared_norms[1]
@@ -249,8 +253,15 @@ def _nothing(like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(1, 1)
 
 
-def _is_part(weight: torch.Tensor, joined: torch.Tensor) -> bool:
-    return weight.untyped_storage()._cdata == joined.untyped_storage()._cdata
+def _is_same(weight: torch.Tensor, part: torch.Tensor) -> bool:
+    """True if two tensors are the same numbers in memory."""
+    storages = [tensor.untyped_storage()._cdata for tensor in (weight, part)]
+    return (
+        storages[0] == storages[1]
+        and weight.storage_offset() == part.storage_offset()
+        and weight.shape == part.shape
+        and weight.dtype == part.dtype
+    )
 
 
 def _is_plain(base: Any) -> bool:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tweetdora.block import is_written_out, join_weights, write_out
+from tweetdora.block import join_weights, write_out_like, written_out
 from tweetdora.config import ModelConfig
 from tweetdora.device import available_memory_bytes, own_peak_memory_bytes
 from tweetdora.dora import is_4bit
@@ -142,8 +142,7 @@ def step_bytes(base: PreTrainedModel, config: ModelConfig, training: TrainConfig
         bare = AutoModelForCausalLM.from_config(settings, dtype=DTYPES[training.precision])
         set_up_for_packing(bare)
         model = attach_adapter(bare, config)
-        if is_written_out(base):
-            write_out(model, proven=True)
+        write_out_like(model, written_out(base))
     model.train()
     if training.activation_checkpointing:
         bare.activation_checkpointing_enable()

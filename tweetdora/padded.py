@@ -47,6 +47,11 @@ class PaddedAttention:
         self.heads, self.groups, self.head_dim = heads, groups, head_dim
         self.scaling, self.window, self.offsets = scaling, window, offsets
 
+    def scores(self, packing: dict[str, Any]) -> int:
+        """Number of attention scores that a batch's forward pass keeps."""
+        shape = _Shape.of(packing, self)
+        return self.heads * (shape.rows * shape.length * (shape.prefix + shape.length) + shape.prefix**2)
+
     def gathers(self, packing: dict[str, Any], cos: torch.Tensor, sin: torch.Tensor) -> Gathers:
         """The batch's index tensors; made by the first layer, and kept for the others."""
         key = "gathers", self.heads, self.groups, self.head_dim, *self.offsets.items()
@@ -60,7 +65,7 @@ class PaddedAttention:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Attention output (T, H * D) of rotated states (T, per_token * D), and what the backward pass needs."""
         shape = _Shape.of(packing, self)
-        padded = states.view(-1, self.head_dim).index_select(0, gathers.padded)
+        padded = self._exact(states.view(-1, self.head_dim).index_select(0, gathers.padded))
         query, prefix_query, key, value, *_ = shape.split(padded)
         mask, prefix_mask = causal_masks(packing, shape.prefix + shape.length, states.device, self.window)
         per_group = self.heads // self.groups
@@ -78,7 +83,12 @@ class PaddedAttention:
             weights = torch.softmax(scores, dim=-1)
             torch.bmm(weights, prefix_value, out=first.view(prefix_query.shape))
             kept.append(weights)
-        return output.index_select(0, gathers.output).view(len(states), -1), kept
+        return output.index_select(0, gathers.output).view(len(states), -1).to(states.dtype), kept
+
+    def _exact(self, states: torch.Tensor) -> torch.Tensor:
+        """Half precision in float32 where the scores of the fused attention that this stands for are: not on a CPU."""
+        half = states.element_size() < 4 and states.device.type != "cpu"
+        return states.float() if half else states
 
     def attend_backward(
         self, gradient: torch.Tensor, kept: Sequence[torch.Tensor], packing: dict[str, Any], gathers: Gathers
@@ -87,7 +97,7 @@ class PaddedAttention:
         shape = _Shape.of(packing, self)
         padded, weights = kept[0], kept[1]
         query, prefix_query, key, value, *_ = shape.split(padded)
-        given = gradient.reshape(-1, self.head_dim).index_select(0, gathers.output_back)
+        given = self._exact(gradient.reshape(-1, self.head_dim).index_select(0, gathers.output_back))
         own, first = given.split([shape.own_queries, shape.queries - shape.own_queries])
         per_head = (shape.rows, self.groups, self.heads // self.groups, shape.length, self.head_dim)
         own.view(per_head).masked_fill_(gathers.is_padding, 0)
@@ -103,7 +113,7 @@ class PaddedAttention:
             states = (prefix_query, key[: self.groups, : shape.prefix], value[: self.groups, : shape.prefix])
             targets = d_prefix_query, d_prefix_key, d_prefix_value
             _attend_backward(first.view(prefix_query.shape), kept[2], states, targets, self.scaling, beta=1)
-        return grads.index_select(0, gathers.packed).view(len(gradient), -1)
+        return grads.index_select(0, gathers.packed).view(len(gradient), -1).to(gradient.dtype)
 
     def rotated(self, states: torch.Tensor) -> torch.Tensor:
         """The heads of queries and keys, (T, H + G, D), of states (T, per_token * D)."""

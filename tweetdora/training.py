@@ -112,7 +112,7 @@ def load(
     set_seed(training.seed)  # before the adapter's random initialization
     model = attach_adapter(base, model_config)
     adapter_start = [(name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad]
-    if training.batching == "shared_prefix":
+    if training.batching == "shared_prefix" and training.precision != "fp16":  # fp16 trains under autocast
         write_out(model)
     run = RunRecord(
         name=training.run_name or "",
