@@ -307,11 +307,13 @@ def _make_small_run(run: Path) -> str:
 
 
 def _script(*words: str) -> str:
+    from tweetdora.device import cpu_cores
+
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
         [sys.executable, *words],
         cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))},
+        env={**os.environ, "OMP_NUM_THREADS": str(cpu_cores())},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

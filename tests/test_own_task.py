@@ -15,6 +15,8 @@ from pathlib import Path
 import datasets
 import pytest
 
+from tweetdora.device import cpu_cores
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = 100  # of each label
@@ -33,7 +35,7 @@ def run(command: str, folder: Path) -> str:
         command,
         shell=True,
         cwd=folder,
-        env={**os.environ, "PATH": path, "PYTHONPATH": "", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))},
+        env={**os.environ, "PATH": path, "PYTHONPATH": "", "OMP_NUM_THREADS": str(cpu_cores())},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
