@@ -36,7 +36,7 @@ TEST_FLAGS ?= -n 2
 
 test: $(VENV)/.dev assets .llama.cpp .4bit/.done
 	$(BIN)/python -m pytest --ignore tests/test_four_bit.py --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
-	PYTHONPATH=.4bit $(BIN)/python -m pytest tests/test_four_bit.py
+	PYTHONPATH=.4bit $(BIN)/python -m pytest tests/test_four_bit.py $(TEST_FLAGS)
 
 .4bit/.done: requirements-4bit.txt $(VENV)/.dev
 	rm -rf .4bit
