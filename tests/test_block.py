@@ -135,6 +135,16 @@ def test_only_training_on_packed_batches_is_written_out(make_model):
     assert rolls(ours) == 0
 
 
+def test_other_positions_of_the_same_batch_are_seen(make_model):
+    """What is made once for a batch depends on them."""
+    plain, ours = adapted(make_model, "llama", ATTENTION), pair(make_model)[1]
+    batch = PackedCollator()(ROWS)
+    first = collated(ours, batch)["loss"]
+    batch["position_ids"] = batch["position_ids"] * 2
+    assert_same(collated(ours, batch), collated(plain, batch))
+    assert collated(ours, batch)["loss"] != first
+
+
 def test_too_many_scores_for_one_product_are_left_to_the_models_code(make_model, monkeypatch):
     _, ours = pair(make_model)
     monkeypatch.setattr(block, "KEPT_SCORES", 100)

@@ -30,8 +30,8 @@ def test_help_and_wrong_flags_are_answered_before_the_heavy_imports(script):
     assert imported(script, "--no_such_flag", "1", status=2) & HEAVY == set()
 
 
-def test_a_dry_run_needs_no_plots_metrics_or_tracker(teachable_dir, data_dir, tmp_path):
+def test_a_dry_run_needs_no_plots_and_no_metrics(teachable_dir, data_dir, tmp_path):
     words = ["--model_name_or_path", teachable_dir, "--dataset_name", data_dir, "--output_dir", str(tmp_path / "run")]
     words += ["--system_prompt", "Say how the day is: negative, neutral or positive.", "--report_to", "none"]
     found = imported("train.py", *words, "--precision", "fp32", "--dry_run", "true", status=0)
-    assert found & {"evaluate", "wandb", "matplotlib"} == set() and "torch" in found
+    assert found & {"evaluate", "matplotlib"} == set() and "torch" in found  # transformers' trackers import wandb

@@ -211,7 +211,8 @@ def _make_gathers(
     own_query.view(rows, heads, length).masked_fill_(is_padding[:, None], False)
     for part in (own_keys, own_values):
         by_row = part.view(rows, groups, prefix + length)
-        by_row[:, :, :prefix] = False  # their gradients are summed over the rows, into the last rows
+        # Their gradients are summed over the rows, into the last rows. (A CPU would write those last anyway.)
+        by_row[:, :, :prefix] = False
         by_row[:, :, prefix:].masked_fill_(is_padding[:, None], False)
     unused = tokens * per_token  # what the others write to
     packed = place.new_empty(unused + 1).scatter_(0, everything.where(holds, unused), place)[:-1]
