@@ -286,7 +286,7 @@ def test_weights_that_share_an_input_lie_together_and_stay_the_layers_own(make_m
             with torch.no_grad():
                 layer = model.get_base_model().model.layers[1]
                 layer.self_attn.get_submodule(f"{name}_proj.base_layer").weight[:7] *= 2
-    assert_same(collated(ours, PackedCollator()(ROWS)), collated(plain, PackedCollator()(ROWS)))
+    assert_same(collated(ours, PackedCollator()(ROWS)), one_by_one(plain, ROWS))
 
 
 def test_a_written_out_model_merges_and_saves_like_any_other(make_model, tmp_path):
