@@ -201,6 +201,12 @@ def test_a_layer_that_gives_other_numbers_runs_the_models_own_code(kind, make_mo
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-9, msg=name)
 
 
+def test_a_layer_on_which_the_trial_ends_in_an_error_runs_the_models_own_code(make_model):
+    model = adapted(make_model, "llama", ATTENTION)
+    model.get_base_model().model.layers[0].self_attn.head_dim = None
+    assert write_out(model) == [1] and written_out(model) == [1]
+
+
 def test_a_long_prefix_counts_among_the_scores(make_model, monkeypatch):
     """4 heads: 3 rows of 2 tokens after 30, and the prefix on itself."""
     _, ours = pair(make_model)
