@@ -239,6 +239,7 @@ def saving(trainer, *arguments):
     tell(trainer.model)
     return save(trainer, *arguments)
 training.load, training.save_run = loading, saving
+training.write_out = lambda model: []  # a sharded base's layers run the model's own code, so both do
 sys.argv[0] = "train.py"
 status = runpy.run_path({root!r} + "/train.py")["main"]()
 from torch import distributed
@@ -287,8 +288,7 @@ def test_a_base_that_is_sharded_trains_what_a_whole_one_trains(flags, teachable_
             "eval_parse_rate",
             "train_loss",
         }:
-            # A whole base's layers run as one function each (block.py), those of a sharded one do not.
-            assert second[figure] == pytest.approx(first[figure], rel=1e-5, abs=1e-5), (first["step"], figure)
+            assert second[figure] == pytest.approx(first[figure], abs=1e-5), (first["step"], figure)
     assert any(line.get("eval_parse_rate", 0) > 0.5 for line in whole), "it has learnt to answer"
     adapters = [tmp_path / file / "adapter" for file in ("cpu", "fsdp2")]
     assert_close(*(load_file(folder / "adapter_model.safetensors") for folder in adapters), rtol=0, atol=1e-5)
