@@ -106,6 +106,8 @@ def trl_side(settings: Settings, precision: str, rows: list[dict[str, Any]], fol
             task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["k_proj", "v_proj"], use_dora=True
         ),
     )
+    if trainer.args.gradient_checkpointing:  # as Trainer.train does
+        cast(Any, trainer.model).activation_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     prepared = cast(Any, trainer.train_dataset).to_list()
     if [row["labels"] for row in prepared] != [row["labels"] for row in rows]:
         raise AssertionError("TRL would supervise different tokens from ours")
