@@ -109,11 +109,8 @@ def load(
     base_model = base_identity(base, name, commits.base)  # before attach_adapter, which adds parameters
     check_ids_fit(base, tokenizer, [tokenized.largest_id])
     check_positions(base, tokenized)
-    set_seed(training.seed)  # before the adapter's random initialization
-    model = attach_adapter(base, model_config)
+    model = _with_adapter(base, model_config, training)
     adapter_start = [(name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad]
-    if training.batching == "shared_prefix" and training.precision != "fp16":  # fp16 trains under autocast
-        write_out(model)
     run = RunRecord(
         name=training.run_name or "",
         status="planned",
@@ -138,6 +135,15 @@ def load(
         notes=notes_on_splits({name: found for name, found in splits.items() if found}, task.label_words),
     )
     return Loaded(model, tokenizer, prompt_tokenizer, tokenized, validation_examples), run
+
+
+def _with_adapter(base: PreTrainedModel, model_config: ModelConfig, training: TrainConfig) -> PeftModel:
+    """Put a new adapter on the base, and let the layers run as one function each where they can."""
+    set_seed(training.seed)  # before the adapter's random initialization
+    model = attach_adapter(base, model_config)
+    if training.batching == "shared_prefix" and training.precision != "fp16":  # fp16 trains under autocast
+        write_out(model)
+    return model
 
 
 def _load_base(
