@@ -64,6 +64,7 @@ class Joined:
         return (
             all(map(_is_plain, self.bases))
             and all(_is_ordinary(layer, self.name, self.dora, self.scaling) for layer in self.adapted)
+            and len({base.bias is None for base in self.bases}) == 1
             and len({layer.lora_A[self.name].weight.shape for layer in self.adapted}) < 2
             and len({weight.dtype for weight in self.adapter_weights()}) < 2
         )
@@ -112,12 +113,7 @@ class Joined:
 
     def _with_bias(self, output: torch.Tensor) -> torch.Tensor:
         biases = [base.bias for base in self.bases]
-        if all(bias is None for bias in biases):
-            return output
-        parts = [
-            output.new_zeros(base.out_features) if base.bias is None else base.bias.detach() for base in self.bases
-        ]
-        return output.add_(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return output if biases[0] is None else output.add_(_cat(biases))
 
     def _adapt(
         self, x: torch.Tensor, output: torch.Tensor, weight: torch.Tensor, weights: Sequence[torch.Tensor]
@@ -127,32 +123,20 @@ class Joined:
         lora_A, lora_B, magnitudes = weights[:count], weights[count : 2 * count], weights[2 * count :]
         dtype = lora_A[0].dtype
         stacked_A = _cat(lora_A)  # (m r, in)
-        x = x.to(dtype)
-        hidden = torch.addmm(_nothing(x), x, stacked_A.T, beta=0, alpha=self.scaling)  # (T, m r)
+        x, wide = x.to(dtype), output.to(dtype)
+        # With beta=0, the first argument is not read.
+        hidden = torch.addmm(x.new_empty(1, 1), x, stacked_A.T, beta=0, alpha=self.scaling)  # (T, m r)
+        sums = torch.empty(output.shape, dtype=dtype, device=output.device) if self.dora else wide
+        parts = zip(wide.split(self.sizes, dim=1), hidden.chunk(count, dim=1), lora_B, strict=True)
+        for target, (part, own, up) in zip(sums.split(self.sizes, dim=1), parts, strict=True):
+            torch.addmm(part, own, up.T, out=target)
         if self.dora:
             gain, inverse_norms = self._gain(weight, stacked_A, lora_A, lora_B, magnitudes)
-            unscaled = torch.empty(output.shape, dtype=dtype, device=output.device)
-            self._add_adapters(output.to(dtype), hidden, lora_B, unscaled)
-            torch.mul(unscaled, gain, out=output)
-            return Kept(hidden, unscaled, gain, inverse_norms)
-        if output.dtype == dtype:
-            self._add_adapters(output, hidden, lora_B, output)
-        else:
-            sums = output.to(dtype)
-            self._add_adapters(sums, hidden, lora_B, sums)
+            torch.mul(sums, gain, out=output)
+            return Kept(hidden, sums, gain, inverse_norms)
+        if sums is not output:
             output.copy_(sums)
         return Kept(hidden)
-
-    def _add_adapters(
-        self, output: torch.Tensor, hidden: torch.Tensor, lora_B: Sequence[torch.Tensor], out: torch.Tensor
-    ) -> None:
-        """Write W x + s B A x into `out`, given W x and s A x."""
-        parts = zip(self._columns(output), self._ranks(hidden), lora_B, self._columns(out), strict=True)
-        for part, own, up, target in parts:
-            if target is part:
-                target.addmm_(own, up.T)
-            else:
-                torch.addmm(part, own, up.T, out=target)
 
     def _gain(
         self,
@@ -225,32 +209,17 @@ class Joined:
             if wide is not gradient:
                 gradient.copy_(wide)
         grad_hidden, grad_B = torch.empty_like(hidden), []
-        parts = zip(
-            self._columns(wide), self._ranks(hidden), self._ranks(grad_hidden), weights[count : 2 * count], strict=True
-        )
-        for part, down, target, up in parts:
+        ranks = zip(hidden.chunk(count, dim=1), grad_hidden.chunk(count, dim=1), strict=True)
+        parts = zip(wide.split(self.sizes, dim=1), ranks, weights[count : 2 * count], strict=True)
+        for part, (down, target), up in parts:
             grad_B.append(part.T @ down)
             target.addmm_(part, up, beta=0, alpha=self.scaling)
         grad_A = list((grad_hidden.T @ x.to(hidden.dtype)).split(hidden.shape[1] // count))
         return grad_hidden, [*grad_A, *grad_B, *grad_magnitudes]
 
-    def _columns(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The columns of each adapted layer."""
-        return output.split(self.sizes, dim=1) if len(self.sizes) > 1 else (output,)
-
-    def _ranks(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The columns of each adapter."""
-        count = len(self.adapted)
-        return hidden.split(hidden.shape[1] // count, dim=1) if count > 1 else (hidden,)
-
 
 def _cat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-
-
-def _nothing(like: torch.Tensor) -> torch.Tensor:
-    """What is added to a product that is only scaled: with beta=0 it is not read."""
-    return like.new_empty(1, 1)
 
 
 def _is_same(weight: torch.Tensor, part: torch.Tensor) -> bool:

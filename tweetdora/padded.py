@@ -54,8 +54,8 @@ class PaddedAttention:
 
     def gathers(self, packing: dict[str, Any], cos: torch.Tensor, sin: torch.Tensor) -> Gathers:
         """The batch's index tensors; made by the first layer, and kept for the others."""
-        key = "gathers", self.heads, self.groups, self.head_dim, *self.offsets.items()
-        made = packing.setdefault("made", {})
+        key = self.heads, self.groups, self.head_dim, *self.offsets.items()
+        made = packing.setdefault("gathers", {})
         if key not in made or made[key].source is not cos:
             made[key] = _make_gathers(packing, self.heads, self.groups, self.offsets, cos, sin)
         return made[key]

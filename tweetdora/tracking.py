@@ -63,7 +63,7 @@ def start_wandb(
 
     If the server cannot be reached, training continues: the run is stored offline, and a warning is logged.
     """
-    import wandb  # takes a second, which a run without W&B is spared
+    import wandb  # takes a second, which evaluate.py and predict.py need not wait for
 
     mode, _ = wandb_mode()
     settings: dict[str, Any] = {
