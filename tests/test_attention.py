@@ -74,6 +74,10 @@ def adapted(
     """A tiny float64 model whose adapter has left its start; equal weights for any `attention`."""
     # 0.2: with the usual 0.02 attention is nearly uniform, and a wrong mask changes little.
     base = make_model(kind.partition(",")[0], **{"initializer_range": 0.2, **KINDS.get(kind, {}), **settings})
+    torch.manual_seed(2)
+    for weight in base.parameters():
+        if weight.dim() == 1:  # norms, which start at 1, and biases, which start at 0
+            weight.data += 0.3 * torch.randn(weight.shape)
     for name, module in list(base.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             base.set_submodule(name, ExactNorm(module))
