@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tweetdora import block
 from tweetdora.attention import ATTENTION
-from tweetdora.block import write_out, written_out
+from tweetdora.block import count_layers, write_out, written_out
 from tweetdora.config import ModelConfig
 from tweetdora.modeling import attach_adapter, merge
 from tweetdora.packing import PackedCollator
@@ -206,6 +206,7 @@ def test_a_layer_that_gives_other_numbers_runs_the_models_own_code(kind, make_mo
     targets = ["k_proj", "v_proj"]
     models = [adapted(make_model, kind, ATTENTION, target_modules=targets, **settings) for _ in range(2)]
     assert write_out(models[1]) == expected
+    assert count_layers(models[1]) == (len(expected), 2)
     batch = PackedCollator()(ROWS)
     for model in models:
         for module in model.modules():

@@ -16,7 +16,9 @@ from tweetdora.cli import parse_train, parse_with_target, read_task, run_script
 from tweetdora.config import CORRECTIONS, SYSTEM_PROMPT, EvaluateConfig, ModelConfig, PushConfig, TaskConfig
 from tweetdora.device import decide_precision
 from tweetdora.errors import DivergedError, HubError, InputError, ResourceError, UserError, VerificationError
-from tweetdora.train_config import TrainConfig, is_published_run
+from tweetdora.records import training_settings
+from tweetdora.seeds import find_runs
+from tweetdora.train_config import RECIPE_ARGUMENTS, TrainConfig, is_published_run
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPO_DIR / "recipes").rglob("*.yaml"))
@@ -143,6 +145,16 @@ def test_a_committed_recipe_parses(path):
 
 def test_there_is_a_committed_recipe():
     assert "quickstart.yaml" in [path.name for path in RECIPES]
+
+
+def test_the_best_recipe_is_that_of_the_best_run_on_validation():
+    runs = find_runs([str(REPO_DIR / "results/best")], "validation")
+    best = max(runs, key=lambda run: run.finetuned_metrics.macro_f1).run
+    task, model, training = parse("--config", str(REPO_DIR / "recipes/best.yaml"))
+    assert (task, model) == (best.task, best.model)
+    found = training_settings(training)
+    for name in set(RECIPE_ARGUMENTS) - {"seed"}:
+        assert getattr(found, name) == getattr(best.training, name), name
 
 
 def test_the_learning_rate_of_a_recipe_is_a_number(recipe):

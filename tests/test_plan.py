@@ -201,10 +201,12 @@ def lines(text: str) -> dict[str, str]:
     return dict(re.match(r"  (.{14}) (.*)", line).groups() for line in text.splitlines())
 
 
-def plan_lines(run: RunRecord, settings: TrainConfig, threads: int = 1) -> dict[str, str]:
+def plan_lines(
+    run: RunRecord, settings: TrainConfig, threads: int = 1, layers: tuple[int, int] = (2, 2)
+) -> dict[str, str]:
     """The lines of a plan, but for what is noted on the tiny data set."""
     run = replace(run, notes=[])
-    return {label.strip(): text for label, text in lines(format_plan(run, settings, threads)).items()}
+    return {label.strip(): text for label, text in lines(format_plan(run, settings, threads, layers)).items()}
 
 
 def test_the_plan_says_all_that_the_run_will_be(planned, training, task, model_dir, tmp_path, monkeypatch):
@@ -216,7 +218,7 @@ def test_the_plan_says_all_that_the_run_will_be(planned, training, task, model_d
     # 48 texts of two or three words each; the tokens are counted in a test above.
     tokens = f"{run.train_data.tokens:,}"
     parameters = 367 * 32 * 2 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
-    shown = plan_lines(run, config, threads=2)
+    shown = plan_lines(run, config, threads=2, layers=(1, 2))
     assert shown == {
         "base model": f"{model_dir} (LlamaForCausalLM, {parameters:,} parameters)",
         "adapter": "dora on k_proj, v_proj, r 8, alpha 16: 1,600 trainable parameters "
@@ -227,6 +229,7 @@ def test_the_plan_says_all_that_the_run_will_be(planned, training, task, model_d
         "steps": "3 of 16 examples = 1 process(es) x 2 x 8; learning rate 0.0001, linear",
         "device": "cpu, 2 threads each",
         "precision": "fp32: asked for by --precision fp32",
+        "batching": "shared_prefix: the prompts' common start once per batch; 1 of 2 layers run as one function",
         "system prompt": task.system_prompt,
         "tracker": f"wandb, offline: {REASON}",
         "run folder": f"{tmp_path}/run",
@@ -242,6 +245,12 @@ def test_the_plan_gives_the_reason_for_a_precision_that_nobody_chose(planned, tr
 def test_the_plan_says_that_there_is_neither_validation_nor_tracker(planned, training):
     shown = plan_lines(planned(max_eval_samples=0), training(max_eval_samples=0))
     assert (shown["validation"], shown["tracker"]) == ("none", "none")
+
+
+def test_the_plan_says_that_prompts_are_not_shared(planned, training):
+    settings = {"batching": "padded"}
+    shown = plan_lines(planned(**settings), training(**settings))
+    assert shown["batching"] == "padded: each example with its whole prompt"
 
 
 def test_steps_below_one_are_a_share_of_all_steps(planned, training):
@@ -270,7 +279,7 @@ def test_the_plan_of_an_ordinary_run_has_no_note(planned, training):
 
 
 def test_the_plan_shows_the_notes_on_the_data(planned, training):
-    text = format_plan(planned(), training(), 1)
+    text = format_plan(planned(), training(), 1, (2, 2))
     assert "  note           test: 24 of 24 texts are in the train split too\n" in text
 
 

@@ -276,6 +276,11 @@ def written_out(model: Any) -> list[int]:
     return [number for number, module in enumerate(_decoder_layers(model)) if isinstance(module, _WrittenOut)]
 
 
+def count_layers(model: Any) -> tuple[int, int]:
+    """How many decoder layers run as one function each, and how many there are."""
+    return len(written_out(model)), len(_decoder_layers(model))
+
+
 def _decoder_layers(model: Any) -> list[Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return list(getattr(base.get_decoder(), "layers", []))

@@ -66,8 +66,12 @@ def count_steps(training: TrainConfig, num_examples: int) -> int:
     return math.ceil(training.num_train_epochs * steps_per_epoch)
 
 
-def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
-    """Format the plan that is shown before the first step; `threads` is the number of CPU threads per process."""
+def format_plan(run: RunRecord, training: TrainConfig, threads: int, layers: tuple[int, int]) -> str:
+    """Format the plan that is shown before the first step.
+
+    `threads` is the number of CPU threads per process; `layers` is how many decoder layers run as one function each,
+    and how many there are.
+    """
     data, base, validation, adapter = run.train_data, run.base_model, run.validation_data, run.model
     on_cpu = training.device.type == "cpu"
     device = f"cpu, {threads} threads each" if on_cpu else torch.cuda.get_device_name(training.device)
@@ -100,6 +104,7 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
         ),
         ("device", f"{device}; the base is sharded over the processes (FSDP2)" if training.shard_base else device),
         ("precision", f"{training.precision}: {training.precision_reason}"),
+        ("batching", _batching_line(training, layers)),
         ("system prompt", run.task.system_prompt),
         ("tracker", _tracker_line(training)),
         ("run folder", training.output_dir),
@@ -129,6 +134,13 @@ def format_plan(run: RunRecord, training: TrainConfig, threads: int) -> str:
 def _base_line(base: BaseModelRecord, in_4bit: bool) -> str:
     quantised = ", quantised to 4 bits for the training" if in_4bit else ""
     return f"{base.name_or_path} ({base.architecture}, {base.parameters:,} parameters){quantised}"
+
+
+def _batching_line(training: TrainConfig, layers: tuple[int, int]) -> str:
+    if training.batching == "padded":
+        return "padded: each example with its whole prompt"
+    fused = f"{layers[0]} of {layers[1]} layers run as one function"
+    return f"shared_prefix: the prompts' common start once per batch; {fused}"
 
 
 def _unnamed_words(task: TaskConfig) -> list[str]:
