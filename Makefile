@@ -51,6 +51,12 @@ test-compat: $(VENV)/.dev assets .compat/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .compat -r requirements-compat.txt
 	touch $@
 
+# axolotl, for `python -m bench --only axolotl`. Its parts are one package of several folders, so they are fetched at once.
+.axolotl/.done: requirements-axolotl.txt $(VENV)/.dev
+	rm -rf .axolotl
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .axolotl -r requirements-axolotl.txt
+	touch $@
+
 # A page to try a finished run: make app MODEL=runs/quickstart
 MODEL ?= $(DEMO_DIR)
 

@@ -1,12 +1,13 @@
 """Benchmark this project against TRL 1.16 and PEFT on the CPU, and print the table.
 
-    python -m bench                          # everything except --full, in about an hour and a half
+    python -m bench                          # everything except full and axolotl, in about an hour and a half
     python -m bench --only training memory   # some parts; the others stay unchanged in the record
     python -m bench --quick                  # a smoke test: 2 steps of 8 examples, into runs/bench/quick.json
 
 The parts are training (steps, losses, share of the GEMM rate, projection), memory, documented (TRL with its
 defaults), methods (DoRA and LoRA), prompts (longer ones), generation, prediction, launches (operations of a step),
-saving, launch, and full (the published recipe, with --full or --only full).
+saving, launch, full (the published recipe, with --full or --only full), and axolotl (with --only axolotl; needs
+`make .axolotl/.done`).
 If the host of a virtual machine takes more than 5 % of the cores' time, a part is measured again, up to three times,
 and otherwise left out.
 Each part runs in separate processes, so none inherits another's memory. Compared sides are interleaved in one process.
@@ -45,6 +46,7 @@ PARTS = {
         ["fp32:ours", "fp32:trl", "bf16:ours", "bf16:trl", "bf16:trl_bf16"],
     ),
     "documented": ("bench.variants.measure_documented", ["fp32", "bf16"]),
+    "axolotl": ("bench.axolotl.measure_axolotl", ["all"]),
     "methods": (
         "bench.variants.measure_methods",
         ["fp32:k_v", "fp32:all-linear", "bf16:k_v", "bf16:all-linear"],
@@ -134,7 +136,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     given = {item.name: getattr(options, item.name) for item in dataclasses.fields(Settings)}
     given = {name: value for name, value in given.items() if value is not None}
     if options.only is None:
-        options.only = [part for part in PARTS if part != "full"]
+        options.only = [part for part in PARTS if part not in ("full", "axolotl")]
     if options.full and "full" not in options.only:
         options.only.append("full")
     return options, Settings(**{**(QUICK if options.quick else {}), **given})

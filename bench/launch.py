@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from bench.settings import Settings
@@ -92,12 +93,17 @@ def train_flags(settings: Settings, run_dir: str) -> list[str]:
     return [*flags, "--max_eval_samples", "0", "--report_to", "none", "--output_dir", run_dir]
 
 
-def run_timed(command: list[str]) -> tuple[list[tuple[float, str]], float]:
-    """Run a process; return its lines, each with the seconds until it was printed, and the seconds until it ended."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+def run_timed(
+    command: list[str], folder: str | None = None, variables: Mapping[str, str] | None = None
+) -> tuple[list[tuple[float, str]], float]:
+    """Run a process, in a folder and with more environment variables.
+
+    Return its lines, each with the seconds until it was printed, and the seconds until it ended.
+    """
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
     started = time.perf_counter()
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
     ) as process:
         lines = [(time.perf_counter() - started, line.rstrip()) for line in process.stdout or ()]
     seconds = time.perf_counter() - started

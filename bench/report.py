@@ -70,6 +70,18 @@ def _documented(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     ]
 
 
+def _axolotl(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
+    sample = samples["all"]
+    ours, other = (spread(sample[f"{side}_seconds"]) for side in ("ours", "axolotl"))
+    ratio = f"{other['median'] / ours['median']:.2f}"
+    pairs = [*zip(sample["ours_losses"], sample["axolotl_losses"], strict=True)]
+    apart = max(abs(ours - other) for ours, other in pairs)
+    return [
+        ["training step, fp32, axolotl, as processes", format_spread(ours, "s"), format_spread(other, "s"), ratio],
+        [f"largest difference of the logged loss, axolotl, {len(pairs)} steps", f"{apart:.1e}", "", ""],
+    ]
+
+
 def _methods(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     rows = []
     for variant, sample in samples.items():
@@ -174,6 +186,7 @@ _LINES = {
     "training": _training,
     "memory": _memory,
     "documented": _documented,
+    "axolotl": _axolotl,
     "methods": _methods,
     "prompts": _prompts,
     "generation": _generation,

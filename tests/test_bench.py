@@ -9,11 +9,12 @@ from sample_records import ENVIRONMENT
 
 from bench import __main__ as bench
 from bench.__main__ import OUTPUT, PARTS, measure, parse, stolen_share
+from bench.axolotl import measure_axolotl, step_seconds
 from bench.generation import until_stop
 from bench.launch import import_seconds, train_flags
 from bench.launches import count_operations
 from bench.record import BenchData, BenchPart, BenchRecord, read_bench, write_bench
-from bench.report import _launches, table
+from bench.report import _axolotl, _launches, table
 from bench.settings import Settings
 from bench.stats import ModelShape, format_spread, format_table, ratios, spread, step_operations
 from tweetdora.cli import parse_train
@@ -210,6 +211,29 @@ def test_the_lines_of_operations_compare_the_sums():
     assert _launches(samples, None) == [["operations of a step that are no views, fp32, TRL (trl)", "4", "10", "2.50"]]
 
 
+def test_axolotls_steps_are_the_times_between_its_log_lines():
+    """The Trainer's own log of axolotl, and ours; each has the loss of a step."""
+    axolotl = [(1.0, "start"), (5.0, "50%| 1/2 {'loss': '2.5', 'ppl': '9'}"), (7.0, "{'loss': '1e-01', 'ppl': '9'}")]
+    ours = [(3.0, "step 1/2  loss 2.500  lr 3e-05"), (3.5, "validation  loss 9.0"), (4.0, "step 2/2  loss 0.100  lr")]
+    assert step_seconds(axolotl) == ([0.0, 2.0], [2.5, 0.1])
+    assert step_seconds(ours) == ([0.0, 1.0], [2.5, 0.1])
+
+
+def test_the_lines_of_axolotl_compare_medians_and_losses():
+    sample = {"ours_seconds": [1.0, 2.0, 3.0], "axolotl_seconds": [8.0, 9.0]}
+    losses = {"ours_losses": [2.0, 3.0], "axolotl_losses": [2.0, 3.5]}
+    assert _axolotl({"all": sample | losses}, None) == [
+        ["training step, fp32, axolotl, as processes", "2.00 s [1.50, 2.50]", "8.50 s [8.25, 8.75]", "4.25"],
+        ["largest difference of the logged loss, axolotl, 2 steps", "5.0e-01", "", ""],
+    ]
+
+
+def test_a_missing_axolotl_is_fetched_by_the_command_that_the_error_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="make .axolotl/.done"):
+        measure_axolotl(Settings())
+
+
 def test_memory_is_compared_within_a_precision():
     sizes = {"fp32:ours": 2e9, "fp32:trl": 5e9, "bf16:ours": 1e9, "bf16:trl": 4e9, "bf16:trl_bf16": 3e9}
     samples = {name: {"peak_bytes": size, "growth_bytes": size / 2} for name, size in sizes.items()}
@@ -221,7 +245,7 @@ def test_memory_is_compared_within_a_precision():
 def test_flags_win_over_quick_and_quick_over_the_defaults():
     options, settings = parse(["--quick", "--steps", "3"])
     assert (settings.steps, settings.batch_size, settings.loss_steps) == (3, 8, 2)
-    assert "full" not in options.only and len(options.only) == len(PARTS) - 1
+    assert not {"full", "axolotl"} & set(options.only) and len(options.only) == len(PARTS) - 2
     assert parse(["--full"])[0].only[-1] == "full"
     assert parse([])[1].steps == 20 and OUTPUT == "results/bench/cpu.json"
 
