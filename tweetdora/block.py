@@ -326,7 +326,7 @@ def _is_of_llamas_form(module: Any) -> bool:
 
 
 def _agrees_in_float32(module: Any, rotary: Any) -> bool:
-    """Try a bf16 layer again as a copy in float32: where its outputs are large, rounding alone exceeds the tolerance."""
+    """Try a bf16 layer again as a float32 copy: where outputs are large, rounding alone exceeds the tolerance."""
     if module._written_out.qkv.bases[0].weight.dtype != torch.bfloat16:
         return False
     copied, last = copy.deepcopy(module), module._written_out.last
