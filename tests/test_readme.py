@@ -263,9 +263,16 @@ def test_the_table_of_speed_is_the_records():
         times = ratios(other, ours)
         if precision == "bf16":
             ours, theirs = (text.split(" [")[0] for text in expected)
-            said = f"step takes {ours} against {theirs} for TRL + PEFT on two busy CPU cores, {found[2]} as fast"
+            said = f"step takes {ours} against {theirs} for TRL + PEFT on two CPU cores, {found[2]} as fast"
             assert said.replace(" [", " times [") in README.replace("\n  ", " ")
         assert found[2] == f"{times['median']:.1f} [{times['q1']:.1f}, {times['q3']:.1f}]"
+    for what, precision in (("the same, TRL as its documentation", "fp32"), ("the same, bf16 (float32 base", "bf16")):
+        ours, other = (parts["documented"].samples[precision][side] for side in ("ours", "trl"))
+        times = ratios(other, ours)
+        expected = [format_spread(spread(seconds), "s") for seconds in (ours, other)]
+        assert cells_of(what)[1:4] == [*expected, f"{times['median']:.1f} [{times['q1']:.1f}, {times['q3']:.1f}]"]
+    assert cells_of("the published recipe (")[1] == f"{parts['full'].samples['all']['seconds'] / 60:.1f} min"
+    assert cells_of("`accelerate launch`")[1] == f"{parts['launch'].samples['all']['runs'][-1]['to_first_step']:.1f} s"
     losses = read_bench(str(ROOT / "results/bench/losses.json")).parts["training"].samples["fp32"]
     apart = max(abs(a - b) for a, b in zip(losses["our_losses"], losses["trl_losses"], strict=True))
     name, found, *_ = cells_of("largest difference of the loss")
