@@ -16,6 +16,7 @@ import yaml
 
 from bench.launch import run_timed, train_flags
 from bench.settings import Settings
+from tweetdora.config import ModelConfig
 from tweetdora.errors import InputError
 
 FOLDER = ".axolotl"
@@ -36,8 +37,8 @@ def measure_axolotl(settings: Settings) -> dict[str, list[float]]:
 
 
 def _run_ours(settings: Settings, folder: str) -> tuple[list[float], list[float]]:
-    flags = train_flags(settings, os.path.join(folder, "run"))
-    flags += ["--precision", "fp32", "--max_steps", str(_steps(settings)), "--logging_steps", "1"]
+    flags = train_flags(settings, os.path.join(folder, "run"), "fp32")
+    flags += ["--max_steps", str(_steps(settings)), "--logging_steps", "1"]
     flags += ["--global_batch_size", str(settings.batch_size), "--train_sampling_strategy", "sequential"]
     return step_seconds(run_timed([sys.executable, "train.py", *flags])[0])
 
@@ -65,19 +66,20 @@ def _run_axolotl(settings: Settings, folder: str) -> tuple[list[float], list[flo
 
 def _config(settings: Settings, folder: str, data: str) -> dict[str, Any]:
     """Axolotl's settings for the published recipe."""
+    adapter, task = ModelConfig(), settings.task()
     return {
         "base_model": os.path.abspath(settings.model),
         "adapter": "lora",
-        "peft_use_dora": True,
-        "lora_r": 8,
-        "lora_alpha": 16,
-        "lora_dropout": 0.0,
-        "lora_target_modules": ["k_proj", "v_proj"],
+        "peft_use_dora": adapter.method == "dora",
+        "lora_r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "lora_target_modules": adapter.target_modules,
         "datasets": [{"path": data, "type": "chat_template", "roles_to_train": ["assistant"], "train_on_eos": "turn"}],
         "dataset_prepared_path": os.path.join(folder, "prepared"),
         "shuffle_merged_datasets": False,
         "curriculum_sampling": True,  # in the order of the data
-        "sequence_len": 512,
+        "sequence_len": task.max_length,
         "attn_implementation": "sdpa",
         "output_dir": os.path.join(folder, "out"),
         "micro_batch_size": settings.batch_size,

@@ -84,12 +84,12 @@ def measure_full(settings: Settings) -> dict[str, Any]:
     }
 
 
-def train_flags(settings: Settings, run_dir: str) -> list[str]:
-    """Return train.py's flags: the published recipe in bf16, on the bench's data, without validation or tracker."""
+def train_flags(settings: Settings, run_dir: str, precision: str = "bf16") -> list[str]:
+    """Return train.py's flags: the published recipe on the bench's data, without validation or tracker."""
     task = settings.task()
     flags = ["--model_name_or_path", settings.model, "--dataset_name", task.dataset_name]
     flags += ["--dataset_config", task.dataset_config] if task.dataset_config else []
-    flags += ["--max_train_samples", str(settings.train_examples), "--precision", "bf16"]
+    flags += ["--max_train_samples", str(settings.train_examples), "--precision", precision]
     return [*flags, "--max_eval_samples", "0", "--report_to", "none", "--output_dir", run_dir]
 
 

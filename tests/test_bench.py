@@ -253,6 +253,6 @@ def test_flags_win_over_quick_and_quick_over_the_defaults():
 def test_the_processes_of_train_py_get_flags_that_it_knows(tmp_path):
     """The published recipe's adapter, batch and learning rate are train.py's defaults, so no flag names them."""
     _, settings = parse([])
-    task, model, training = parse_train([*train_flags(settings, str(tmp_path)), "--precision", "fp32"], "")
+    task, model, training = parse_train(train_flags(settings, str(tmp_path), "fp32"), "")
     assert (task.max_train_samples, training.max_eval_samples, training.global_batch_size) == (10_000, 0, 16)
     assert (training.learning_rate, model.r, model.target_modules) == (3e-5, 8, ["k_proj", "v_proj"])

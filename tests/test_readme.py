@@ -273,6 +273,23 @@ def test_the_table_of_speed_is_the_records():
         assert cells_of(what)[1:4] == [*expected, f"{times['median']:.1f} [{times['q1']:.1f}, {times['q3']:.1f}]"]
     assert cells_of("the published recipe (")[1] == f"{parts['full'].samples['all']['seconds'] / 60:.1f} min"
     assert cells_of("`accelerate launch`")[1] == f"{parts['launch'].samples['all']['runs'][-1]['to_first_step']:.1f} s"
+    for what, variant in (
+        ("DoRA step / LoRA step, k and v", "fp32:k_v"),
+        ("DoRA step / LoRA step, all linear", "fp32:all-linear"),
+    ):
+        sample = parts["methods"].samples[variant]
+        for cell, side in zip(cells_of(what)[1:3], ("ours", "peft"), strict=True):
+            times = ratios(sample[f"{side}_dora"], sample[f"{side}_lora"])
+            assert cell == f"{times['median']:.2f} [{times['q1']:.2f}, {times['q3']:.2f}]"
+    found = parts["prediction"].samples["bf16"]
+    for cell, side in zip(cells_of("classification by likelihood")[1:3], ("scores", "pipeline"), strict=True):
+        speeds = [found["num_examples"] / seconds for seconds in found[f"{side}_seconds"]]
+        assert cell == format_spread(spread(speeds), "samples/s")
+    found = parts["axolotl"].samples["all"]
+    expected = [format_spread(spread(found[f"{side}_seconds"]), "s") for side in ("ours", "axolotl")]
+    assert cells_of("float32, axolotl")[1:3] == expected
+    seconds = parts["generation"].samples["all"]["validation"]["seconds"]
+    assert cells_of("2,000 tweets")[1] == f"{seconds:.0f} s"
     losses = read_bench(str(ROOT / "results/bench/losses.json")).parts["training"].samples["fp32"]
     apart = max(abs(a - b) for a, b in zip(losses["our_losses"], losses["trl_losses"], strict=True))
     name, found, *_ = cells_of("largest difference of the loss")
