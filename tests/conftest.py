@@ -87,9 +87,11 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A script that a test ran may have asked for all cores; part of every test."""
+def as_before() -> Iterator[None]:
+    """A script that a test ran may have asked for all cores, or put a folder on the path; part of every test."""
+    path = sys.path.copy()
     yield
+    sys.path[:] = path
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 

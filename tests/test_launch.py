@@ -39,7 +39,7 @@ def start(words: list[str], folder: Path, **environment: str) -> subprocess.Pope
     return subprocess.Popen(
         words,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -48,17 +48,32 @@ def start(words: list[str], folder: Path, **environment: str) -> subprocess.Pope
 
 
 def finish(*processes: subprocess.Popen) -> list[str]:
-    """What each printed until its end; none of their groups is left over."""
-    said = []
+    """What each printed until its end; none of their groups is left over. If one hangs, the failure says where."""
+    said: list[str] = []
     try:
         limit = time.monotonic() + 240
         for process in processes:
             said.append(process.communicate(timeout=max(1, limit - time.monotonic()))[0])
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            abort(process)
+        said += [process.communicate(timeout=30)[0] for process in processes[len(said) :]]
+        pytest.fail("a launch did not end:\n" + "\n".join(said))
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return said
+
+
+def abort(process: subprocess.Popen) -> None:
+    """End a process and what it started, newest first; each Python process prints the stack of its threads."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid)
+        for one in [*reversed(started.children(recursive=True)), started]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "python" in one.name():
+                    one.send_signal(signal.SIGABRT)
 
 
 def two_machines(script: str, flags: list[str], folders: tuple[Path, Path], more: tuple = ((), ())) -> list:
@@ -429,6 +444,7 @@ while [[ "$1" == --* ]]; do shift; done
 SLURM_NODEID=1 "$@" >"$SECOND_LOG" 2>&1 &
 SLURM_NODEID=0 "$@" || status=$?
 wait $! || status=$?
+[[ -z "${status:-}" ]] || cat "$SECOND_LOG"
 exit ${status:-0}
 """
 
@@ -449,6 +465,6 @@ def test_the_slurm_script_trains_on_all_machines(teachable_dir, data_dir, tmp_pa
     path = f"{tmp_path}:{os.environ['PATH']}"
     process = start(words, ROOT, PATH=path, SECOND_LOG=str(tmp_path / "second.log"), **slurm)
     (said,) = finish(process)
-    assert process.returncode == 0, said + (tmp_path / "second.log").read_text()
+    assert process.returncode == 0, said
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert (run["status"], run["training"]["world_size"]) == ("finished", 2)
