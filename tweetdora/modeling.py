@@ -128,9 +128,10 @@ def load_base(
             ) from error
         raise _model_load_error(name_or_path, revision, error) from error
     _check_weights(name_or_path, model, report)
+    if in_4bit:
+        _keep_4bit_packing(model)  # before the model is called for the first time
     set_up_for_packing(model)
     if in_4bit:
-        _keep_4bit_packing(model)
         return model.eval()
     if shards == 1:
         return model.to(device).eval()
