@@ -1,6 +1,7 @@
 """Decoder layers with a written-out gradient against each row alone in transformers' own code, all in float64."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tweetdora.block import count_layers, write_out, written_out
 from tweetdora.config import ModelConfig
 from tweetdora.modeling import attach_adapter, merge
 from tweetdora.packing import PackedCollator
-from tweetdora.padded import PaddedAttention
+from tweetdora.padded import PaddedAttention, rotate
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FORMS = {
@@ -220,7 +221,7 @@ def test_a_layer_that_gives_other_numbers_runs_the_models_own_code(kind, make_mo
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("llama", [0, 1]), ("smollm3", [0])])
-def test_a_layer_whose_trial_in_bf16_fails_is_tried_in_float32(kind, expected, make_model, monkeypatch):
+def test_a_layer_whose_trial_in_bf16_fails_is_compared_with_a_float32_copy(kind, expected, make_model, monkeypatch):
     """In SmolLM2-135M, one layer's outputs are so large that rounding alone differs by more than bf16's tolerance."""
     monkeypatch.setitem(block._TOLERANCE, torch.bfloat16, 0.0)
     model = adapted(make_model, kind, ATTENTION, **OF_LLAMAS_FORM_BUT.get(kind, [{}])[0]).to(torch.bfloat16)
@@ -228,6 +229,21 @@ def test_a_layer_whose_trial_in_bf16_fails_is_tried_in_float32(kind, expected, m
     assert write_out(model) == expected
     assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("factor", [1.3, math.nan])
+def test_a_layer_that_is_wrong_in_bf16_only_is_refused(factor, make_model, monkeypatch):
+    """A float32 copy that agrees does not excuse it."""
+
+    def wrong(states, *arguments, **flags):
+        rotate(states, *arguments, **flags)
+        states.mul_(factor if states.dtype == torch.bfloat16 else 1)
+
+    model = adapted(make_model, "llama", ATTENTION).to(torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "rotate", wrong)
+        assert write_out(model) == []
+    assert write_out(model) == [0, 1]
 
 
 def test_a_layer_on_which_the_trial_ends_in_an_error_runs_the_models_own_code(make_model):

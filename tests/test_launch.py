@@ -57,7 +57,11 @@ def finish(*processes: subprocess.Popen) -> list[str]:
     except subprocess.TimeoutExpired:
         for process in processes:
             abort(process)
-        said += [process.communicate(timeout=30)[0] for process in processes[len(said) :]]
+        for process in processes[len(said) :]:
+            try:
+                said.append(process.communicate(timeout=30)[0])
+            except subprocess.TimeoutExpired as error:  # something that is no child any more holds the pipe
+                said.append((error.output or b"").decode(errors="replace"))
         pytest.fail("a launch did not end:\n" + "\n".join(said))
     finally:
         for process in processes:
@@ -67,12 +71,12 @@ def finish(*processes: subprocess.Popen) -> list[str]:
 
 
 def abort(process: subprocess.Popen) -> None:
-    """End a process and what it started, newest first; each Python process prints the stack of its threads."""
+    """End a process and what it started; each Python process prints the stack of its threads."""
     with contextlib.suppress(psutil.NoSuchProcess):
         started = psutil.Process(process.pid)
-        for one in [*reversed(started.children(recursive=True)), started]:
+        for one in [*started.children(recursive=True), started]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "python" in one.name():
+                if "python" in one.exe():  # a launcher calls itself pt_elastic
                     one.send_signal(signal.SIGABRT)
 
 
