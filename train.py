@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     commits = pin_commits(task, model_config, resume.saved)
     loaded, run = load(task, model_config, training, commits, state, resume.saved)
     check_processes(run, training, resume.checkpoint)
-    say("\n".join([run.name, format_plan(run, training, threads, count_layers(loaded.model)), *resume.notes]))
+    layers = count_layers(loaded.model, loaded.tokenized.features, training.train_batch_size)
+    say("\n".join([run.name, format_plan(run, training, threads, layers), *resume.notes]))
     if training.dry_run:
         stop_id, features = loaded.prompt_tokenizer.stop_token_id, loaded.tokenized.features
         say("  memory         %s", plan_memory(loaded.model, model_config, training, features, stop_id).line())

@@ -18,6 +18,7 @@ from bench.launch import run_timed, train_flags
 from bench.settings import Settings
 from tweetdora.config import ModelConfig
 from tweetdora.errors import InputError
+from tweetdora.train_config import TrainConfig
 
 FOLDER = ".axolotl"
 _LOSS = re.compile(r"'loss': '([^']+)'|^step +\d+/\d+ +loss ([0-9.]+)")  # of the Trainer's log, or of ours
@@ -25,13 +26,16 @@ _LOSS = re.compile(r"'loss': '([^']+)'|^step +\d+/\d+ +loss ([0-9.]+)")  # of th
 
 def measure_axolotl(settings: Settings) -> dict[str, list[float]]:
     """Time steps as the time between their log lines, which each side writes after every step: ours, axolotl, ours."""
+    steps, size = _steps(settings), settings.batch_size
+    if steps * size > settings.train_examples:
+        raise InputError(f"--train_examples {settings.train_examples} is too few for {steps} steps of {size}")
     if not os.path.isfile(os.path.join(FOLDER, ".done")):
         raise InputError(f"{FOLDER} is missing. To fetch axolotl, run make {FOLDER}/.done")
     found: dict[str, list[float]] = {"ours_seconds": [], "axolotl_seconds": []}
     for side in ("ours", "axolotl", "ours"):
         with tempfile.TemporaryDirectory() as folder:
             seconds, losses = (_run_ours if side == "ours" else _run_axolotl)(settings, folder)
-        found[f"{side}_seconds"] += seconds[settings.warmup :]
+        found[f"{side}_seconds"] += seconds[max(1, settings.warmup) :]  # the first step has no line before it
         found[f"{side}_losses"] = losses
     return found
 
@@ -84,7 +88,7 @@ def _config(settings: Settings, folder: str, data: str) -> dict[str, Any]:
         "output_dir": os.path.join(folder, "out"),
         "micro_batch_size": settings.batch_size,
         "gradient_accumulation_steps": 1,
-        "learning_rate": 3e-5,
+        "learning_rate": TrainConfig.learning_rate,
         "lr_scheduler": "linear",
         "optimizer": "adamw_torch_fused",
         "weight_decay": 0.0,

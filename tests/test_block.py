@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tweetdora import block
 from tweetdora.attention import ATTENTION
-from tweetdora.block import count_layers, write_out, written_out
+from tweetdora.block import LayerCount, count_layers, write_out, written_out
 from tweetdora.config import ModelConfig
 from tweetdora.modeling import attach_adapter, merge
 from tweetdora.packing import PackedCollator
@@ -207,7 +207,7 @@ def test_a_layer_that_gives_other_numbers_runs_the_models_own_code(kind, make_mo
     targets = ["k_proj", "v_proj"]
     models = [adapted(make_model, kind, ATTENTION, target_modules=targets, **settings) for _ in range(2)]
     assert write_out(models[1]) == expected
-    assert count_layers(models[1]) == (len(expected), 2)
+    assert count_layers(models[1], ROWS, 2) == LayerCount(len(expected), 2, 2)
     batch = PackedCollator()(ROWS)
     for model in models:
         for module in model.modules():
@@ -259,6 +259,15 @@ def test_a_long_prefix_counts_among_the_scores(make_model, monkeypatch):
     batch = PackedCollator()([row([*range(10, 40), 9], [60, 4]) for _ in range(3)])
     assert batch["packing"]["prefix_length"] == 30
     assert layer.attention.scores(batch["packing"]) == 4 * (3 * 2 * 32 + 30 * 30)
+
+
+@pytest.mark.parametrize(("limit", "examples"), [(4624, 4), (4623, 2), (4112, 2), (4111, 1), (3855, 0)])
+def test_a_batch_with_too_many_scores_is_halved_until_the_layers_take_it(limit, examples, make_model, monkeypatch):
+    """4 heads; N rows of 2 tokens after 30, and the prefix on itself: 4 x (N x 2 x 32 + 30 x 30)."""
+    _, ours = pair(make_model)
+    rows = [row([*range(10, 40), 9], [60, 4]) for _ in range(6)]
+    monkeypatch.setattr(block, "KEPT_SCORES", limit)
+    assert count_layers(ours, rows, 4) == LayerCount(2, 2, examples)
 
 
 def test_the_trial_leaves_the_adapter_and_the_mode(make_model):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tweetdora import device, plan
+from tweetdora.block import LayerCount
 from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.data import load_examples
 from tweetdora.errors import ResourceError
@@ -201,8 +202,11 @@ def lines(text: str) -> dict[str, str]:
     return dict(re.match(r"  (.{14}) (.*)", line).groups() for line in text.splitlines())
 
 
+BOTH_LAYERS = LayerCount(2, 2, 64)
+
+
 def plan_lines(
-    run: RunRecord, settings: TrainConfig, threads: int = 1, layers: tuple[int, int] = (2, 2)
+    run: RunRecord, settings: TrainConfig, threads: int = 1, layers: LayerCount = BOTH_LAYERS
 ) -> dict[str, str]:
     """The lines of a plan, but for what is noted on the tiny data set."""
     run = replace(run, notes=[])
@@ -218,7 +222,7 @@ def test_the_plan_says_all_that_the_run_will_be(planned, training, task, model_d
     # 48 texts of two or three words each; the tokens are counted in a test above.
     tokens = f"{run.train_data.tokens:,}"
     parameters = 367 * 32 * 2 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
-    shown = plan_lines(run, config, threads=2, layers=(1, 2))
+    shown = plan_lines(run, config, threads=2, layers=LayerCount(1, 2, 64))
     assert shown == {
         "base model": f"{model_dir} (LlamaForCausalLM, {parameters:,} parameters)",
         "adapter": "dora on k_proj, v_proj, r 8, alpha 16: 1,600 trainable parameters "
@@ -245,6 +249,22 @@ def test_the_plan_gives_the_reason_for_a_precision_that_nobody_chose(planned, tr
 def test_the_plan_says_that_there_is_neither_validation_nor_tracker(planned, training):
     shown = plan_lines(planned(max_eval_samples=0), training(max_eval_samples=0))
     assert (shown["validation"], shown["tracker"]) == ("none", "none")
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        (LayerCount(2, 2, 8), ""),
+        (LayerCount(0, 2, 4), ""),
+        (LayerCount(2, 2, 4), ", but not for 8 examples at a time. "
+         "--gradient_accumulation_steps 4 takes 4: less time and memory"),
+        (LayerCount(2, 2, 0), ", except for texts as long as these"),
+    ],
+)  # fmt: skip
+def test_the_plan_says_that_a_batch_is_too_large_for_the_layers_one_function(layers, said, planned, training):
+    settings = {"gradient_accumulation_steps": 2}  # 16 examples in two parts
+    shown = plan_lines(planned(**settings), training(**settings), layers=layers)["batching"]
+    assert shown.endswith(f" {layers.written_out} of 2 layers run as one function{said}")
 
 
 def test_the_plan_says_that_prompts_are_not_shared(planned, training):
@@ -279,7 +299,7 @@ def test_the_plan_of_an_ordinary_run_has_no_note(planned, training):
 
 
 def test_the_plan_shows_the_notes_on_the_data(planned, training):
-    text = format_plan(planned(), training(), 1, (2, 2))
+    text = format_plan(planned(), training(), 1, BOTH_LAYERS)
     assert "  note           test: 24 of 24 texts are in the train split too\n" in text
 
 

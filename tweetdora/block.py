@@ -12,6 +12,7 @@ than rounding, or is called in another way, such as in generation, runs the mode
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from transformers.activations import SiLUActivation
 
 from tweetdora.attention import KEPT_SCORES
 from tweetdora.joined import Joined, Kept
-from tweetdora.packing import pack
+from tweetdora.packing import PackedCollator, pack
 from tweetdora.padded import Gathers, PaddedAttention, rotate
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -279,9 +280,26 @@ def written_out(model: Any) -> list[int]:
     return [number for number, module in enumerate(_decoder_layers(model)) if isinstance(module, _WrittenOut)]
 
 
-def count_layers(model: Any) -> tuple[int, int]:
-    """How many decoder layers run as one function each, and how many there are."""
-    return len(written_out(model)), len(_decoder_layers(model))
+@dataclass(frozen=True)
+class LayerCount:
+    """How many of all decoder layers run as one function each, for at most so many examples at a time."""
+
+    written_out: int
+    total: int
+    examples: int
+
+
+def count_layers(model: Any, features: Sequence[dict[str, Any]], at_once: int) -> LayerCount:
+    """Count the layers; halve `at_once` until they take a batch of the first `features` of that number."""
+    done, layers = written_out(model), _decoder_layers(model)
+
+    def are_too_many() -> bool:
+        batch = PackedCollator()([features[number] for number in range(min(at_once, len(features)))])
+        return bool(layers[done[0]]._written_out.attention.scores(batch["packing"]) > KEPT_SCORES)
+
+    while done and at_once and are_too_many():
+        at_once //= 2
+    return LayerCount(len(done), len(layers), at_once)
 
 
 def _decoder_layers(model: Any) -> list[Any]:

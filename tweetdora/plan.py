@@ -6,6 +6,7 @@ import shutil
 
 import torch
 
+from tweetdora.block import LayerCount
 from tweetdora.config import PUBLISHED_REPO, ModelConfig, TaskConfig, normalize_label
 from tweetdora.errors import ResourceError
 from tweetdora.records import BaseModelRecord, RunRecord
@@ -66,12 +67,8 @@ def count_steps(training: TrainConfig, num_examples: int) -> int:
     return math.ceil(training.num_train_epochs * steps_per_epoch)
 
 
-def format_plan(run: RunRecord, training: TrainConfig, threads: int, layers: tuple[int, int]) -> str:
-    """Format the plan that is shown before the first step.
-
-    `threads` is the number of CPU threads per process; `layers` is how many decoder layers run as one function each,
-    and how many there are.
-    """
+def format_plan(run: RunRecord, training: TrainConfig, threads: int, layers: LayerCount) -> str:
+    """Format the plan that is shown before the first step; `threads` is the number of CPU threads per process."""
     data, base, validation, adapter = run.train_data, run.base_model, run.validation_data, run.model
     on_cpu = training.device.type == "cpu"
     device = f"cpu, {threads} threads each" if on_cpu else torch.cuda.get_device_name(training.device)
@@ -136,11 +133,21 @@ def _base_line(base: BaseModelRecord, in_4bit: bool) -> str:
     return f"{base.name_or_path} ({base.architecture}, {base.parameters:,} parameters){quantised}"
 
 
-def _batching_line(training: TrainConfig, layers: tuple[int, int]) -> str:
+def _batching_line(training: TrainConfig, layers: LayerCount) -> str:
     if training.batching == "padded":
         return "padded: each example with its whole prompt"
-    fused = f"{layers[0]} of {layers[1]} layers run as one function"
-    return f"shared_prefix: the prompts' common start once per batch; {fused}"
+    line = "shared_prefix: the prompts' common start once per batch; "
+    line += f"{layers.written_out} of {layers.total} layers run as one function"
+    at_once = training.train_batch_size
+    if layers.written_out == 0 or layers.examples >= at_once:
+        return line
+    if layers.examples == 0:
+        return f"{line}, except for texts as long as these"
+    line += f", but not for {at_once} examples at a time"
+    if training.device.type != "cpu":  # not measured there
+        return line
+    parts = training.gradient_accumulation_steps * at_once // layers.examples
+    return f"{line}. --gradient_accumulation_steps {parts} takes {layers.examples}: less time and memory"
 
 
 def _unnamed_words(task: TaskConfig) -> list[str]:
