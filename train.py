@@ -14,13 +14,20 @@ import tweetdora  # noqa: F401  (must precede torch: it configures torch's threa
 # isort: split
 import dataclasses
 import logging
+import sys
 
+from tweetdora.cli import parse_train, run_script
+
+DESCRIPTION = __doc__.partition("\n")[0]
+if __name__ == "__main__" and {"-h", "--help", "--help_all"} & {*sys.argv[1:]}:
+    parse_train(None, DESCRIPTION)  # before the other imports, which take seconds; it exits
+
+# isort: split
 from accelerate import PartialState
 
 from tweetdora.block import count_layers
 from tweetdora.callbacks import StopOnSignal
 from tweetdora.checkpoints import clear_unfinished
-from tweetdora.cli import parse_train, run_script
 from tweetdora.device import peak_memory_bytes, use_cpu_threads
 from tweetdora.hub import use_cache_if_unreachable
 from tweetdora.memory import plan_memory
@@ -47,7 +54,7 @@ log = logging.getLogger("tweetdora.train")
 def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit status."""
     # parse
-    task, model_config, training = parse_train(argv, description=__doc__.partition("\n")[0])
+    task, model_config, training = parse_train(argv, DESCRIPTION)
     resume = plan_resume(training)
     threads = use_cpu_threads(training.device, training.world_size, training.cpu_threads)
     if "wandb" in training.report_to:
