@@ -15,12 +15,13 @@ import tweetdora  # noqa: F401  (must precede torch: it configures torch's threa
 import dataclasses
 import logging
 import sys
+from functools import partial
 
-from tweetdora.cli import parse_train, run_script
+from tweetdora.cli import check_flags, parse_train, run_script
 
-DESCRIPTION = __doc__.partition("\n")[0]
-if __name__ == "__main__" and {"-h", "--help", "--help_all"} & {*sys.argv[1:]}:
-    parse_train(None, DESCRIPTION)  # before the other imports, which take seconds; it exits
+parse = partial(parse_train, description=__doc__.partition("\n")[0])
+if {"-h", "--help", "--help_all"} & {*sys.argv[1:]}:
+    check_flags(__name__, parse, "train.py")  # before the other imports, which take seconds; it exits
 
 # isort: split
 from accelerate import PartialState
@@ -54,7 +55,7 @@ log = logging.getLogger("tweetdora.train")
 def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit status."""
     # parse
-    task, model_config, training = parse_train(argv, DESCRIPTION)
+    task, model_config, training = parse(argv)
     resume = plan_resume(training)
     threads = use_cpu_threads(training.device, training.world_size, training.cpu_threads)
     if "wandb" in training.report_to:

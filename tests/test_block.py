@@ -169,9 +169,17 @@ def test_too_many_scores_for_one_product_are_left_to_the_models_code(make_model,
     assert rolls(ours) == 0
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma", "phi3", "olmo2"])
-def test_layers_of_another_form_run_the_models_own_code(kind, make_model):
-    settings = {"head_dim": 8, "pad_token_id": 0} if kind != "olmo2" else {"pad_token_id": 0}
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *((kind, {"head_dim": 8}) for kind in ("qwen3", "gemma", "phi3")),
+        ("olmo2", {}),
+        # Layers without some of the parts that Llama's have.
+        *(("gpt_neox", {}), ("cohere", {"use_qk_norm": False})),
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "block_ffn_dim": 64}),
+    ],
+)
+def test_layers_of_another_form_run_the_models_own_code(kind, settings, make_model):
     base = make_model(kind, **settings)
     base.set_attn_implementation(ATTENTION)
     base.name_or_path = "tiny"

@@ -256,9 +256,13 @@ def test_the_plan_says_that_there_is_neither_validation_nor_tracker(planned, tra
     [
         (LayerCount(2, 2, 8), ""),
         (LayerCount(0, 2, 4), ""),
-        (LayerCount(2, 2, 4), ", but not for 8 examples at a time. "
-         "--gradient_accumulation_steps 4 takes 4: less time and memory"),
-        (LayerCount(2, 2, 0), ", except for texts as long as these"),
+        (LayerCount(2, 2, 4), ", but not for most batches of 8. "
+         "--gradient_accumulation_steps 4 makes them 4: less time and memory"),
+        (LayerCount(2, 2, 7), ", but not for most batches of 8. "
+         "--gradient_accumulation_steps 4 makes them 4: less time and memory"),
+        (LayerCount(2, 2, 3), ", but not for most batches of 8. "
+         "--gradient_accumulation_steps 8 makes them 2: less time and memory"),
+        (LayerCount(2, 2, 0), ", but not for texts as long as most"),
     ],
 )  # fmt: skip
 def test_the_plan_says_that_a_batch_is_too_large_for_the_layers_one_function(layers, said, planned, training):

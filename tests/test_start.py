@@ -30,6 +30,12 @@ def test_help_and_wrong_flags_are_answered_before_the_heavy_imports(script):
     assert imported(script, "--no_such_flag", "1", status=2) & HEAVY == set()
 
 
+def test_train_answers_help_before_the_imports_that_flags_do_without():
+    found = imported("train.py", "--help", status=0)
+    assert found & {"datasets", "pandas", "evaluate", "matplotlib", "tweetdora.training"} == set()
+    assert imported("train.py", "--learning_rate", "abc", "--help", status=2) & {"datasets", "pandas"} == set()
+
+
 def test_a_dry_run_needs_no_plots_and_no_metrics(teachable_dir, data_dir, tmp_path):
     words = ["--model_name_or_path", teachable_dir, "--dataset_name", data_dir, "--output_dir", str(tmp_path / "run")]
     words += ["--system_prompt", "Say how the day is: negative, neutral or positive.", "--report_to", "none"]

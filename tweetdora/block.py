@@ -11,6 +11,8 @@ than rounding, or is called in another way, such as in generation, runs the mode
 
 import copy
 import math
+import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,6 +34,8 @@ _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.05}
 # How much further from a float32 copy a bf16 layer may be than the model's own code is, both being off by rounding.
 _AS_CLOSE = 3.0
+_DRAWS = 9
+_AT_MOST = 0.25  # over the largest value, however far the model's own code is
 
 
 class _Norm:
@@ -290,12 +294,16 @@ class LayerCount:
 
 
 def count_layers(model: Any, features: Sequence[dict[str, Any]], at_once: int) -> LayerCount:
-    """Count the layers; halve `at_once` until they take a batch of the first `features` of that number."""
-    done, layers = written_out(model), _decoder_layers(model)
+    """Count the layers; halve `at_once` until they take most batches of so many `features`, drawn at random."""
+    done, layers, source = written_out(model), _decoder_layers(model), random.Random(0)
+
+    def draw_scores() -> int:
+        rows = source.sample(range(len(features)), min(at_once, len(features)))
+        batch = PackedCollator()([features[row] for row in rows])
+        return cast(int, layers[done[0]]._written_out.attention.scores(batch["packing"]))
 
     def are_too_many() -> bool:
-        batch = PackedCollator()([features[number] for number in range(min(at_once, len(features)))])
-        return bool(layers[done[0]]._written_out.attention.scores(batch["packing"]) > KEPT_SCORES)
+        return statistics.median(draw_scores() for _ in range(_DRAWS)) > KEPT_SCORES
 
     while done and at_once and are_too_many():
         at_once //= 2
@@ -335,6 +343,8 @@ def _is_adapted(layer: Any) -> bool:
 
 
 def _is_of_llamas_form(module: Any) -> bool:
+    if not _LAYER_PARTS <= {name for name, _ in module.named_children()}:
+        return False
     attention, mlp = module.self_attn, module.mlp
     parts = [{name for name, _ in part.named_children()} for part in (attention, mlp)]
     if parts != [_ATTENTION_PARTS, _MLP_PARTS] or not isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)):
@@ -360,7 +370,7 @@ def _agrees(module: Any, rotary: Any) -> bool:
     if exact is None or not _are_close(*exact):
         return False
     return all(
-        _distance(ours, right) <= _AS_CLOSE * _distance(own, right) + _TOLERANCE[torch.float32] * right.abs().max()
+        _distance(ours, right) <= min(_AS_CLOSE * _distance(own, right), _AT_MOST * right.abs().max()) + 1e-12
         for own, ours, right in zip(*found, exact[0], strict=True)
     )
 

@@ -142,12 +142,13 @@ def _batching_line(training: TrainConfig, layers: LayerCount) -> str:
     if layers.written_out == 0 or layers.examples >= at_once:
         return line
     if layers.examples == 0:
-        return f"{line}, except for texts as long as these"
-    line += f", but not for {at_once} examples at a time"
+        return f"{line}, but not for texts as long as most"
+    line += f", but not for most batches of {at_once}"
     if training.device.type != "cpu":  # not measured there
         return line
-    parts = training.gradient_accumulation_steps * at_once // layers.examples
-    return f"{line}. --gradient_accumulation_steps {parts} takes {layers.examples}: less time and memory"
+    total = training.gradient_accumulation_steps * at_once  # of a process
+    parts = next(parts for parts in range(1, total + 1) if total % parts == 0 and total // parts <= layers.examples)
+    return f"{line}. --gradient_accumulation_steps {parts} makes them {total // parts}: less time and memory"
 
 
 def _unnamed_words(task: TaskConfig) -> list[str]:
