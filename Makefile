@@ -35,7 +35,7 @@ demo: $(VENV)/.runtime assets
 TEST_FLAGS ?= -n 2
 
 test: $(VENV)/.dev assets .llama.cpp .4bit/.done
-	$(BIN)/python -m pytest --ignore tests/test_four_bit.py --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
+	$(BIN)/python -m pytest --ignore tests/test_four_bit.py --dist loadfile --no-loadscope-reorder --durations 20 $(TEST_FLAGS)
 	PYTHONPATH=.4bit $(BIN)/python -m pytest tests/test_four_bit.py $(TEST_FLAGS)
 
 .4bit/.done: requirements-4bit.txt $(VENV)/.dev
