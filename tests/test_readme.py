@@ -226,7 +226,14 @@ def test_the_table_of_the_experiment_is_the_records():
         mean(rate.format(name, "0.002")) for name in ("dora", "lora")
     ]
     expected = [mean(f"best/{name}-r16-1e-3-2epochs-*") for name in ("dora", "lora")]
-    assert cells_of("all 45,615 rows, every linear layer")[1:] == expected
+    found = find_runs([str(ROOT / "results/best/lora-r16-1e-3-2epochs-*")], "validation")
+    assert cells_of("all 45,615 rows, every linear layer")[1:] == [expected[0], f"{expected[1]} ({len(found)} seeds)"]
+    (best,) = find_runs([str(ROOT / "results/best/lora-r16-1e-3-2epochs-seed=43")], "test")
+    scores = best.finetuned_metrics
+    said = (
+        f"LoRA reached {scores.macro_f1:.3f} [{scores.intervals.macro_f1[0]:.3f}, {scores.intervals.macro_f1[1]:.3f}]"
+    )
+    assert f"{said} (seed 43)" in README.replace("\n", " ")
     (record,) = find_runs([str(ROOT / "results/rates/dora-learning_rate=3e-05-seed=42")], "test")
     shown = (
         f"{found.macro_f1:.3f} [{found.intervals.macro_f1[0]:.3f}, {found.intervals.macro_f1[1]:.3f}]"
