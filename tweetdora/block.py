@@ -34,8 +34,8 @@ _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.05}
 # How much further from a float32 copy a bf16 layer may be than the model's own code is, both being off by rounding.
 _AS_CLOSE = 3.0
-_DRAWS = 9
 _AT_MOST = 0.25  # over the largest value, however far the model's own code is
+_DRAWS = 9  # random batches, to see whether most are too large
 
 
 class _Norm:
@@ -298,11 +298,13 @@ def count_layers(model: Any, features: Sequence[dict[str, Any]], at_once: int) -
     done, layers, source = written_out(model), _decoder_layers(model), random.Random(0)
 
     def draw_scores() -> int:
+        """Attention scores of a random batch."""
         rows = source.sample(range(len(features)), min(at_once, len(features)))
         batch = PackedCollator()([features[row] for row in rows])
         return cast(int, layers[done[0]]._written_out.attention.scores(batch["packing"]))
 
     def are_too_many() -> bool:
+        """True if most batches of `at_once` have too many scores."""
         return statistics.median(draw_scores() for _ in range(_DRAWS)) > KEPT_SCORES
 
     while done and at_once and are_too_many():
