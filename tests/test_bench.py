@@ -256,3 +256,9 @@ def test_the_processes_of_train_py_get_flags_that_it_knows(tmp_path):
     task, model, training = parse_train(train_flags(settings, str(tmp_path), "fp32"), "")
     assert (task.max_train_samples, training.max_eval_samples, training.global_batch_size) == (10_000, 0, 16)
     assert (training.learning_rate, model.r, model.target_modules) == (3e-5, 8, ["k_proj", "v_proj"])
+
+
+def test_axolotl_is_not_timed_on_examples_that_repeat():
+    _, settings = parse(["--train_examples", "64"])
+    with pytest.raises(InputError, match=r"--train_examples 64 is too few for \d+ steps of 16"):
+        measure_axolotl(settings)
