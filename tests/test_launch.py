@@ -7,7 +7,6 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ import pyarrow
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from forked import Script, environments, free_port, launch
+from forked import start as start_script
 from pyarrow import parquet
 from safetensors.torch import load_file
 from soak import outcome, same, train_flags
@@ -26,12 +27,6 @@ from torch.testing import assert_close
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "recipes/accelerate"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def start(words: list[str], folder: Path, **environment: str) -> subprocess.Popen:
@@ -70,6 +65,13 @@ def finish(*processes: subprocess.Popen) -> list[str]:
     return said
 
 
+def end(processes: list[Script]) -> str:
+    """All that these processes of one launch printed; none of them failed."""
+    said = [process.end() for process in processes]
+    assert {process.returncode for process in processes} == {0}, said
+    return "".join(said)
+
+
 def abort(process: subprocess.Popen) -> None:
     """End a process and what it started; each Python process prints the stack of its threads."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -80,14 +82,13 @@ def abort(process: subprocess.Popen) -> None:
                     one.send_signal(signal.SIGABRT)
 
 
-def two_machines(script: str, flags: list[str], folders: tuple[Path, Path], more: tuple = ((), ())) -> list:
-    """The same command with one process on each of two "machines", whose working folders may differ."""
+def two_machines(script: str, flags: list[str], folder: Path) -> list[subprocess.Popen]:
+    """The same command of `accelerate launch` on each of two "machines", with one process each."""
     port = str(free_port())
     words = ["--config_file", str(FILES / "multi_node.yaml"), "--num_machines", "2", "--num_processes", "2"]
     words += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
     return [
-        start([*LAUNCH, *words, "--machine_rank", str(rank), str(ROOT / script), *flags, *more[rank]], folders[rank])
-        for rank in (0, 1)
+        start([*LAUNCH, *words, "--machine_rank", str(rank), str(ROOT / script), *flags], folder) for rank in (0, 1)
     ]
 
 
@@ -125,8 +126,8 @@ def test_a_launch_that_became_one_process_is_refused(script, teachable_dir, data
         "evaluate.py": [teachable_dir],
         "predict.py": [teachable_dir, str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv")],
     }[script]
-    launch = [*LAUNCH, "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    (said,) = finish(start([*launch, "--dynamo_backend", "no", str(ROOT / script), *flags], tmp_path))
+    words = [*LAUNCH, "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    (said,) = finish(start([*words, "--dynamo_backend", "no", str(ROOT / script), *flags], tmp_path))
     assert f"\n{script}: accelerate launch was asked for several processes, but started one" in f"\n{said}"
 
 
@@ -171,13 +172,8 @@ def test_every_gradient_is_that_of_one_process(batching, teachable_dir, data_dir
         # Not clipped: a common factor would not be seen.
         for flag, value in changes.items():
             flags[flags.index(flag) + 1] = value
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        process = start(
-            [*launch, str(script), *flags, "--max_grad_norm", "1e9", "--save_steps", "100", "--batching", batching],
-            tmp_path,
-        )
-        (said,) = finish(process)
-        assert process.returncode == 0, said[-3000:]
+        more = ["--max_grad_norm", "1e9", "--save_steps", "100", "--batching", batching]
+        end(launch(count, [script, *flags, *more], tmp_path))
         found[count] = torch.load(run_dir / "gradients0.pt")
     assert len(found[1]) == 5 and all(weight.dtype == torch.float64 for weight in found[1][0].values())
     for count in (2, 4):
@@ -185,13 +181,6 @@ def test_every_gradient_is_that_of_one_process(batching, teachable_dir, data_dir
             for name in one:
                 difference = (several[name] - one[name]).abs().max().item()
                 assert difference < 1e-9 * one[name].abs().max().item() + 1e-12, (count, step, name, difference)
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """kill -9 of a launcher and of what it launched, all at once."""
-    for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
 
 
 def read_until(process: subprocess.Popen, words: str) -> str:
@@ -207,30 +196,21 @@ def read_until(process: subprocess.Popen, words: str) -> str:
 @pytest.mark.parametrize("file", ["cpu", "fsdp2"])
 def test_two_processes_that_are_killed_end_bit_for_bit_as_two_that_were_not(file, teachable_dir, data_dir, tmp_path):
     """With dropout, so that the random states of both processes count."""
-    launch = [
-        *LAUNCH,
-        "--config_file",
-        str(FILES / f"{file}.yaml"),
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    launch.append(str(ROOT / "train.py"))
-    straight = start([*launch, *train_flags(teachable_dir, data_dir, tmp_path / "straight")], tmp_path)
-    (said,) = finish(straight)
-    assert straight.returncode == 0, said[-3000:]
 
-    flags = train_flags(teachable_dir, data_dir, tmp_path / "killed")
-    killed = start([*launch, *flags], tmp_path)
-    read_until(killed, "step  5/12")
-    kill_all(killed)
-    finish(killed)
+    def train(run_dir: Path, *more: str) -> list[Script]:
+        words = [ROOT / "train.py", *train_flags(teachable_dir, data_dir, run_dir), *more]
+        return launch(2, words, tmp_path, file)
+
+    end(train(tmp_path / "straight"))
+    killed = train(tmp_path / "killed")
+    assert any("step  5/12" in line for line in killed[0].lines())
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+    for process in killed:
+        process.end()
     left = [path.name for path in (tmp_path / "killed").glob("checkpoint-*")]
     assert left and "checkpoint-12" not in left and not (tmp_path / "killed/adapter").exists()
-    resumed = start([*launch, *flags, "--resume_from_checkpoint", "true"], tmp_path)
-    (said,) = finish(resumed)
-    assert resumed.returncode == 0, said[-3000:]
+    end(train(tmp_path / "killed", "--resume_from_checkpoint", "true"))
 
     expected, found = outcome(tmp_path / "straight"), outcome(tmp_path / "killed")
     assert {"rng_state_0.pth", "rng_state_1.pth"} < set(expected)
@@ -288,10 +268,7 @@ def test_a_base_that_is_sharded_trains_what_a_whole_one_trains(flags, teachable_
         words += ["--per_device_eval_batch_size", "4"]
         for flag, value in changes.items():
             words[words.index(flag) + 1] = value
-        launch = ["--config_file", str(FILES / f"{file}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
-        process = start([*LAUNCH, *launch, str(script), *words, *flags], tmp_path)
-        (said,) = finish(process)
-        assert process.returncode == 0, said[-3000:]
+        said = end(launch(2, [script, *words, *flags], tmp_path, file))
         held = {tuple(map(int, found)) for found in re.findall(r"^\d holds (\d+) of (\d+)$", said, re.M)}
         # The head stays gathered after a validation, until the next backward pass.
         assert held and all(own == whole if file == "cpu" else own < 0.7 * whole for own, whole in held), held
@@ -327,7 +304,7 @@ def on_two_machines(teachable_dir, data_dir, tmp_path_factory) -> Path:
     flags[flags.index("--lora_dropout") + 1] = "0"
     measure = [str(folder / "run"), "--max_eval_samples", "11", "--bootstrap_samples", "50"]
     for script, words in (("train.py", flags), ("evaluate.py", measure)):
-        processes = two_machines(script, words, (folder, folder))
+        processes = two_machines(script, words, folder)
         said = finish(*processes)
         assert [process.returncode for process in processes] == [0, 0], said
         assert "macro-F1" in said[0] and "macro-F1" not in said[1], "one of them speaks"
@@ -360,9 +337,7 @@ def test_two_machines_measure_what_one_process_measures(on_two_machines, tmp_pat
         "--output_dir",
         str(tmp_path),
     ]
-    process = start([sys.executable, str(ROOT / "evaluate.py"), *words], tmp_path)
-    (said,) = finish(process)
-    assert process.returncode == 0, said
+    end([start_script([ROOT / "evaluate.py", *words], tmp_path)])
     one, two = (
         json.loads((folder / "test.json").read_text()) for folder in (tmp_path, on_two_machines / "evaluation")
     )
@@ -376,12 +351,16 @@ def test_two_machines_predict_what_one_process_predicts(on_two_machines, tmp_pat
     rows = [f"{start} {word} day" for start in ("a", "such a", "The") for word in ("good", "bad", "plain")][:7]
     (tmp_path / "in.csv").write_text("text\n" + "".join(f"{row}\n" for row in rows))
     flags = [str(on_two_machines), str(tmp_path / "in.csv"), "--batch_size", "2", "--output"]
-    processes = two_machines("predict.py", [*flags, "two.csv"], (tmp_path, tmp_path))
-    said = finish(*processes)
-    assert [process.returncode for process in processes] == [0, 0], said
-    one = start([sys.executable, str(ROOT / "predict.py"), *flags, "one.csv"], tmp_path)
-    assert finish(one) and one.returncode == 0
+    words = [ROOT / "predict.py", *flags]
+    end(on_machines([*words, "two.csv"], (tmp_path, tmp_path)))
+    end([start_script([*words, "one.csv"], tmp_path)])
     assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
+
+
+def on_machines(words: list, folders: tuple[Path, Path], more: tuple[list, list] = ([], [])) -> list[Script]:
+    """A script in one process on each of two "machines"; folders: their working folders; more: flags of each."""
+    asked = environments(2, machines=2)
+    return [start_script([*words, *more[n]], folders[n], **asked[n]) for n in range(2)]
 
 
 def test_machines_with_different_data_are_refused(teachable_dir, data_dir, tmp_path):
@@ -393,9 +372,10 @@ def test_machines_with_different_data_are_refused(teachable_dir, data_dir, tmp_p
     rows = parquet.read_table(path).to_pylist()
     rows[5]["label"] = (rows[5]["label"] + 1) % 3
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    processes = two_machines("train.py", train_flags(teachable_dir, "data", tmp_path / "run"), folders)
-    for process, said in zip(processes, finish(*processes), strict=True):
-        assert process.returncode == 1
+    words = [ROOT / "train.py", *train_flags(teachable_dir, "data", tmp_path / "run")]
+    for process in on_machines(words, folders):
+        said = process.end()
+        assert process.returncode == 2
         (line,) = re.findall(r"^train.py: .*", said, re.M)
         assert re.search(
             r"process 1 on .* differs from process 0 on .*: SHA-256 of the train data: '\w+' instead of", line
@@ -405,12 +385,19 @@ def test_machines_with_different_data_are_refused(teachable_dir, data_dir, tmp_p
 
 def test_machines_with_different_flags_are_refused(teachable_dir, data_dir, tmp_path):
     """Also those that change no result: a process would wait for one that saves at another step."""
-    flags = train_flags(teachable_dir, data_dir, tmp_path / "run")
-    more = ([], ["--learning_rate", "0.5", "--save_steps", "7"])
-    processes = two_machines("train.py", flags, (tmp_path, tmp_path), more)
-    for said in finish(*processes):
-        (line,) = re.findall(r"^train.py: process 1 on .*", said, re.M)
+    words = [ROOT / "train.py", *train_flags(teachable_dir, data_dir, tmp_path / "run")]
+    for process in on_machines(words, (tmp_path, tmp_path), ([], ["--learning_rate", "0.5", "--save_steps", "7"])):
+        (line,) = re.findall(r"^train.py: process 1 on .*", process.end(), re.M)
         assert "--learning_rate: 0.5 instead of 0.001; " in line and "--save_steps: 7 instead of 2. " in line
+
+
+# Half a minute is for network file systems.
+IMPATIENT = """
+import runpy
+from tweetdora import processes
+processes._SEEN_WITHIN = 1.0
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
 
 
 def test_machines_without_a_common_run_folder_are_refused(teachable_dir, data_dir, tmp_path):
@@ -418,15 +405,17 @@ def test_machines_without_a_common_run_folder_are_refused(teachable_dir, data_di
     folders = (tmp_path / "one", tmp_path / "two")
     for folder in folders:
         folder.mkdir()
-    processes = two_machines("train.py", train_flags(teachable_dir, data_dir, Path("run")), folders)
-    for said in finish(*processes):
+    script = tmp_path / "train.py"
+    script.write_text(IMPATIENT.format(root=str(ROOT)))
+    for process in on_machines([script, *train_flags(teachable_dir, data_dir, Path("run"))], folders):
+        said = process.end()
         assert re.search(r"^train.py: --output_dir run is not the same folder in all processes: on ", said, re.M), said
 
 
 def test_a_killed_process_ends_both_machines_with_a_line(teachable_dir, data_dir, tmp_path):
     flags = train_flags(teachable_dir, data_dir, tmp_path / "run")
     flags[flags.index("--max_steps") + 1] = "100000"
-    processes = two_machines("train.py", flags, (tmp_path, tmp_path))
+    processes = two_machines("train.py", flags, tmp_path)
     read_until(processes[0], "  loss ")
     (second,) = (child for child in psutil.Process(processes[1].pid).children() if child.environ().get("RANK") == "1")
     second.kill()

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from forked import launch, start
 from soak import STEPS, outcome, same, train_flags
 
 from tweetdora.checkpoints import SAVING_DIR, all_checkpoints, find_damage
@@ -46,19 +47,6 @@ def test_a_run_that_is_killed_over_and_over_ends_bit_for_bit_as_one_that_was_not
 
 def train(flags: list[str]) -> int:
     return runpy.run_path(str(ROOT / "train.py"))["main"](flags)
-
-
-def start(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """A process of its own, both streams together."""
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +121,7 @@ def test_the_record_says_what_was_allowed_to_differ(stopped, capsys):
 
 # From step 4 on no file may grow beyond 5 kB, which the adapter does.
 FULL_DISK = """
-import resource, runpy, signal, sys
+import resource, runpy, signal
 from tweetdora import trainer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save = trainer.ClassificationTrainer._save_checkpoint
@@ -142,18 +130,20 @@ def full(self, *arguments):
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     save(self, *arguments)
 trainer.ClassificationTrainer._save_checkpoint = full
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 
 
 def test_a_full_disk_during_a_save_costs_that_checkpoint_only(teachable_dir, data_dir, straight, tmp_path):
     run_dir = tmp_path / "run"
     flags = train_flags(teachable_dir, data_dir, run_dir)
-    done = start("-c", FULL_DISK, str(ROOT / "train.py"), *flags, folder=tmp_path)
-    assert done.returncode == 3 and "Traceback" not in done.stdout, done.stdout[-2000:]
+    script = tmp_path / "train.py"
+    script.write_text(FULL_DISK.format(root=str(ROOT)))
+    process = start([script, *flags], tmp_path)
+    said = process.end()
+    assert process.returncode == 3 and "Traceback" not in said, said[-2000:]
     message = f"train.py: the checkpoint of step 4 could not be written to {run_dir} ("
-    assert message in done.stdout and f"{run_dir}/checkpoint-2 is intact. Free disk space" in done.stdout
+    assert message in said and f"{run_dir}/checkpoint-2 is intact. Free disk space" in said
     assert find_damage(str(run_dir / "checkpoint-2")) is None and not (run_dir / "checkpoint-4").exists()
     assert train([*flags, "--resume_from_checkpoint", "true"]) == 0
     assert is_as(straight, run_dir)
@@ -176,13 +166,11 @@ sys.exit(runpy.run_path({root!r} + "/train.py")["main"]())
 
 
 def test_a_save_that_fails_in_one_process_is_the_end_of_all_with_the_same_words(teachable_dir, data_dir, tmp_path):
-    script, run_dir, logs = tmp_path / "script.py", tmp_path / "run", tmp_path / "logs"
+    script, run_dir = tmp_path / "script.py", tmp_path / "run"
     script.write_text(FULL_IN_ONE.format(root=str(ROOT)))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--redirects", "3"]
-    flags = train_flags(teachable_dir, data_dir, run_dir)
-    done = start(*launch, "--log-dir", str(logs), str(script), *flags, folder=tmp_path)
-    assert done.returncode == 1
-    said = [path.read_text() for path in logs.rglob("stderr.log")]
+    processes = launch(2, [script, *train_flags(teachable_dir, data_dir, run_dir)], tmp_path)
+    said = [process.end() for process in processes]
+    assert all(process.returncode for process in processes)
     message = f"ResourceError: the checkpoint of step 4 could not be written to {run_dir} ([Errno 28] no room here); "
     assert len(said) == 2 and all(f"{message}{run_dir}/checkpoint-2 is intact." in text for text in said)
     assert [os.path.basename(path) for path in all_checkpoints(str(run_dir))] == ["checkpoint-2"]
@@ -201,12 +189,14 @@ def test_a_folder_that_takes_no_checkpoint_is_said(teachable_dir, data_dir, tmp_
 
 def test_a_full_disk_during_evaluation_leaves_the_older_results(straight, tmp_path):
     results = tmp_path / "results"
-    words = [str(ROOT / "evaluate.py"), str(straight), "--output_dir", str(results), "--bootstrap_samples", "50"]
-    assert start(*words, folder=tmp_path).returncode == 0
+    words = [ROOT / "evaluate.py", straight, "--output_dir", results, "--bootstrap_samples", "50"]
+    process = start(words, tmp_path)
+    assert process.end() and process.returncode == 0
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
-    done = start(str(ROOT / "tests/small_files.py"), "1000", *words, folder=tmp_path)
-    assert done.returncode == 3 and "Traceback" not in done.stdout
-    assert re.search(r"^evaluate.py: \[Errno 27\] File too large.*Free disk space, or use another", done.stdout, re.M)
+    process = start([ROOT / "tests/small_files.py", "1000", *words], tmp_path)
+    said = process.end()
+    assert process.returncode == 3 and "Traceback" not in said
+    assert re.search(r"^evaluate.py: \[Errno 27\] File too large.*Free disk space, or use another", said, re.M)
     (left,) = set(results.rglob("*.part"))
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file() and path != left} == before
 
@@ -234,9 +224,10 @@ def test_a_signal_to_one_of_two_validating_processes_stops_both_with_a_checkpoin
 ):
     script, run_dir = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SIGNAL_IN_VALIDATION.format(root=str(ROOT)))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = start(*launch, *train_flags(teachable_dir, data_dir, run_dir), *flags, folder=tmp_path)
-    assert done.returncode != 0 and f"Stopped at step 4 of {STEPS}; its checkpoint is in {run_dir}" in done.stdout
+    processes = launch(2, [script, *train_flags(teachable_dir, data_dir, run_dir), *flags], tmp_path)
+    said = "".join(process.end() for process in processes)
+    assert all(process.returncode for process in processes), said
+    assert f"Stopped at step 4 of {STEPS}; its checkpoint is in {run_dir}" in said
     assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
     assert find_damage(str(run_dir / "checkpoint-4")) is None
     state = json.loads((run_dir / "checkpoint-4/trainer_state.json").read_text())

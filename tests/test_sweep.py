@@ -1,15 +1,14 @@
 """Sweeps: what they plan, skip and refuse; and one of two runs on a tiny model, stopped and gone on with."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 
@@ -130,33 +129,33 @@ def tiny(teachable_dir, data_dir, tmp_path_factory):
 
 
 def start(path, *flags):
-    """The sweep as a user starts it."""
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "tweetdora.sweep", path, *flags],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(Path(path).parent)},  # its lock, beside those of other tests
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """The sweep in a process of its own."""
+    lock = {"TMPDIR": str(Path(path).parent)}  # beside those of other tests
+    return forked.start(["-m", "tweetdora.sweep", path, *flags], ROOT, **lock)
+
+
+def wait_for_a_loss(log, process):
+    """Until the log of a training shows its first one."""
+    limit = time.monotonic() + 300
+    while "  loss " not in (log.read_text() if log.is_file() else ""):
+        assert process.returncode is None and time.monotonic() < limit, process.end(0)
+        time.sleep(0.1)
 
 
 def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, tmp_path, capsys, monkeypatch):
     folder, path = tiny
     process = start(path)
     log = folder / "runs/slow-seed=1.log"
-    limit = time.monotonic() + 300
-    while time.monotonic() < limit and "  loss " not in (log.read_text() if log.is_file() else ""):
-        time.sleep(0.1)
+    wait_for_a_loss(log, process)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
+    said = process.end()
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "Stopped after 0 runs; the same command resumes the sweep." in said
     run = json.loads((folder / "runs/slow-seed=1/run.json").read_text())
     assert run["status"] in ("interrupted", "finished") and not (folder / "kept").exists()
 
     process = start(path)
-    said = process.communicate(timeout=300)[0]
+    said = process.end()
     assert process.returncode == 0, said
     assert f"{path}: 2 runs, 0 of them done" in said
     assert re.search(r"slow-seed=1: test macro-F1 \d\.\d{3} \[.*; 1 of 2 in .*, about .* left", said)
@@ -206,11 +205,10 @@ def test_no_training_goes_on_alone_when_the_sweep_is_killed(tiny, tmp_path):
     process = start(str(tmp_path / "sweep.yaml"))
     run_dir = next(iter(plan_runs(read_sweep(str(tmp_path / "sweep.yaml"))))).run_dir
     log, record = Path(f"{run_dir}.log"), Path(run_dir, "run.json")
+    wait_for_a_loss(log, process)
+    process.send_signal(signal.SIGKILL)
+    process.end()
     limit = time.monotonic() + 300
-    while time.monotonic() < limit and "  loss " not in (log.read_text() if log.is_file() else ""):
-        time.sleep(0.1)
-    process.kill()
-    process.communicate()
     while time.monotonic() < limit and json.loads(record.read_text())["status"] != "interrupted":
         time.sleep(0.1)
     assert json.loads(record.read_text())["status"] == "interrupted"
@@ -243,11 +241,9 @@ def test_a_stop_reaches_what_a_launcher_started(tiny, tmp_path):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     process = start(str(tmp_path / "sweep.yaml"))
     log, record = tmp_path / "runs/slow-seed=1.log", tmp_path / "runs/slow-seed=1/run.json"
-    limit = time.monotonic() + 300
-    while time.monotonic() < limit and "  loss " not in (log.read_text() if log.is_file() else ""):
-        time.sleep(0.1)
+    wait_for_a_loss(log, process)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[0]
+    said = process.end()
     assert process.returncode == 128 + signal.SIGINT, said
     assert json.loads(record.read_text())["status"] == "interrupted", "the sweep waited until it had stopped"
 
@@ -283,7 +279,7 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path):
     keys["variants"] = {"wrong": {"target_modules": ["nowhere"]}, "right": {"max_steps": 2}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     process = start(str(tmp_path / "sweep.yaml"), "--jobs", "2")
-    said = process.communicate(timeout=300)[0]
+    said = process.end()
     assert process.returncode == 1, said
     log = tmp_path / "runs/wrong-seed=1.log"
     assert f"failed: wrong-seed=1: a script exited with status 2; see the end of {log}" in said

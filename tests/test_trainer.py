@@ -22,9 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from forked import launch, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -50,7 +50,7 @@ from tweetdora.trainer import (
 )
 
 REPO_DIR = Path(__file__).resolve().parents[1]
-TIMEOUT = 120  # seconds for a process; they take about ten
+TRAIN = REPO_DIR / "train.py"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -802,23 +802,7 @@ def command(model_dir: str, data_dir: str, run_dir: Path, *more: str) -> list[st
 
 def run_here(arguments: list[str]) -> int:
     """train.py in this process."""
-    return runpy.run_path(str(REPO_DIR / "train.py"))["main"](arguments)
-
-
-def start(words: list[str], folder: Path) -> subprocess.Popen:
-    """A process with its children in a group of their own."""
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    """What it printed until its end; none of the group is left over."""
-    try:
-        return process.communicate(timeout=TIMEOUT)[0]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    return runpy.run_path(str(TRAIN))["main"](arguments)
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:
@@ -835,10 +819,9 @@ def straight_run(sharp_dir, data_dir, tmp_path_factory) -> Path:
 
 def test_two_processes_train_what_one_trains(sharp_dir, data_dir, straight_run, tmp_path):
     run_dir = tmp_path / "two"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = start([*launch, str(REPO_DIR / "train.py"), *command(sharp_dir, data_dir, run_dir)], tmp_path)
-    output = finish(process)
-    assert process.returncode == 0, output[-3000:]
+    for process in launch(2, [TRAIN, *command(sharp_dir, data_dir, run_dir)], tmp_path):
+        output = process.end()
+        assert process.returncode == 0, output[-3000:]
     one, two = read_run_file(straight_run), read_run_file(run_dir)
     assert (two["training"]["world_size"], two["training"]["global_batch_size"]) == (2, 16)
     for first, second in zip(one["result"]["log_history"], two["result"]["log_history"], strict=True):
@@ -856,8 +839,8 @@ def test_tensorboard_and_trackio_get_the_numbers(sharp_dir, data_dir, tmp_path, 
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported: a process of its own
     run_dir = tmp_path / "run"
     flags = [*command(sharp_dir, data_dir, run_dir), "--report_to", "tensorboard", "trackio", "--max_steps", "30"]
-    process = start([sys.executable, str(REPO_DIR / "train.py"), *flags], tmp_path)
-    output = finish(process)
+    process = start([TRAIN, *flags], tmp_path)
+    output = process.end()
     assert process.returncode == 0, output[-3000:]
     assert "tracker        tensorboard; trackio\n" in output
     history = read_run_file(run_dir)["result"]["log_history"]
@@ -884,14 +867,10 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapt
     monkeypatch.setenv("HOME", str(tmp_path))  # W&B leaves copies of its tables there
     run_dir = tmp_path / "stopped"
     arguments = [*command(sharp_dir, data_dir, run_dir), "--report_to", "wandb"]
-    process = start([sys.executable, "-u", str(REPO_DIR / "train.py"), *arguments], tmp_path)
-    output = ""
-    for line in process.stdout:
-        output += line
-        if "  loss " in line:
-            os.killpg(process.pid, signal.SIGINT)
-            break
-    output += finish(process)
+    process = start([TRAIN, *arguments], tmp_path)
+    assert any("  loss " in line for line in process.lines())
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.end()
     assert process.returncode == 130, output
     stopped_at = json.loads(next(run_dir.glob("checkpoint-*/trainer_state.json")).read_text())["global_step"]
     assert stopped_at < STEPS
@@ -914,20 +893,12 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapt
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(sharp_dir, data_dir, tmp_path):
     run_dir = tmp_path / "two"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [*command(sharp_dir, data_dir, run_dir), "--max_steps", "100000"]
-    process = start([*launch, str(REPO_DIR / "train.py"), *arguments], tmp_path)
-    output = ""
-    for line in process.stdout:
-        output += line
-        if "  loss " in line:  # written by the first process; the signal goes to the second
-            (second,) = (
-                child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"
-            )
-            second.send_signal(signal.SIGTERM)
-            break
-    output += finish(process)
-    assert process.returncode != 0, output[-3000:]
+    first, second = launch(2, [TRAIN, *command(sharp_dir, data_dir, run_dir), "--max_steps", "100000"], tmp_path)
+    assert any("  loss " in line for line in first.lines())
+    second.send_signal(signal.SIGTERM)
+    output = first.end()
+    second.end()
+    assert first.returncode and second.returncode, output[-3000:]
     (checkpoint,) = run_dir.glob("checkpoint-*")
     stopped_at = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     assert f"Stopped at step {stopped_at} of 100000; its checkpoint is in {run_dir}." in output
@@ -1014,13 +985,10 @@ def test_a_loss_that_is_nan_in_one_process_stops_all(sharp_dir, data_dir, tmp_pa
     """Left alone, the others would wait for it until the launcher kills them, and the record would say "started"."""
     script = tmp_path / "broken.py"
     script.write_text(BROKEN_PROCESS.format(root=str(REPO_DIR)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words += ["--redirects", "3", "--log-dir", str(tmp_path / "logs"), str(script)]
     arguments = command(sharp_dir, data_dir, tmp_path / "run", "--batching", "padded")
-    process = start(
-        [*launch, "--redirects", "3", "--log-dir", str(tmp_path / "logs"), str(script), *arguments], tmp_path
-    )
-    finish(process)
-    assert process.returncode == 1
+    assert subprocess.run([*words, *arguments], cwd=tmp_path, timeout=240).returncode == 1
     assert read_run_file(tmp_path / "run")["status"] == "diverged"
     said = [path.read_text() for path in sorted((tmp_path / "logs").rglob("stderr.log"))]
     found = [
