@@ -8,6 +8,7 @@ and output of its own, and a group for its children. Nor does it take a launcher
 import atexit
 import contextlib
 import faulthandler
+import gc
 import itertools
 import multiprocessing
 import os
@@ -122,6 +123,7 @@ def free_port() -> int:
 
 def _run(words: list[str], folder: str, environment: dict[str, str], output: Connection) -> None:
     """Become the script: in the forked process."""
+    gc.freeze()  # the Trainer collects garbage when it starts; what is imported by now is none
     os.setsid()
     os.chdir(folder)
     os.environ.clear()

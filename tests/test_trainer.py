@@ -5,7 +5,6 @@ same batches. Three label words, of which "neutral" is two tokens, make the batc
 """
 
 import contextlib
-import gc
 import itertools
 import json
 import os
@@ -16,7 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,15 +50,6 @@ from tweetdora.trainer import (
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 TRAIN = REPO_DIR / "train.py"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collection() -> Iterator[None]:
-    """The Trainer collects garbage when it starts: 0.4 s each time, unless what is imported by now is left out."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
