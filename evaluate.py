@@ -26,7 +26,7 @@ parse = partial(
     parse_with_target,
     config_class=EvaluateConfig,
     description=__doc__.partition("\n")[0],
-    target_help="Run folder, or a model or adapter: a folder, or an id on the Hub.",
+    target_help="Run folder, or the folder or Hub id of a model or an adapter.",
 )
 check_flags(__name__, parse, "evaluate.py")  # before the other imports, which take seconds
 

@@ -95,10 +95,12 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """A script that a test ran may have asked for all cores, or put a folder on the path; part of every test."""
+    """Undo what a script that a test ran may have done: threads, path, a process left over; part of every test."""
     path = sys.path.copy()
     yield
     sys.path[:] = path
+    if forked := sys.modules.get("forked"):
+        forked.kill_all()
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 

@@ -1,8 +1,10 @@
-"""Scripts in processes forked from one that has imported what they need, which takes a new Python four seconds.
+"""Scripts in processes forked from one that has already imported what they need, which saves four seconds each.
 
-Python's own "forkserver" does the forking. A process is otherwise as a shell starts it: a working folder, environment
-and output of its own, and a group for its children. Nor does it take a launcher to start several: `launch` sets what
-`accelerate launch` would set. Launchers, and scripts in a new Python, are tested as well, but not in every test.
+Python's own "forkserver" forks them. Each has a working folder, environment, output and process group of its own, and
+`launch` sets what `accelerate launch` sets. Unlike the scripts that a user starts, they share the server's modules,
+hash seed and random state, leave Python by os._exit, and have no launcher that ends the others when one has failed.
+What depends on these is tested with new Pythons and launchers: in test_launch.py (`start`, `finish`), test_trainer.py
+(`torchrun`), test_scripts.py and test_publish.py.
 """
 
 import atexit
@@ -19,27 +21,32 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 ROOT = Path(__file__).resolve().parent.parent
+_ENVIRONMENT = dict(os.environ)  # before any test changes it
 _CONTEXT: Any = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["forked", "tweetdora.evaluation", "tweetdora.training", "tweetdora.compare"])
+_LIMIT = 240.0  # seconds; the scripts take a few
+_running: list["Script"] = []
+# Below those that the system gives away, and not those of another test process.
+_PORTS = itertools.count(20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
 
 
 class Script:
-    """A script that is running; what a test needs of subprocess.Popen."""
+    """A script that is running; what tests need of subprocess.Popen."""
 
-    def __init__(self, words: list[str], folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, words: Sequence[Any], folder: Path, environment: Mapping[str, str]) -> None:
         output, writer = _CONTEXT.Pipe(duplex=False)
-        self._process = _CONTEXT.Process(target=_run, args=(words, str(folder), environment, writer))
+        given = ([str(word) for word in words], str(folder), dict(environment), writer)
+        self._process = _CONTEXT.Process(target=_run, args=given)
         self._process.start()
         writer.close()
         self.pid: int = self._process.pid
@@ -57,56 +64,92 @@ class Script:
         """The exit status, negative after a signal; None while it is running."""
         return self._process.exitcode
 
-    def lines(self) -> Iterator[str]:
-        """What it prints, line by line as it comes, until it ends."""
-        for number in itertools.count():
-            while number == len(self._said) and self._reader.is_alive():
-                time.sleep(0.02)
-            if number == len(self._said):
-                return
-            yield self._said[number]
+    @property
+    def said(self) -> str:
+        """What it has printed, standard output and error together."""
+        return "".join(self._said)
 
-    def end(self, limit: float = 240) -> str:
-        """All that it printed, once it has ended. What it started ends with it.
+    def wait_for(self, words: str) -> None:
+        """Wait for a line with these words.
 
         Raises:
-            AssertionError: it did not end within so many seconds; says where it was.
+            AssertionError: it has ended without one, or takes too long.
         """
-        self._process.join(limit)
-        if hung := self.returncode is None:
-            os.kill(self.pid, signal.SIGABRT)  # faulthandler prints the stack of each thread
-            self._process.join(10)
+        limit = time.monotonic() + _LIMIT
+        while not any(words in line for line in self._said):
+            ended = self.returncode is not None
+            assert not ended or self._reader.is_alive() or words in self.said, f"no line with {words!r}:\n{self.said}"
+            assert time.monotonic() < limit, f"no line with {words!r} in {_LIMIT:.0f} s:\n{self.said}"
+            time.sleep(0.02)
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it is still running."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def end(self) -> str:
+        """All that it printed, once it has ended by itself."""
+        return finish(self)[0]
+
+    def join(self, seconds: float) -> bool:
+        """Wait for its end; False if it does not come."""
+        self._process.join(max(0.0, seconds))
+        return self.returncode is not None
+
+    def kill(self) -> None:
+        """End it and what it started, by kill -9."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.join()
-        self._reader.join(10)
-        said = "".join(self._said)
-        assert not hung, f"a script did not end:\n{said}"
-        return said
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        self._reader.join(30)
+        assert not self._reader.is_alive(), f"something outside the group holds its output:\n{self.said}"
+        _running.remove(self)
 
 
-def start(words: list[Any], folder: Path, **environment: str) -> Script:
-    """Start a script, or -m and a module, with its flags; folder: where."""
-    with pytest.MonkeyPatch.context() as patch:  # for the server's own imports, the first time
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        forkserver.ensure_running()
-    return Script([str(word) for word in words], folder, {**os.environ, **environment})
+def start(words: Sequence[Any], folder: Path, environment: Mapping[str, str] | None = None) -> Script:
+    """Start a script, or -m and a module, with its flags, in a working folder."""
+    _ensure_server()
+    _running.append(Script(words, folder, {**os.environ, **(environment or {})}))
+    return _running[-1]
 
 
-def launch(count: int, words: list[Any], folder: Path, file: str = "cpu") -> list[Script]:
+def finish(*scripts: Script) -> list[str]:
+    """What each printed, once all have ended by themselves.
+
+    Raises:
+        AssertionError: one did not end; with the stacks of all.
+    """
+    limit = time.monotonic() + _LIMIT
+    try:
+        if not all([script.join(limit - time.monotonic()) for script in scripts]):
+            for script in scripts:
+                script.send_signal(signal.SIGABRT)  # faulthandler prints the stack of each thread
+            for script in scripts:
+                script.join(10)
+            raise AssertionError("a script did not end:\n" + "\n".join(script.said for script in scripts))
+    finally:
+        for script in scripts:
+            script.kill()
+    return [script.said for script in scripts]
+
+
+def kill_all() -> None:
+    """End what a test that failed has left running."""
+    for script in [*_running]:
+        script.kill()
+
+
+def launch(count: int, words: Sequence[Any], folder: Path, file: str = "cpu") -> list[Script]:
     """Start a script in several processes of one machine, as `accelerate launch` does with this launch file."""
-    return [start(words, folder, **environment) for environment in environments(count, file)]
+    return [start(words, folder, environment) for environment in environments(count, file)]
 
 
 def environments(count: int, file: str = "cpu", machines: int = 1) -> list[dict[str, str]]:
-    """What `accelerate launch` with this launch file sets for each of several processes on one machine or more."""
+    """What Accelerate, torch and our scripts read of `accelerate launch` with this launch file, for each process."""
     flags = ["--config_file", str(ROOT / f"recipes/accelerate/{file}.yaml"), "--num_processes", str(count)]
-    options = launch_command_parser().parse_args([*flags, "--main_process_port", "0", "script.py"])
+    options = launch_command_parser().parse_args([*flags, "--main_process_port", str(free_port()), "script.py"])
     common = prepare_multi_gpu_env(_validate_launch_command(options)[0])
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": options.master_port, "WORLD_SIZE": str(count)}
     share = count // machines
     common |= {"LOCAL_WORLD_SIZE": str(share), "GROUP_WORLD_SIZE": str(machines)}
     return [
@@ -116,14 +159,31 @@ def environments(count: int, file: str = "cpu", machines: int = 1) -> list[dict[
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port that nobody uses, and that nothing else here will be given."""
+    for port in _PORTS:
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
+
+
+def _ensure_server() -> None:
+    """Start the server, the first time, in the environment that was there before any test."""
+    now = dict(os.environ)
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [_ENVIRONMENT.get("PYTHONPATH")])]
+    os.environ.clear()
+    os.environ.update({**_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)})
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(now)
 
 
 def _run(words: list[str], folder: str, environment: dict[str, str], output: Connection) -> None:
     """Become the script: in the forked process."""
     gc.freeze()  # the Trainer collects garbage when it starts; what is imported by now is none
+    multiprocessing.set_start_method(None, force=True)  # not "forkserver"
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -134,6 +194,8 @@ def _run(words: list[str], folder: str, environment: dict[str, str], output: Con
     output.close()
     sys.stdout.reconfigure(line_buffering=True)
     faulthandler.enable()
+    assert "tweetdora.training" in sys.modules, "the server has imported nothing"
+    assert "trackio" not in sys.modules, "it reads its environment when it is imported"
     try:
         if words[0] == "-m":
             sys.argv = words[1:]

@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pyarrow
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from forked import Script, environments, free_port, launch
-from forked import start as start_script
 from pyarrow import parquet
 from safetensors.torch import load_file
 from soak import outcome, same, train_flags
@@ -67,9 +67,9 @@ def finish(*processes: subprocess.Popen) -> list[str]:
 
 def end(processes: list[Script]) -> str:
     """All that these processes of one launch printed; none of them failed."""
-    said = [process.end() for process in processes]
+    said = "".join(forked.finish(*processes))
     assert {process.returncode for process in processes} == {0}, said
-    return "".join(said)
+    return said
 
 
 def abort(process: subprocess.Popen) -> None:
@@ -82,13 +82,14 @@ def abort(process: subprocess.Popen) -> None:
                     one.send_signal(signal.SIGABRT)
 
 
-def two_machines(script: str, flags: list[str], folder: Path) -> list[subprocess.Popen]:
-    """The same command of `accelerate launch` on each of two "machines", with one process each."""
+def two_machines(script: str, flags: list[str], folders: tuple[Path, Path]) -> list[subprocess.Popen]:
+    """The same `accelerate launch` on each of two "machines", one process each; folders: where each works."""
     port = str(free_port())
     words = ["--config_file", str(FILES / "multi_node.yaml"), "--num_machines", "2", "--num_processes", "2"]
     words += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
     return [
-        start([*LAUNCH, *words, "--machine_rank", str(rank), str(ROOT / script), *flags], folder) for rank in (0, 1)
+        start([*LAUNCH, *words, "--machine_rank", str(rank), str(ROOT / script), *flags], folders[rank])
+        for rank in (0, 1)
     ]
 
 
@@ -203,14 +204,18 @@ def test_two_processes_that_are_killed_end_bit_for_bit_as_two_that_were_not(file
 
     end(train(tmp_path / "straight"))
     killed = train(tmp_path / "killed")
-    assert any("step  5/12" in line for line in killed[0].lines())
+    killed[0].wait_for("step  5/12")
     for process in killed:
         process.send_signal(signal.SIGKILL)
-    for process in killed:
-        process.end()
+    forked.finish(*killed)
     left = [path.name for path in (tmp_path / "killed").glob("checkpoint-*")]
     assert left and "checkpoint-12" not in left and not (tmp_path / "killed/adapter").exists()
-    end(train(tmp_path / "killed", "--resume_from_checkpoint", "true"))
+    # New Pythons, and the real launcher.
+    words = [*LAUNCH, "--config_file", str(FILES / f"{file}.yaml"), "--num_processes", "2", "--main_process_port"]
+    words += [str(free_port()), str(ROOT / "train.py"), *train_flags(teachable_dir, data_dir, tmp_path / "killed")]
+    resumed = start([*words, "--resume_from_checkpoint", "true"], tmp_path)
+    (said,) = finish(resumed)
+    assert resumed.returncode == 0, said[-3000:]
 
     expected, found = outcome(tmp_path / "straight"), outcome(tmp_path / "killed")
     assert {"rng_state_0.pth", "rng_state_1.pth"} < set(expected)
@@ -304,7 +309,7 @@ def on_two_machines(teachable_dir, data_dir, tmp_path_factory) -> Path:
     flags[flags.index("--lora_dropout") + 1] = "0"
     measure = [str(folder / "run"), "--max_eval_samples", "11", "--bootstrap_samples", "50"]
     for script, words in (("train.py", flags), ("evaluate.py", measure)):
-        processes = two_machines(script, words, folder)
+        processes = two_machines(script, words, (folder, folder))
         said = finish(*processes)
         assert [process.returncode for process in processes] == [0, 0], said
         assert "macro-F1" in said[0] and "macro-F1" not in said[1], "one of them speaks"
@@ -337,7 +342,7 @@ def test_two_machines_measure_what_one_process_measures(on_two_machines, tmp_pat
         "--output_dir",
         str(tmp_path),
     ]
-    end([start_script([ROOT / "evaluate.py", *words], tmp_path)])
+    end([forked.start([ROOT / "evaluate.py", *words], tmp_path)])
     one, two = (
         json.loads((folder / "test.json").read_text()) for folder in (tmp_path, on_two_machines / "evaluation")
     )
@@ -353,14 +358,14 @@ def test_two_machines_predict_what_one_process_predicts(on_two_machines, tmp_pat
     flags = [str(on_two_machines), str(tmp_path / "in.csv"), "--batch_size", "2", "--output"]
     words = [ROOT / "predict.py", *flags]
     end(on_machines([*words, "two.csv"], (tmp_path, tmp_path)))
-    end([start_script([*words, "one.csv"], tmp_path)])
+    end([forked.start([*words, "one.csv"], tmp_path)])
     assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
 
 
 def on_machines(words: list, folders: tuple[Path, Path], more: tuple[list, list] = ([], [])) -> list[Script]:
     """A script in one process on each of two "machines"; folders: their working folders; more: flags of each."""
     asked = environments(2, machines=2)
-    return [start_script([*words, *more[n]], folders[n], **asked[n]) for n in range(2)]
+    return [forked.start([*words, *more[n]], folders[n], asked[n]) for n in range(2)]
 
 
 def test_machines_with_different_data_are_refused(teachable_dir, data_dir, tmp_path):
@@ -372,10 +377,9 @@ def test_machines_with_different_data_are_refused(teachable_dir, data_dir, tmp_p
     rows = parquet.read_table(path).to_pylist()
     rows[5]["label"] = (rows[5]["label"] + 1) % 3
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    words = [ROOT / "train.py", *train_flags(teachable_dir, "data", tmp_path / "run")]
-    for process in on_machines(words, folders):
-        said = process.end()
-        assert process.returncode == 2
+    processes = two_machines("train.py", train_flags(teachable_dir, "data", tmp_path / "run"), folders)
+    for process, said in zip(processes, finish(*processes), strict=True):
+        assert process.returncode == 1
         (line,) = re.findall(r"^train.py: .*", said, re.M)
         assert re.search(
             r"process 1 on .* differs from process 0 on .*: SHA-256 of the train data: '\w+' instead of", line
@@ -386,8 +390,9 @@ def test_machines_with_different_data_are_refused(teachable_dir, data_dir, tmp_p
 def test_machines_with_different_flags_are_refused(teachable_dir, data_dir, tmp_path):
     """Also those that change no result: a process would wait for one that saves at another step."""
     words = [ROOT / "train.py", *train_flags(teachable_dir, data_dir, tmp_path / "run")]
-    for process in on_machines(words, (tmp_path, tmp_path), ([], ["--learning_rate", "0.5", "--save_steps", "7"])):
-        (line,) = re.findall(r"^train.py: process 1 on .*", process.end(), re.M)
+    more = ([], ["--learning_rate", "0.5", "--save_steps", "7"])
+    for said in forked.finish(*on_machines(words, (tmp_path, tmp_path), more)):
+        (line,) = re.findall(r"^train.py: process 1 on .*", said, re.M)
         assert "--learning_rate: 0.5 instead of 0.001; " in line and "--save_steps: 7 instead of 2. " in line
 
 
@@ -407,15 +412,14 @@ def test_machines_without_a_common_run_folder_are_refused(teachable_dir, data_di
         folder.mkdir()
     script = tmp_path / "train.py"
     script.write_text(IMPATIENT.format(root=str(ROOT)))
-    for process in on_machines([script, *train_flags(teachable_dir, data_dir, Path("run"))], folders):
-        said = process.end()
+    for said in forked.finish(*on_machines([script, *train_flags(teachable_dir, data_dir, Path("run"))], folders)):
         assert re.search(r"^train.py: --output_dir run is not the same folder in all processes: on ", said, re.M), said
 
 
 def test_a_killed_process_ends_both_machines_with_a_line(teachable_dir, data_dir, tmp_path):
     flags = train_flags(teachable_dir, data_dir, tmp_path / "run")
     flags[flags.index("--max_steps") + 1] = "100000"
-    processes = two_machines("train.py", flags, tmp_path)
+    processes = two_machines("train.py", flags, (tmp_path, tmp_path))
     read_until(processes[0], "  loss ")
     (second,) = (child for child in psutil.Process(processes[1].pid).children() if child.environ().get("RANK") == "1")
     second.kill()

@@ -18,7 +18,7 @@ import pandas
 import pytest
 import torch
 from conftest import tweets
-from forked import launch
+from forked import finish, launch
 from sample_records import sample_run
 
 import tweetdora
@@ -440,11 +440,11 @@ def test_a_text_of_a_megabyte_is_truncated_and_counted(model, tmp_path, capsys):
 
 def test_two_processes_share_the_rows_and_write_one_file(model, long_file, tmp_path):
     main(model, long_file, "--output", tmp_path / "one.csv", "--batch_size", 4)
-    words = [long_file, "--output", tmp_path / "two.csv", "--batch_size", "4", "--precision", "fp32"]
-    processes = launch(2, [ROOT / "predict.py", model, *words], tmp_path)
-    said = "".join(process.end() for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert said.count("90 rows: ") == 1, "one of them speaks"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "predict.py"), model]
+    words += [str(long_file), "--output", str(tmp_path / "two.csv"), "--batch_size", "4", "--precision", "fp32"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("90 rows: ") == 1, "one of them speaks"
     one, two = (read_table(tmp_path / name) for name in ("one.csv", "two.csv"))
     assert [row["label"] for row in one] == [row["label"] for row in two] and len(two) == 90
     for name in ADDED[1:]:
@@ -463,9 +463,9 @@ def test_standard_input_is_refused_with_several_processes(model, monkeypatch, ca
 def test_a_process_may_have_no_row_at_all(model, tmp_path):
     (tmp_path / "in.csv").write_text("text\na good day\n")
     words = [tmp_path / "in.csv", "--output", tmp_path / "out.csv", "--precision", "fp32"]
-    for process in launch(2, [ROOT / "predict.py", model, *words], tmp_path):
-        said = process.end()
-        assert process.returncode == 0, said
+    processes = launch(2, [ROOT / "predict.py", model, *words], tmp_path)
+    said = finish(*processes)
+    assert [process.returncode for process in processes] == [0, 0], said
     assert len(read_table(tmp_path / "out.csv")) == 1
 
 

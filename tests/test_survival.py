@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from forked import launch, start
+from forked import finish, launch, start
 from soak import STEPS, outcome, same, train_flags
 
 from tweetdora.checkpoints import SAVING_DIR, all_checkpoints, find_damage
@@ -169,8 +170,8 @@ def test_a_save_that_fails_in_one_process_is_the_end_of_all_with_the_same_words(
     script, run_dir = tmp_path / "script.py", tmp_path / "run"
     script.write_text(FULL_IN_ONE.format(root=str(ROOT)))
     processes = launch(2, [script, *train_flags(teachable_dir, data_dir, run_dir)], tmp_path)
-    said = [process.end() for process in processes]
-    assert all(process.returncode for process in processes)
+    said = finish(*processes)
+    assert [process.returncode for process in processes] == [1, 1], said
     message = f"ResourceError: the checkpoint of step 4 could not be written to {run_dir} ([Errno 28] no room here); "
     assert len(said) == 2 and all(f"{message}{run_dir}/checkpoint-2 is intact." in text for text in said)
     assert [os.path.basename(path) for path in all_checkpoints(str(run_dir))] == ["checkpoint-2"]
@@ -225,8 +226,8 @@ def test_a_signal_to_one_of_two_validating_processes_stops_both_with_a_checkpoin
     script, run_dir = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SIGNAL_IN_VALIDATION.format(root=str(ROOT)))
     processes = launch(2, [script, *train_flags(teachable_dir, data_dir, run_dir), *flags], tmp_path)
-    said = "".join(process.end() for process in processes)
-    assert all(process.returncode for process in processes), said
+    said = "".join(finish(*processes))
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, said
     assert f"Stopped at step 4 of {STEPS}; its checkpoint is in {run_dir}" in said
     assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
     assert find_damage(str(run_dir / "checkpoint-4")) is None

@@ -1,8 +1,10 @@
 """Sweeps: what they plan, skip and refuse; and one of two runs on a tiny model, stopped and gone on with."""
 
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -131,14 +133,14 @@ def tiny(teachable_dir, data_dir, tmp_path_factory):
 def start(path, *flags):
     """The sweep in a process of its own."""
     lock = {"TMPDIR": str(Path(path).parent)}  # beside those of other tests
-    return forked.start(["-m", "tweetdora.sweep", path, *flags], ROOT, **lock)
+    return forked.start(["-m", "tweetdora.sweep", path, *flags], ROOT, lock)
 
 
 def wait_for_a_loss(log, process):
     """Until the log of a training shows its first one."""
     limit = time.monotonic() + 300
     while "  loss " not in (log.read_text() if log.is_file() else ""):
-        assert process.returncode is None and time.monotonic() < limit, process.end(0)
+        assert process.returncode is None and time.monotonic() < limit, process.said
         time.sleep(0.1)
 
 
@@ -278,9 +280,18 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path):
     keys |= {"output_dir": str(tmp_path / "runs"), "records_dir": str(tmp_path / "kept"), "splits": ["test"]}
     keys["variants"] = {"wrong": {"target_modules": ["nowhere"]}, "right": {"max_steps": 2}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
-    process = start(str(tmp_path / "sweep.yaml"), "--jobs", "2")
-    said = process.end()
-    assert process.returncode == 1, said
+    words = ["-m", "tweetdora.sweep", str(tmp_path / "sweep.yaml"), "--jobs", "2"]
+    done = subprocess.run(  # in a new Python
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    said = done.stdout
+    assert done.returncode == 1, said
     log = tmp_path / "runs/wrong-seed=1.log"
     assert f"failed: wrong-seed=1: a script exited with status 2; see the end of {log}" in said
     assert "--target_modules nowhere matches no linear layer" in log.read_text()

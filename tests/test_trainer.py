@@ -15,15 +15,16 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from forked import launch, start
+from forked import finish, launch, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -795,6 +796,26 @@ def run_here(arguments: list[str]) -> int:
     return runpy.run_path(str(TRAIN))["main"](arguments)
 
 
+@contextlib.contextmanager
+def torchrun(words: Sequence[Any], folder: Path, *flags: Any) -> Iterator[subprocess.Popen]:
+    """A script in two new Pythons, as torchrun starts them: it ends the others when one has failed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *flags]
+    process = subprocess.Popen(
+        [str(word) for word in (*launcher, *words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def read_run_file(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "run.json").read_text())
 
@@ -809,9 +830,9 @@ def straight_run(sharp_dir, data_dir, tmp_path_factory) -> Path:
 
 def test_two_processes_train_what_one_trains(sharp_dir, data_dir, straight_run, tmp_path):
     run_dir = tmp_path / "two"
-    for process in launch(2, [TRAIN, *command(sharp_dir, data_dir, run_dir)], tmp_path):
-        output = process.end()
-        assert process.returncode == 0, output[-3000:]
+    processes = launch(2, [TRAIN, *command(sharp_dir, data_dir, run_dir)], tmp_path)
+    said = finish(*processes)
+    assert [process.returncode for process in processes] == [0, 0], said
     one, two = read_run_file(straight_run), read_run_file(run_dir)
     assert (two["training"]["world_size"], two["training"]["global_batch_size"]) == (2, 16)
     for first, second in zip(one["result"]["log_history"], two["result"]["log_history"], strict=True):
@@ -853,12 +874,12 @@ def test_tensorboard_and_trackio_get_the_numbers(sharp_dir, data_dir, tmp_path, 
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapter(
     sharp_dir, data_dir, straight_run, tmp_path, monkeypatch
 ):
-    """With W&B, whose own process gets the terminal's Ctrl-C too, and whose run goes on as well."""
+    """With W&B, whose run goes on as well; a terminal's Ctrl-C goes to the whole group of processes."""
     monkeypatch.setenv("HOME", str(tmp_path))  # W&B leaves copies of its tables there
     run_dir = tmp_path / "stopped"
     arguments = [*command(sharp_dir, data_dir, run_dir), "--report_to", "wandb"]
     process = start([TRAIN, *arguments], tmp_path)
-    assert any("  loss " in line for line in process.lines())
+    process.wait_for("  loss ")
     os.killpg(process.pid, signal.SIGINT)
     output = process.end()
     assert process.returncode == 130, output
@@ -883,12 +904,19 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapt
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(sharp_dir, data_dir, tmp_path):
     run_dir = tmp_path / "two"
-    first, second = launch(2, [TRAIN, *command(sharp_dir, data_dir, run_dir), "--max_steps", "100000"], tmp_path)
-    assert any("  loss " in line for line in first.lines())
-    second.send_signal(signal.SIGTERM)
-    output = first.end()
-    second.end()
-    assert first.returncode and second.returncode, output[-3000:]
+    words = [TRAIN, *command(sharp_dir, data_dir, run_dir), "--max_steps", "100000"]
+    with torchrun(words, tmp_path) as process:
+        output = ""
+        for line in process.stdout:
+            output += line
+            if "  loss " in line:  # written by the first process; the signal goes to the second
+                (second,) = (
+                    child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"
+                )
+                second.send_signal(signal.SIGTERM)
+                break
+        output += process.communicate(timeout=120)[0]
+    assert process.returncode != 0, output[-3000:]
     (checkpoint,) = run_dir.glob("checkpoint-*")
     stopped_at = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     assert f"Stopped at step {stopped_at} of 100000; its checkpoint is in {run_dir}." in output
@@ -975,10 +1003,11 @@ def test_a_loss_that_is_nan_in_one_process_stops_all(sharp_dir, data_dir, tmp_pa
     """Left alone, the others would wait for it until the launcher kills them, and the record would say "started"."""
     script = tmp_path / "broken.py"
     script.write_text(BROKEN_PROCESS.format(root=str(REPO_DIR)))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words += ["--redirects", "3", "--log-dir", str(tmp_path / "logs"), str(script)]
     arguments = command(sharp_dir, data_dir, tmp_path / "run", "--batching", "padded")
-    assert subprocess.run([*words, *arguments], cwd=tmp_path, timeout=240).returncode == 1
+    logs = ("--redirects", "3", "--log-dir", tmp_path / "logs")
+    with torchrun([script, *arguments], tmp_path, *logs) as process:
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, output
     assert read_run_file(tmp_path / "run")["status"] == "diverged"
     said = [path.read_text() for path in sorted((tmp_path / "logs").rglob("stderr.log"))]
     found = [
