@@ -123,7 +123,7 @@ def test_the_plan_is_near_the_peak_of_a_process(batching, data_dir, tokenizer, t
     words = [sys.executable, str(ROOT / "train.py"), "--model_name_or_path", str(tmp_path / "base")]
     words += ["--dataset_name", data_dir, "--output_dir", str(tmp_path / "run"), "--max_train_samples", "0"]
     words += ["--system_prompt", "Say how the day is: negative, neutral or positive. " + "And why. " * 20]
-    words += ["--precision", "fp32", "--global_batch_size", "48", "--max_steps", "2", "--batching", batching]
+    words += ["--precision", "fp32", "--global_batch_size", "48", "--max_steps", "1", "--batching", batching]
     words += ["--max_eval_samples", "0", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     plan = subprocess.run([*words, "--dry_run", "true"], capture_output=True, text=True, env=environment, timeout=200)

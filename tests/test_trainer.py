@@ -26,7 +26,7 @@ import pytest
 import torch
 from forked import finish, launch, start
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from tweetdora import device
@@ -183,6 +183,13 @@ def test_no_base_tensor_moves(laboratory):
     trainer.train()
     moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
     assert moved == set(adapter(trainer))
+
+
+def test_operations_are_counted_as_the_trainer_counts_them(laboratory):
+    trainer = laboratory.train(global_batch_size=8)
+    batch = trainer.data_collator(tokenize_examples(laboratory.rows, laboratory.prompt_tokenizer).features[:8])
+    assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
+    assert trainer.state.total_flos > 0
 
 
 def test_training_lowers_the_loss(laboratory):
