@@ -67,10 +67,9 @@ negative neutr positive good bad plain system user assistant Say The What Such T
 
 
 # Files of tests are shared among processes (`make test`). The slowest come first, so that no process is left with one
-# of them at the end. Two that use small_run come last, so that they need not wait for it.
-_FIRST = """test_formats test_own_task test_launch test_publish test_sweep test_memory test_scripts test_survival
-test_predict test_trainer""".split()
-_LAST = ["test_page", "test_quickstart_run"]
+# of them at the end. test_formats makes small_run; what else uses it comes later, so that it need not wait.
+_FIRST = """test_publish test_formats test_launch test_own_task test_sweep test_page test_memory test_trainer
+test_scripts test_compat test_predict test_survival test_hub_server test_package test_tracking test_start""".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> int:
         name = item.path.stem
-        return _FIRST.index(name) - len(_FIRST) if name in _FIRST else int(name in _LAST)
+        return _FIRST.index(name) if name in _FIRST else len(_FIRST)
 
     items.sort(key=place)  # stable
 

@@ -18,6 +18,7 @@ import pyarrow
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from forked import Script, environments, free_port, launch
 from pyarrow import parquet
 from safetensors.torch import load_file
@@ -120,15 +121,21 @@ def test_what_each_machine_passes_wins_over_the_file():
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "predict.py"])
 def test_a_launch_that_became_one_process_is_refused(script, teachable_dir, data_dir, tmp_path):
-    """accelerate starts one without a word."""
+    """accelerate starts one without a word: the launcher itself starts train.py, and the others get what it sets."""
     (tmp_path / "in.csv").write_text("text\na good day\n")
     flags = {
         "train.py": train_flags(teachable_dir, data_dir, tmp_path / "run"),
         "evaluate.py": [teachable_dir],
         "predict.py": [teachable_dir, str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv")],
     }[script]
-    words = [*LAUNCH, "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    (said,) = finish(start([*words, "--dynamo_backend", "no", str(ROOT / script), *flags], tmp_path))
+    words = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    words += ["--dynamo_backend", "no", str(ROOT / script), *flags]
+    if script == "train.py":
+        (said,) = finish(start([*LAUNCH, *words], tmp_path))
+    else:
+        options, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+        _, environment = prepare_simple_launcher_cmd_env(options)
+        said = forked.start([ROOT / script, *flags], tmp_path, environment).end()
     assert f"\n{script}: accelerate launch was asked for several processes, but started one" in f"\n{said}"
 
 

@@ -60,6 +60,21 @@ def test_a_command_shows_the_help_of_its_script(installed, command):
     assert f"usage: {command} " in done.stdout
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--no_such_flag", "1"]])
+def test_a_command_answers_flags_before_the_heavy_imports_as_its_script_does(installed, words):
+    script = [sys.executable, "-X", "importtime", str(installed / "bin/tweetdora-evaluate"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(script, cwd=installed.parent, env=environment, capture_output=True, text=True, timeout=300)
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "tweetdora.cli" in imported and not imported & {"torch", "datasets", "accelerate", "tweetdora.evaluation"}
+    if words == ["--help"]:
+        assert done.returncode == 0 and done.stdout.startswith("usage: tweetdora-evaluate ")
+    else:
+        said = [line for line in lines if not line.startswith("import time:")]
+        assert done.returncode == 2 and said[0].startswith("tweetdora-evaluate: unknown argument '--no_such_flag'")
+
+
 def test_a_refusal_bears_the_commands_name(installed):
     done = run(installed, "tweetdora-predict", "runs/nix", "nix.csv")
     assert (done.returncode, done.stderr) == (2, "tweetdora-predict: nix.csv: there is no such file.\n")

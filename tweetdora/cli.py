@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # Full disk, exceeded quota or file size limit, read-only folder.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 Config = TypeVar("Config")
+# The installed command that runs a script (entry.py), if one does.
+command: str | None = None
 # Flags that accept a boolean or a word, for which YAML's true is passed on unchanged.
 _TRUE_OR_WORD = {"resume_from_checkpoint"}
 
@@ -188,8 +190,8 @@ def check_flags(run_as: str, parse: Callable[[None], Any], name: str) -> None:
 
     run_as: the script's __name__; a script that is imported does not read the flags of whoever imports it.
     """
-    if run_as == "__main__":
-        with _errors_in_words(name):
+    if run_as == "__main__" or command:
+        with _errors_in_words(command or name):
             parse(None)
 
 

@@ -6,11 +6,12 @@ The wheel contains the scripts as the package tweetdora.scripts (pyproject.toml)
 import importlib
 from typing import NoReturn
 
-from tweetdora.cli import run_script
+from tweetdora import cli
 
 
 def _run(script: str, name: str) -> NoReturn:
-    run_script(importlib.import_module(f"tweetdora.scripts.{script}").main, name)
+    cli.command = name
+    cli.run_script(importlib.import_module(f"tweetdora.scripts.{script}").main, name)
 
 
 def train() -> NoReturn:
