@@ -4,7 +4,7 @@ Python's own "forkserver" forks them. Each has a working folder, environment, ou
 `launch` sets what `accelerate launch` sets. Unlike the scripts that a user starts, they share the server's modules,
 hash seed and random state, leave Python by os._exit, and have no launcher that ends the others when one has failed.
 What depends on these is tested with new Pythons and launchers: in test_launch.py (`start`, `finish`), test_trainer.py
-(`torchrun`), test_scripts.py and test_publish.py.
+(`torchrun`), test_predict.py, test_sweep.py, test_scripts.py, test_package.py and test_publish.py.
 """
 
 import atexit
@@ -36,8 +36,8 @@ _CONTEXT: Any = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["forked", "tweetdora.evaluation", "tweetdora.training", "tweetdora.compare"])
 _LIMIT = 240.0  # seconds; the scripts take a few
 _running: list["Script"] = []
-# Below those that the system gives away, and not those of another test process.
-_PORTS = itertools.count(20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+# Below those that the system gives away; other test processes begin elsewhere.
+_PORTS = itertools.count(20_000 + os.getpid() * 37 % 10_000)
 
 
 class Script:
@@ -98,12 +98,17 @@ class Script:
 
     def kill(self) -> None:
         """End it and what it started, by kill -9."""
+        if self in _running:
+            _running.remove(self)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()  # if it has no group of its own yet
         self._process.join()
         self._reader.join(30)
+
+    def check_output(self) -> None:
+        """Check that all it printed has been read."""
         assert not self._reader.is_alive(), f"something outside the group holds its output:\n{self.said}"
-        _running.remove(self)
 
 
 def start(words: Sequence[Any], folder: Path, environment: Mapping[str, str] | None = None) -> Script:
@@ -130,6 +135,8 @@ def finish(*scripts: Script) -> list[str]:
     finally:
         for script in scripts:
             script.kill()
+    for script in scripts:
+        script.check_output()
     return [script.said for script in scripts]
 
 

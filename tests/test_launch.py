@@ -398,7 +398,9 @@ def test_machines_with_different_flags_are_refused(teachable_dir, data_dir, tmp_
     """Also those that change no result: a process would wait for one that saves at another step."""
     words = [ROOT / "train.py", *train_flags(teachable_dir, data_dir, tmp_path / "run")]
     more = ([], ["--learning_rate", "0.5", "--save_steps", "7"])
-    for said in forked.finish(*on_machines(words, (tmp_path, tmp_path), more)):
+    processes = on_machines(words, (tmp_path, tmp_path), more)
+    for process, said in zip(processes, forked.finish(*processes), strict=True):
+        assert process.returncode == 2
         (line,) = re.findall(r"^train.py: process 1 on .*", said, re.M)
         assert "--learning_rate: 0.5 instead of 0.001; " in line and "--save_steps: 7 instead of 2. " in line
 
@@ -419,7 +421,9 @@ def test_machines_without_a_common_run_folder_are_refused(teachable_dir, data_di
         folder.mkdir()
     script = tmp_path / "train.py"
     script.write_text(IMPATIENT.format(root=str(ROOT)))
-    for said in forked.finish(*on_machines([script, *train_flags(teachable_dir, data_dir, Path("run"))], folders)):
+    processes = on_machines([script, *train_flags(teachable_dir, data_dir, Path("run"))], folders)
+    for process, said in zip(processes, forked.finish(*processes), strict=True):
+        assert process.returncode == 2
         assert re.search(r"^train.py: --output_dir run is not the same folder in all processes: on ", said, re.M), said
 
 

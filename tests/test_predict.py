@@ -440,6 +440,7 @@ def test_a_text_of_a_megabyte_is_truncated_and_counted(model, tmp_path, capsys):
 
 def test_two_processes_share_the_rows_and_write_one_file(model, long_file, tmp_path):
     main(model, long_file, "--output", tmp_path / "one.csv", "--batch_size", 4)
+    # By the real launcher.
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "predict.py"), model]
     words += [str(long_file), "--output", str(tmp_path / "two.csv"), "--batch_size", "4", "--precision", "fp32"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=300)

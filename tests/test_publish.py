@@ -94,6 +94,7 @@ class Desk:
         assert f'model_id = "{repo_id}"' in code and f"= {loader}.from_pretrained(model_id" in code
         quiet = "import os\nos.dup2(os.open(os.devnull, os.O_WRONLY), 2)\n"  # transformers' progress bars
         more = re.search(r"### Run it.*?```python\n(.*?)```", card, re.DOTALL)
+        assert bool(more) == ("### Run it" in card)
         printed = self.run("-c", quiet + code + (more[1] if more else ""), home="empty").removesuffix("\n")
         answer, *batched = printed.rsplit("\n", 2) if more else [printed]
         assert f"\nIt prints {inline_code(answer)}. Generation is greedy" in card

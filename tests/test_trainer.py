@@ -818,9 +818,12 @@ def torchrun(words: Sequence[Any], folder: Path, *flags: Any) -> Iterator[subpro
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher_and_workers = psutil.Process(process.pid)  # each in a group of its own
+            for one in [launcher_and_workers, *launcher_and_workers.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.communicate(timeout=30)
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:

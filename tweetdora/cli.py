@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Full disk, exceeded quota or file size limit, read-only folder.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 Config = TypeVar("Config")
-# The installed command that runs a script (entry.py), if one does.
+# The installed command for which a script is being imported (entry.py).
 command: str | None = None
 # Flags that accept a boolean or a word, for which YAML's true is passed on unchanged.
 _TRUE_OR_WORD = {"resume_from_checkpoint"}

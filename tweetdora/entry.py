@@ -11,7 +11,9 @@ from tweetdora import cli
 
 def _run(script: str, name: str) -> NoReturn:
     cli.command = name
-    cli.run_script(importlib.import_module(f"tweetdora.scripts.{script}").main, name)
+    main = importlib.import_module(f"tweetdora.scripts.{script}").main
+    cli.command = None
+    cli.run_script(main, name)
 
 
 def train() -> NoReturn:
