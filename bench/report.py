@@ -96,14 +96,16 @@ def _methods(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
 def _prompts(samples: dict[str, Any], settings: Settings) -> list[list[str]]:
     rows = []
     for precision, sample in samples.items():
-        for length in (2, 4):
+        for length in (1, 2, 4):
+            ours, trl = sample[f"ours_{length}_seconds"], sample[f"trl_{length}_seconds"]
+            rows.append(_seconds_row(f"step with {length} x the prompt, {precision}, TRL", ours, trl))
+            if length == 1:
+                continue
             cells = [
                 format_spread(ratios(sample[f"{side}_{length}_seconds"], sample[f"{side}_1_seconds"]))
                 for side in ("ours", "trl")
             ]
             rows.append([f"step with {length} x the prompt / ordinary step, {precision}, TRL", *cells, ""])
-            ours, trl = sample[f"ours_{length}_seconds"], sample[f"trl_{length}_seconds"]
-            rows.append(_seconds_row(f"step with {length} x the prompt, {precision}, TRL", ours, trl))
     return rows
 
 
