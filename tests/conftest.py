@@ -98,8 +98,9 @@ def as_before() -> Iterator[None]:
     path = sys.path.copy()
     yield
     sys.path[:] = path
-    if forked := sys.modules.get("forked"):
-        forked.kill_all()
+    for name in ("forked", "launchers"):
+        if module := sys.modules.get(name):
+            module.kill_all()
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 

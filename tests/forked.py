@@ -3,8 +3,8 @@
 Python's own "forkserver" forks them. Each has a working folder, environment, output and process group of its own, and
 `launch` sets what `accelerate launch` sets. Unlike the scripts that a user starts, they share the server's modules,
 hash seed and random state, leave Python by os._exit, and have no launcher that ends the others when one has failed.
-What depends on these is tested with new Pythons and launchers: in test_launch.py (`start`, `finish`), test_trainer.py
-(`torchrun`), test_predict.py, test_sweep.py, test_scripts.py, test_package.py and test_publish.py.
+What depends on these is tested with new Pythons and launchers (launchers.py, and in test_scripts.py, test_package.py
+and test_publish.py).
 """
 
 import atexit
@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -26,8 +25,10 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import is_port_in_use
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,10 +77,11 @@ class Script:
             AssertionError: it has ended without one, or takes too long.
         """
         limit = time.monotonic() + _LIMIT
-        while not any(words in line for line in self._said):
-            ended = self.returncode is not None
-            assert not ended or self._reader.is_alive() or words in self.said, f"no line with {words!r}:\n{self.said}"
-            assert time.monotonic() < limit, f"no line with {words!r} in {_LIMIT:.0f} s:\n{self.said}"
+        while True:
+            more = self._reader.is_alive() and time.monotonic() < limit
+            if words in self.said:
+                return
+            assert more, f"no line with {words!r}:\n{self.said}"
             time.sleep(0.02)
 
     def send_signal(self, number: int) -> None:
@@ -104,11 +106,7 @@ class Script:
             os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()  # if it has no group of its own yet
         self._process.join()
-        self._reader.join(30)
-
-    def check_output(self) -> None:
-        """Check that all it printed has been read."""
-        assert not self._reader.is_alive(), f"something outside the group holds its output:\n{self.said}"
+        self._reader.join(30)  # something outside the group may hold its output
 
 
 def start(words: Sequence[Any], folder: Path, environment: Mapping[str, str] | None = None) -> Script:
@@ -135,8 +133,7 @@ def finish(*scripts: Script) -> list[str]:
     finally:
         for script in scripts:
             script.kill()
-    for script in scripts:
-        script.check_output()
+    assert not any(script._reader.is_alive() for script in scripts), "a script's output has no end"
     return [script.said for script in scripts]
 
 
@@ -167,24 +164,14 @@ def environments(count: int, file: str = "cpu", machines: int = 1) -> list[dict[
 
 def free_port() -> int:
     """A port that nobody uses, and that nothing else here will be given."""
-    for port in _PORTS:
-        with socket.socket() as found, contextlib.suppress(OSError):
-            found.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError
+    return next(port for port in _PORTS if not is_port_in_use(port))
 
 
 def _ensure_server() -> None:
     """Start the server, the first time, in the environment that was there before any test."""
-    now = dict(os.environ)
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [_ENVIRONMENT.get("PYTHONPATH")])]
-    os.environ.clear()
-    os.environ.update({**_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)})
-    try:
+    with patch.dict(os.environ, {**_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}, clear=True):
         forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(now)
 
 
 def _run(words: list[str], folder: str, environment: dict[str, str], output: Connection) -> None:

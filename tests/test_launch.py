@@ -1,6 +1,5 @@
 """Launches of several processes: the launch files, one machine, two machines on loopback, and what goes wrong."""
 
-import contextlib
 import json
 import os
 import re
@@ -9,17 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import forked
-import psutil
 import pyarrow
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from forked import Script, environments, free_port, launch
+from launchers import ACCELERATE, finish, read_until, second_of, start
 from pyarrow import parquet
 from safetensors.torch import load_file
 from soak import outcome, same, train_flags
@@ -27,43 +25,6 @@ from torch.testing import assert_close
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "recipes/accelerate"
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-
-
-def start(words: list[str], folder: Path, **environment: str) -> subprocess.Popen:
-    """A process with its children in a group of their own, both streams together."""
-    return subprocess.Popen(
-        words,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(*processes: subprocess.Popen) -> list[str]:
-    """What each printed until its end; none of their groups is left over. If one hangs, the failure says where."""
-    said: list[str] = []
-    try:
-        limit = time.monotonic() + 240
-        for process in processes:
-            said.append(process.communicate(timeout=max(1, limit - time.monotonic()))[0])
-    except subprocess.TimeoutExpired:
-        for process in processes:
-            abort(process)
-        for process in processes[len(said) :]:
-            try:
-                said.append(process.communicate(timeout=30)[0])
-            except subprocess.TimeoutExpired as error:  # something that is no child any more holds the pipe
-                said.append((error.output or b"").decode(errors="replace"))
-        pytest.fail("a launch did not end:\n" + "\n".join(said))
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return said
 
 
 def end(processes: list[Script]) -> str:
@@ -73,23 +34,13 @@ def end(processes: list[Script]) -> str:
     return said
 
 
-def abort(process: subprocess.Popen) -> None:
-    """End a process and what it started; each Python process prints the stack of its threads."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        started = psutil.Process(process.pid)
-        for one in [*started.children(recursive=True), started]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "python" in one.exe():  # a launcher calls itself pt_elastic
-                    one.send_signal(signal.SIGABRT)
-
-
 def two_machines(script: str, flags: list[str], folders: tuple[Path, Path]) -> list[subprocess.Popen]:
     """The same `accelerate launch` on each of two "machines", one process each; folders: where each works."""
     port = str(free_port())
     words = ["--config_file", str(FILES / "multi_node.yaml"), "--num_machines", "2", "--num_processes", "2"]
     words += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
     return [
-        start([*LAUNCH, *words, "--machine_rank", str(rank), str(ROOT / script), *flags], folders[rank])
+        start([*ACCELERATE, *words, "--machine_rank", str(rank), str(ROOT / script), *flags], folders[rank])
         for rank in (0, 1)
     ]
 
@@ -131,7 +82,7 @@ def test_a_launch_that_became_one_process_is_refused(script, teachable_dir, data
     words = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     words += ["--dynamo_backend", "no", str(ROOT / script), *flags]
     if script == "train.py":
-        (said,) = finish(start([*LAUNCH, *words], tmp_path))
+        (said,) = finish(start([*ACCELERATE, *words], tmp_path))
     else:
         options, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
         _, environment = prepare_simple_launcher_cmd_env(options)
@@ -191,16 +142,6 @@ def test_every_gradient_is_that_of_one_process(batching, teachable_dir, data_dir
                 assert difference < 1e-9 * one[name].abs().max().item() + 1e-12, (count, step, name, difference)
 
 
-def read_until(process: subprocess.Popen, words: str) -> str:
-    """What it printed until a line with these words."""
-    said = ""
-    for line in process.stdout:
-        said += line
-        if words in line:
-            return said
-    raise AssertionError(said)
-
-
 @pytest.mark.parametrize("file", ["cpu", "fsdp2"])
 def test_two_processes_that_are_killed_end_bit_for_bit_as_two_that_were_not(file, teachable_dir, data_dir, tmp_path):
     """With dropout, so that the random states of both processes count."""
@@ -218,7 +159,7 @@ def test_two_processes_that_are_killed_end_bit_for_bit_as_two_that_were_not(file
     left = [path.name for path in (tmp_path / "killed").glob("checkpoint-*")]
     assert left and "checkpoint-12" not in left and not (tmp_path / "killed/adapter").exists()
     # New Pythons, and the real launcher.
-    words = [*LAUNCH, "--config_file", str(FILES / f"{file}.yaml"), "--num_processes", "2", "--main_process_port"]
+    words = [*ACCELERATE, "--config_file", str(FILES / f"{file}.yaml"), "--num_processes", "2", "--main_process_port"]
     words += [str(free_port()), str(ROOT / "train.py"), *train_flags(teachable_dir, data_dir, tmp_path / "killed")]
     resumed = start([*words, "--resume_from_checkpoint", "true"], tmp_path)
     (said,) = finish(resumed)
@@ -432,8 +373,7 @@ def test_a_killed_process_ends_both_machines_with_a_line(teachable_dir, data_dir
     flags[flags.index("--max_steps") + 1] = "100000"
     processes = two_machines("train.py", flags, (tmp_path, tmp_path))
     read_until(processes[0], "  loss ")
-    (second,) = (child for child in psutil.Process(processes[1].pid).children() if child.environ().get("RANK") == "1")
-    second.kill()
+    second_of(processes[1]).kill()
     said = finish(*processes)
     assert [process.returncode for process in processes] == [1, 1]
     (line,) = re.findall(r"^train.py: .*", said[0], re.M)

@@ -13,6 +13,7 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import launchers
 import numpy as np
 import pandas
 import pytest
@@ -440,12 +441,11 @@ def test_a_text_of_a_megabyte_is_truncated_and_counted(model, tmp_path, capsys):
 
 def test_two_processes_share_the_rows_and_write_one_file(model, long_file, tmp_path):
     main(model, long_file, "--output", tmp_path / "one.csv", "--batch_size", 4)
-    # By the real launcher.
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "predict.py"), model]
-    words += [str(long_file), "--output", str(tmp_path / "two.csv"), "--batch_size", "4", "--precision", "fp32"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("90 rows: ") == 1, "one of them speaks"
+    words = [long_file, "--output", tmp_path / "two.csv", "--batch_size", "4", "--precision", "fp32"]
+    process = launchers.start([*launchers.TORCHRUN, ROOT / "predict.py", model, *words], tmp_path)
+    (said,) = launchers.finish(process)
+    assert process.returncode == 0, said
+    assert said.count("90 rows: ") == 1, "one of them speaks"
     one, two = (read_table(tmp_path / name) for name in ("one.csv", "two.csv"))
     assert [row["label"] for row in one] == [row["label"] for row in two] and len(two) == 90
     for name in ADDED[1:]:

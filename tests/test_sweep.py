@@ -1,16 +1,15 @@
 """Sweeps: what they plan, skip and refuse; and one of two runs on a tiny model, stopped and gone on with."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import forked
+import launchers
 import pytest
 import yaml
 
@@ -281,17 +280,9 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path):
     keys["variants"] = {"wrong": {"target_modules": ["nowhere"]}, "right": {"max_steps": 2}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     words = ["-m", "tweetdora.sweep", str(tmp_path / "sweep.yaml"), "--jobs", "2"]
-    done = subprocess.run(  # in a new Python
-        [sys.executable, *words],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    said = done.stdout
-    assert done.returncode == 1, said
+    process = launchers.start([sys.executable, *words], ROOT, TMPDIR=str(tmp_path))
+    (said,) = launchers.finish(process)
+    assert process.returncode == 1, said
     log = tmp_path / "runs/wrong-seed=1.log"
     assert f"failed: wrong-seed=1: a script exited with status 2; see the end of {log}" in said
     assert "--target_modules nowhere matches no linear layer" in log.read_text()

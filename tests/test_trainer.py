@@ -12,21 +12,21 @@ import re
 import runpy
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
+import launchers
 import pytest
 import torch
 from forked import finish, launch, start
+from launchers import TORCHRUN
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from tweetdora import device
@@ -183,13 +183,6 @@ def test_no_base_tensor_moves(laboratory):
     trainer.train()
     moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
     assert moved == set(adapter(trainer))
-
-
-def test_operations_are_counted_as_the_trainer_counts_them(laboratory):
-    trainer = laboratory.train(global_batch_size=8)
-    batch = trainer.data_collator(tokenize_examples(laboratory.rows, laboratory.prompt_tokenizer).features[:8])
-    assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
-    assert trainer.state.total_flos > 0
 
 
 def test_training_lowers_the_loss(laboratory):
@@ -803,29 +796,6 @@ def run_here(arguments: list[str]) -> int:
     return runpy.run_path(str(TRAIN))["main"](arguments)
 
 
-@contextlib.contextmanager
-def torchrun(words: Sequence[Any], folder: Path, *flags: Any) -> Iterator[subprocess.Popen]:
-    """A script in two new Pythons, as torchrun starts them: it ends the others when one has failed."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *flags]
-    process = subprocess.Popen(
-        [str(word) for word in (*launcher, *words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            launcher_and_workers = psutil.Process(process.pid)  # each in a group of its own
-            for one in [launcher_and_workers, *launcher_and_workers.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-        process.communicate(timeout=30)
-
-
 def read_run_file(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "run.json").read_text())
 
@@ -914,18 +884,11 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_adapt
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(sharp_dir, data_dir, tmp_path):
     run_dir = tmp_path / "two"
-    words = [TRAIN, *command(sharp_dir, data_dir, run_dir), "--max_steps", "100000"]
-    with torchrun(words, tmp_path) as process:
-        output = ""
-        for line in process.stdout:
-            output += line
-            if "  loss " in line:  # written by the first process; the signal goes to the second
-                (second,) = (
-                    child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"
-                )
-                second.send_signal(signal.SIGTERM)
-                break
-        output += process.communicate(timeout=120)[0]
+    words = [*TORCHRUN, TRAIN, *command(sharp_dir, data_dir, run_dir), "--max_steps", "100000"]
+    process = launchers.start(words, tmp_path)
+    output = launchers.read_until(process, "  loss ")  # of the first process; the signal goes to the second
+    launchers.second_of(process).send_signal(signal.SIGTERM)
+    output += launchers.finish(process)[0]
     assert process.returncode != 0, output[-3000:]
     (checkpoint,) = run_dir.glob("checkpoint-*")
     stopped_at = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
@@ -1014,9 +977,9 @@ def test_a_loss_that_is_nan_in_one_process_stops_all(sharp_dir, data_dir, tmp_pa
     script = tmp_path / "broken.py"
     script.write_text(BROKEN_PROCESS.format(root=str(REPO_DIR)))
     arguments = command(sharp_dir, data_dir, tmp_path / "run", "--batching", "padded")
-    logs = ("--redirects", "3", "--log-dir", tmp_path / "logs")
-    with torchrun([script, *arguments], tmp_path, *logs) as process:
-        output = process.communicate(timeout=120)[0]
+    logs = ["--redirects", "3", "--log-dir", tmp_path / "logs"]
+    process = launchers.start([*TORCHRUN, *logs, script, *arguments], tmp_path)
+    (output,) = launchers.finish(process)
     assert process.returncode == 1, output
     assert read_run_file(tmp_path / "run")["status"] == "diverged"
     said = [path.read_text() for path in sorted((tmp_path / "logs").rglob("stderr.log"))]
