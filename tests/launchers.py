@@ -87,6 +87,9 @@ def _kill(process: subprocess.Popen) -> None:
                 one.kill()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def _signal_pythons(process: subprocess.Popen) -> None:
