@@ -271,6 +271,13 @@ def test_the_plan_says_that_a_batch_is_too_large_for_the_layers_one_function(lay
     assert shown.endswith(f" {layers.written_out} of 2 layers run as one function{said}")
 
 
+def test_the_plan_gives_the_reason_for_layers_that_fp16_leaves_as_they_are(planned, training):
+    config = training()
+    config.precision = "fp16"  # which needs a GPU
+    shown = plan_lines(planned(), config, layers=LayerCount(0, 2, 8))["batching"]
+    assert shown.endswith("; 0 of 2 layers run as one function: fp16 trains under autocast, with the model's own code")
+
+
 def test_the_plan_says_that_prompts_are_not_shared(planned, training):
     settings = {"batching": "padded"}
     shown = plan_lines(planned(**settings), training(**settings))

@@ -486,6 +486,11 @@ def test_the_bases_answers_are_taken_from_an_earlier_evaluation_of_the_same(fini
     ):
         said = refused("evaluate.py", folder, *flags, *more, "--output_dir", tmp_path / "no")
         assert "does not match this measurement: " in said and what in said, said
+    changed = tmp_path / "changed"
+    shutil.copytree(folder / "evaluation", changed)
+    (changed / "test.json").write_text(json.dumps(earlier | {"max_length": earlier["max_length"] - 1}))
+    flags_changed = ["--report_to", "none", "--base_results", str(changed), *given]
+    assert "max_length: " in refused("evaluate.py", folder, *flags_changed, "--output_dir", tmp_path / "no")
     assert "validation.json is missing" in refused("evaluate.py", folder, *flags, "--split", "validation")
     data = read(folder / "run.json")["task"]["dataset_name"]
     assert "needs a run folder; " in refused("evaluate.py", folder / "adapter", *flags, "--dataset_name", data)

@@ -17,6 +17,7 @@ from tweetdora.records import CompactPredictions, number_line, write_record
 from tweetdora.seeds import (
     all_pairs,
     difference,
+    find_diverged,
     find_runs,
     find_sisters,
     group_runs,
@@ -134,17 +135,39 @@ def test_a_difference_is_paired_over_rows_and_seeds(kept):
     found = difference(first, second, samples=300)
     means = [np.mean([run.finetuned_metrics.macro_f1 for run in group.runs]) for group in (first, second)]
     assert found.difference == pytest.approx(means[0] - means[1])
-    assert (found.seeds_above, found.fixed, found.broken) == (3, [6, 6, 6], [0, 0, 0])
+    assert (found.same_seeds, found.seeds_above, found.fixed, found.broken) == (True, 3, [6, 6, 6], [0, 0, 0])
     assert found.p_values == pytest.approx([stats.binomtest(0, 6).pvalue] * 3)
     assert found.interval[0] > 0
 
 
 def test_other_seeds_are_not_paired(kept):
-    write_kept(kept / "lora-45", 45, flipped(9), model={"method": "lora"})
-    first, second = group_runs(find_runs([str(kept)], "test"))
+    first, second = group_runs(find_runs([str(kept / "dora-42"), str(kept / "lora-4[34]")], "test"))
     found = difference(first, second, samples=100)
-    assert (found.seeds_above, found.p_values) == (None, []) and found.interval is not None
+    assert (found.same_seeds, found.seeds_above, found.p_values) == (False, 0, [])
+
+
+def test_of_partly_common_seeds_the_common_ones_are_compared_one_by_one(kept):
+    """DoRA has 42 and 44 of LoRA's 43, 44 and 45; with 44, 8 of 40 are wrong, and of LoRA's answers the same and 6 more."""
+    write_kept(kept / "lora-45", 45, flipped(9), model={"method": "lora"})
+    first, second = group_runs(find_runs([str(kept / "dora-4[24]"), str(kept / "lora-4[345]")], "test"))
+    found = difference(first, second, samples=100)
+    assert (found.same_seeds, found.seeds_above, found.fixed, found.broken) == (False, 1, [6], [0])
+    assert found.p_values == pytest.approx([stats.binomtest(0, 6).pvalue]) and found.interval is not None
     assert found.difference == pytest.approx(summarise(first, 10).mean - summarise(second, 10).mean)
+
+
+def test_runs_that_diverged_are_found_and_have_no_scores(kept):
+    for folder, seed in (("dora-45", 45), ("alone", 46)):
+        run = replace(sample_run(), status="diverged", result=None)
+        write_record(str(kept / folder / "run.json"), replace(run, training=replace(run.training, seed=seed)))
+    assert [Path(folder).name for folder in find_diverged([str(kept), str(kept / "dora-*")])] == ["alone", "dora-45"]
+    assert len(find_runs([str(kept)], "test")) == 6
+    with pytest.raises(InputError, match=r"alone was measured on the test split; 1 diverged\. Expected run folders"):
+        find_runs([str(kept / "alone")], "test")
+    _, passed_over = find_sisters(str(kept / "dora-42"), "test")
+    assert [sentence.rpartition("/")[2] for sentence in passed_over] == [
+        *("alone differs only in the seed, but it diverged", "dora-45 differs only in the seed, but it diverged"),
+    ]
 
 
 def test_unparsed_answers_are_wrong(tmp_path):

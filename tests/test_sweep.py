@@ -273,11 +273,15 @@ def test_records_of_other_settings_are_refused(tiny):
         is_done(fast, sweep.splits)
 
 
-def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path):
+def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path, monkeypatch, capsys):
     folder, path = tiny
     keys = yaml.safe_load(Path(path).read_text())
     keys |= {"output_dir": str(tmp_path / "runs"), "records_dir": str(tmp_path / "kept"), "splits": ["test"]}
-    keys["variants"] = {"wrong": {"target_modules": ["nowhere"]}, "right": {"max_steps": 2}}
+    keys["variants"] = {
+        "wrong": {"target_modules": ["nowhere"]},
+        "diverges": {"learning_rate": 1e30},
+        "right": {"max_steps": 2},
+    }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     words = ["-m", "tweetdora.sweep", str(tmp_path / "sweep.yaml"), "--jobs", "2"]
     process = launchers.start([sys.executable, *words], ROOT, TMPDIR=str(tmp_path))
@@ -287,6 +291,23 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path):
     assert f"failed: wrong-seed=1: a script exited with status 2; see the end of {log}" in said
     assert "--target_modules nowhere matches no linear layer" in log.read_text()
     assert read_record(RunRecord, str(tmp_path / "kept/right-seed=1/run.json")).result.steps == 2
+
+    kept = tmp_path / "kept/diverges-seed=1"
+    assert f"failed: diverges-seed=1: the training diverged. Its record is kept in {kept}, so it is not" in said
+    record = read_record(RunRecord, str(kept / "run.json"))
+    assert record.status == "diverged" and not record.train_data.first_texts
+    assert [entry.name for entry in kept.iterdir()] == ["run.json"]
+    (kept / "run.json").unlink()  # killed just before it was kept: the training is not begun again
+    del keys["variants"]["wrong"]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    before = (tmp_path / "runs/diverges-seed=1.log").read_text()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main([str(tmp_path / "sweep.yaml")]) == 1
+    assert (kept / "run.json").is_file() and (tmp_path / "runs/diverges-seed=1.log").read_text() == before
+    assert main([str(tmp_path / "sweep.yaml"), "--dry_run", "true"]) == 0
+    assert "2 runs, 2 of them done; diverged: diverges-seed=1\n" in capsys.readouterr().out
+    assert compare([str(tmp_path / "kept")]) == 0
+    assert "Diverged, so without scores and not in the table: diverges-seed=1.\n" in capsys.readouterr().out
 
 
 def test_no_run_begins_after_its_time(write, tmp_path, monkeypatch, capsys):

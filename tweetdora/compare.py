@@ -31,6 +31,7 @@ from tweetdora.seeds import (
     Summary,
     all_pairs,
     difference,
+    find_diverged,
     find_runs,
     group_runs,
     measured_in,
@@ -73,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = render_page(paths[0], config)
     else:
         groups = group_runs(find_runs(paths, config.split))
-        parts = [format_table(groups, config), format_machines(groups), format_differences(all_pairs(groups), config)]
+        parts = [
+            *(format_table(groups, config), format_diverged(find_diverged(paths)), format_machines(groups)),
+            format_differences(all_pairs(groups), config),
+        ]
         text = "\n\n".join(filter(None, parts)) + "\n"
         if config.plot:
             draw_plot(groups, config.plot, config.x, config)
@@ -132,6 +136,12 @@ def _peak_memory(by_place: dict[str, int]) -> float:
     """The largest peak memory of a GPU, or of a process if there was no GPU, in GB."""
     on_gpus = {place: size for place, size in by_place.items() if place.startswith("gpu")}
     return max((on_gpus or by_place).values(), default=0) / 1e9
+
+
+def format_diverged(folders: Sequence[str]) -> str:
+    """A sentence on the runs that diverged: they have no scores, so a table is without them; empty if none did."""
+    names = ", ".join(os.path.basename(os.path.normpath(folder)) for folder in folders)
+    return f"Diverged, so without scores and not in the table: {names}." if folders else ""
 
 
 def format_machines(groups: Sequence[Group]) -> str:
@@ -201,14 +211,17 @@ def difference_text(found: SeedDifference) -> str:
     low, high = found.interval or found.rows_interval
     what = "rows and seeds" if found.interval else "rows, with one seed of a group"
     text = f"{found.difference:+.3f}, 95 % over {what} [{low:+.3f}, {high:+.3f}]"
-    if found.seeds_above is None:
-        return f"{text}; the seeds differ, so only the rows are paired"
+    if not found.same_seeds:
+        text += "; the seeds differ, so only the rows are paired"
     count = len(found.p_values)
+    if not count:
+        return text
     pairs = (
         f"{fixed} examples fixed, {broken} broken (McNemar p {format_p(value)})"
         for fixed, broken, value in zip(found.fixed, found.broken, found.p_values, strict=True)
     )
-    return f"{text}; higher in {found.seeds_above} of {count} seeds; per seed: {'; '.join(pairs)}"
+    shared = f"{count} seeds" if found.same_seeds else f"the {count} seeds that both have"
+    return f"{text}; higher in {found.seeds_above} of {shared}; per seed: {'; '.join(pairs)}"
 
 
 # Plots
@@ -271,9 +284,12 @@ class _Page:
     def table(self, *paths: str, split: str = "test", against: str | None = None) -> str:
         """The table of these runs; `against`: the reference, from which they are named."""
         if against is None:
-            return format_table(self.groups(*paths, split=split), self.config)
-        groups, reference = self._against(against, *paths, split=split)
-        return format_table([*groups, reference], self.config)
+            groups = self.groups(*paths, split=split)
+        else:
+            others, reference = self._against(against, *paths, split=split)
+            groups = [*others, reference]
+        diverged = format_diverged(find_diverged([os.path.join(self.folder, path) for path in paths]))
+        return "\n\n".join(filter(None, [format_table(groups, self.config), diverged]))
 
     def machines(self, *paths: str, split: str = "test") -> str:
         """The machines that trained and measured these runs."""

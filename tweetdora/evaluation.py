@@ -163,6 +163,7 @@ def read_base_results(
         "examples": record.data.sha256,
         "label words": record.label_words,
         "precision": record.precision,
+        "max_length": record.max_length or target.task.max_length,  # an older record does not name it
         "max_new_tokens": record.max_new_tokens,
         "bootstrap": record.bootstrap,
     }
@@ -172,6 +173,7 @@ def read_base_results(
         "examples": examples.sha256,
         "label words": target.task.label_words,
         "precision": decoding.precision,
+        "max_length": target.task.max_length,
         "max_new_tokens": decoding.max_new_tokens,
         "bootstrap": _bootstrap(config),
     }
@@ -343,6 +345,7 @@ def evaluation_record(
         corrections=target.corrections,
         base_measured=earlier.record.created if earlier else None,
         prior_corrected=_prior_corrected(target, measured, examples, bootstrap),
+        max_length=target.task.max_length,
     )
     return record, missing
 

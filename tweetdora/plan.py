@@ -138,6 +138,8 @@ def _batching_line(training: TrainConfig, layers: LayerCount) -> str:
         return "padded: each example with its whole prompt"
     line = "shared_prefix: the prompts' common start once per batch; "
     line += f"{layers.written_out} of {layers.total} layers run as one function"
+    if training.precision == "fp16":
+        return f"{line}: fp16 trains under autocast, with the model's own code"
     at_once = training.train_batch_size
     if layers.written_out == 0 or layers.examples >= at_once:
         return line

@@ -456,6 +456,7 @@ class EvaluationRecord:
 
     `corrections` lists the data settings that were replaced for it (config.CORRECTIONS): name, old and new value.
     `base_measured` is the time of the earlier evaluation that the base's results come from (--base_results), if any.
+    `max_length` is None in older records.
     `prior_corrected` is for the fine-tuned model; None if the label shares in its training are unknown.
     """
 
@@ -480,6 +481,7 @@ class EvaluationRecord:
     corrections: list[str]
     base_measured: str | None = None
     prior_corrected: PriorCorrected | None = None
+    max_length: int | None = None
 
     @property
     def models(self) -> dict[str, ModelMetrics]:

@@ -33,6 +33,7 @@ from tweetdora.records import (
     compact_predictions,
     read_predictions,
     read_record,
+    run_status,
 )
 from tweetdora.train_config import RESULT_ARGUMENTS, ROUNDING_ARGUMENTS
 
@@ -108,12 +109,16 @@ class Summary:
 
 @dataclass(frozen=True)
 class SeedDifference:
-    """One group's mean minus another's; `p_values` are McNemar's, per seed, if both groups have the same seeds."""
+    """One group's mean minus another's; the last four fields cover the seeds that both groups have.
+
+    `p_values` are McNemar's. `same_seeds`: no group has a seed that the other lacks, so the interval is paired by seed.
+    """
 
     difference: float
     rows_interval: Interval
     interval: Interval | None  # over rows and seeds; None if a group has one seed, so that its spread is unknown
-    seeds_above: int | None  # the number of seeds for which the first is above the second
+    same_seeds: bool
+    seeds_above: int  # the number of common seeds for which the first is above the second
     fixed: list[int]
     broken: list[int]
     p_values: list[float]
@@ -131,17 +136,29 @@ def find_runs(paths: Sequence[str], split: str) -> list[MeasuredRun]:
     found: list[MeasuredRun] = []
     for path in paths:
         before = len(found)
-        for match in filter(os.path.isdir, sorted(glob.glob(path))):
-            inner = sorted(entry.path for entry in os.scandir(match) if entry.is_dir())
-            read = [_read_run(folder, split) for folder in (match, *inner)]
+        for folders in _matches(path):
+            read = [_read_run(folder, split) for folder in folders]
             found += [one for one in read if one is not None]
         if len(found) == before:
+            diverged = f"; {len(many)} diverged" if (many := find_diverged([path])) else ""
             raise InputError(
-                f"no run in {path} was measured on the {split} split. Expected run folders, or a sweep's records_dir, "
-                f"with {RUN_FILE} and {split}.json; --split names another split."
+                f"no run in {path} was measured on the {split} split{diverged}. Expected run folders, or a sweep's "
+                f"records_dir, with {RUN_FILE} and {split}.json; --split names another split."
             )
     _check_same_rows(found)
     return found
+
+
+def find_diverged(paths: Sequence[str]) -> list[str]:
+    """The folders of runs that diverged, searched for as in `find_runs`; they have no scores."""
+    folders = dict.fromkeys(folder for path in paths for match in _matches(path) for folder in match)
+    return [folder for folder in folders if run_status(folder) == "diverged"]
+
+
+def _matches(path: str) -> list[list[str]]:
+    """The folders that a path or pattern names, each followed by the folders in it."""
+    folders = filter(os.path.isdir, sorted(glob.glob(path)))
+    return [[folder, *sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())] for folder in folders]
 
 
 def measured_in(folder: str, split: str) -> bool:
@@ -194,9 +211,10 @@ def find_sisters(run_dir: str, split: str, paths: Sequence[str] = ()) -> tuple[G
             passed_over.append(f"{folder} is skipped: {error}")
             continue
         if found is None:
-            passed_over.append(f"{folder} differs only in the seed but was not measured on the {split} split")
+            why = "it diverged" if run.status == "diverged" else f"it was not measured on the {split} split"
+            passed_over.append(f"{folder} differs only in the seed, but {why}")
         elif not _measured_alike(own.evaluation, found.evaluation):
-            passed_over.append(f"{folder} differs only in the seed but was measured differently or on other examples")
+            passed_over.append(f"{folder} differs only in the seed, but was measured differently or on other examples")
         else:
             by_seed.setdefault(found.seed, found)
     if len(by_seed) == 1:
@@ -307,14 +325,15 @@ def summarise(group: Group, samples: int = 2_000, seed: int = 0) -> Summary:
 
 
 def difference(first: Group, second: Group, samples: int = 2_000, seed: int = 0) -> SeedDifference:
-    """The first group's mean macro-F1 minus the second's on the same rows; paired by seed if the seeds match."""
+    """The first group's mean macro-F1 minus the second's on the same rows; paired by seed if the seeds are the same."""
     drawn = resample([*first.runs, *second.runs], samples, seed)
     one, other = drawn[:, : len(first.runs)], drawn[:, len(first.runs) :]
     paired = first.seeds == second.seeds
+    common = [(ours, theirs) for ours in first.runs for theirs in second.runs if ours.seed == theirs.seed]
     picks = _draw_seeds(len(first.runs), samples, seed)
     picks_other = picks if paired else _draw_seeds(len(second.runs), samples, seed + 1)
     values = [[found.finetuned_metrics.macro_f1 for found in group.runs] for group in (first, second)]
-    changes = [_changes(ours, theirs) for ours, theirs in zip(first.runs, second.runs, strict=True)] if paired else []
+    changes = [_changes(ours, theirs) for ours, theirs in common]
     return SeedDifference(
         difference=float(np.mean(values[0]) - np.mean(values[1])),
         rows_interval=interval_of(one.mean(1) - other.mean(1)),
@@ -323,7 +342,8 @@ def difference(first: Group, second: Group, samples: int = 2_000, seed: int = 0)
             if min(len(first.runs), len(second.runs)) > 1
             else None
         ),
-        seeds_above=sum(a > b for a, b in zip(*values, strict=True)) if paired else None,
+        same_seeds=paired,
+        seeds_above=sum(ours.finetuned_metrics.macro_f1 > theirs.finetuned_metrics.macro_f1 for ours, theirs in common),
         fixed=[fixed for fixed, _ in changes],
         broken=[broken for _, broken in changes],
         p_values=[mcnemar_p_value(*counts) for counts in changes],

@@ -18,7 +18,8 @@ A sweep file; only `output_dir`, `records_dir` and `seeds` are required:
     evaluate: {batch_size: 256}             # flags of evaluate.py
     launcher: [accelerate, launch, --config_file, accelerate_config.yaml]    # default: this Python
 
-A run whose records exist is not run again. The base model is evaluated once for all runs that ask it the same.
+A run whose records exist is not run again, also if it diverged. The base model is evaluated once for all runs that
+ask it the same.
 """
 
 import ctypes
@@ -142,7 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         to_do = [run for run in runs if not is_done(run, sweep.splits)]
         for run in to_do:
             left[run.run_dir] = _join(left.get(run.run_dir), sweep, run)
-        log.info("%s: %d runs, %d of them done", path, len(runs), len(runs) - len(to_do))
+        diverged = ", ".join(run.name for run in runs if run_status(run.records_dir) == "diverged")
+        note = f"; diverged: {diverged}" if diverged else ""
+        log.info("%s: %d runs, %d of them done%s", path, len(runs), len(runs) - len(to_do), note)
         if config.dry_run:
             log.info("\n".join(f"  {'to do' if run in to_do else 'done':<6} {run.name}" for run in runs))
     if config.dry_run or not left:
@@ -258,7 +261,7 @@ def _write_recipe(recipe: dict[str, Any], path: str) -> None:
 
 
 def is_done(run: Run, splits: Sequence[str]) -> bool:
-    """True if the run's records exist.
+    """True if the run's records exist; of a run that diverged, there is only the one of the training.
 
     Raises:
         InputError: they belong to a run with other settings, or are incomplete and the run itself is gone.
@@ -268,7 +271,7 @@ def is_done(run: Run, splits: Sequence[str]) -> bool:
         return False
     record = read_record(RunRecord, path)
     _check_settings(run, record, run.records_dir)
-    done = all(os.path.isfile(os.path.join(run.records_dir, f"{split}.json")) for split in splits)
+    done = record.status == "diverged" or all(os.path.isfile(os.path.join(run.records_dir, f"{split}.json")) for split in splits)
     if not done:
         _check_still_there(run, record)
     return done
@@ -385,13 +388,22 @@ class Runner:
         """Train or resume the training; _evaluate keeps the record, at the very end."""
         recipe, status = f"{run.run_dir}.yaml", run_status(run.run_dir)
         _write_recipe(run.recipe, recipe)
-        if status == "finished":
+        if status in ("finished", "diverged"):
             _check_settings(run, read_record(RunRecord, os.path.join(run.run_dir, RUN_FILE)), run.run_dir)
+        if status == "finished":
             return
-        if status == "diverged":
-            raise RunFailedError(f"the training diverged; see the record in {run.run_dir}")
         flags = ["--resume_from_checkpoint", "true"] if status else []
-        self._call(run, [*sweep.launcher, os.path.join(_ROOT, "train.py"), "--config", recipe, *flags])
+        if status != "diverged":
+            try:
+                self._call(run, [*sweep.launcher, os.path.join(_ROOT, "train.py"), "--config", recipe, *flags])
+            except RunFailedError:
+                if run_status(run.run_dir) != "diverged":
+                    raise
+        if run_status(run.run_dir) == "diverged":
+            keep_training(run)
+            raise RunFailedError(
+                f"the training diverged. Its record is kept in {run.records_dir}, so it is not trained again."
+            )
         if self._stopped_by is None:
             for name in os.listdir(run.run_dir):
                 if name.startswith("checkpoint-"):
@@ -491,13 +503,18 @@ def keep_records(run: Run, split: str) -> None:
     results = os.path.join(run.run_dir, "evaluation")
     record = read_record(EvaluationRecord, os.path.join(results, f"{split}.json"))
     lines = read_predictions(os.path.join(results, split, PREDICTIONS))
-    training = read_record(RunRecord, os.path.join(run.run_dir, RUN_FILE))
-    training = dataclasses.replace(training, train_data=dataclasses.replace(training.train_data, first_texts={}))
-    write_record(os.path.join(run.records_dir, RUN_FILE), training)
+    keep_training(run)
     write_record(os.path.join(run.records_dir, f"{split}.{KEPT_PREDICTIONS}"), compact_predictions(lines, record))
     write_record(
         os.path.join(run.records_dir, f"{split}.json"), record
     )  # last, because it marks the others as complete
+
+
+def keep_training(run: Run) -> None:
+    """Copy the record of a run's training to the sweep's records, without texts."""
+    record = read_record(RunRecord, os.path.join(run.run_dir, RUN_FILE))
+    record = dataclasses.replace(record, train_data=dataclasses.replace(record.train_data, first_texts={}))
+    write_record(os.path.join(run.records_dir, RUN_FILE), record)
 
 
 def _duration(seconds: float) -> str:
