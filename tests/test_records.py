@@ -206,7 +206,7 @@ def test_a_run_of_the_version_before_that_was_stopped_is_read_as_unfinished(tmp_
     (tmp_path / "run.json").write_text(json.dumps({"record_version": 2, **old}))
     with pytest.raises(InputError, match="is interrupted, not finished. Resume it with"):
         read_run(str(tmp_path))
-    with pytest.raises(InputError, match="has record version 2; this code reads version 9. Use the version of"):
+    with pytest.raises(InputError, match=f"has record version 2; this code reads version {RECORD_VERSION}. Use the version of"):
         read_record(RunRecord, str(tmp_path / "run.json"), oldest_version=RECORD_VERSION)
 
 
@@ -331,7 +331,7 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
 def test_a_record_of_another_version_is_refused(version, run_dir):
     change(run_dir, record_version=version)
     message = (
-        f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3, 4, 5, 6, 7, 8 and 9. Use the"
+        f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3, 4, 5, 6, 7, 8, 9 and 10. Use the"
     )
     with pytest.raises(InputError, match=message):
         read_run(str(run_dir))
@@ -388,8 +388,15 @@ def without_what_came_in_5(old: dict[str, Any]) -> dict[str, Any]:
     return {**old, "record_version": 4}
 
 
+def without_what_came_in_10(old: dict[str, Any]) -> dict[str, Any]:
+    """A record as version 9 wrote it."""
+    old.pop("max_length", None)
+    return {**old, "record_version": 9}
+
+
 def without_what_came_in_9(old: dict[str, Any]) -> dict[str, Any]:
     """A record as version 8 wrote it."""
+    old = without_what_came_in_10(old)
     old.get("model", {}).pop("load_in_4bit", None)
     return {**old, "record_version": 8}
 
@@ -418,8 +425,12 @@ def without_what_came_in_6(old: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
-@pytest.mark.parametrize("old", [without_what_came_in_9, without_what_came_in_8], ids=["version 8", "version 7"])
-def test_a_record_of_version_7_or_8_is_read(record, old, tmp_path):
+@pytest.mark.parametrize(
+    "old",
+    [without_what_came_in_10, without_what_came_in_9, without_what_came_in_8],
+    ids=["version 9", "version 8", "version 7"],
+)
+def test_a_record_of_version_7_to_9_is_read(record, old, tmp_path):
     (tmp_path / "record.json").write_text(json.dumps(old(plain(record))))
     assert read_record(type(record), str(tmp_path / "record.json")) == record
 

@@ -25,7 +25,7 @@ from tweetdora.errors import InputError
 from tweetdora.files import file_sha256, read_json, write_json
 from tweetdora.train_config import RESULT_ARGUMENTS, TrainConfig
 
-RECORD_VERSION = 9
+RECORD_VERSION = 10
 RUN_FILE = "run.json"
 TASK_FILE = "task.json"
 ADAPTER_DIR = "adapter"
@@ -456,7 +456,7 @@ class EvaluationRecord:
 
     `corrections` lists the data settings that were replaced for it (config.CORRECTIONS): name, old and new value.
     `base_measured` is the time of the earlier evaluation that the base's results come from (--base_results), if any.
-    `max_length` is None in older records.
+    `max_length` is None in records of version 9 and older.
     `prior_corrected` is for the fine-tuned model; None if the label shares in its training are unknown.
     """
 
@@ -680,6 +680,8 @@ def read_record(kind: type[Record], path: str, oldest_version: int = 2) -> Recor
         value = _from_version_7(kind, value)
     if version <= 8:
         value = _from_version_8(kind, value)
+    if version <= 9:
+        value = _from_version_9(kind, value)
     return decode(kind, value, path)
 
 
@@ -873,6 +875,13 @@ _NEW_IN_TASK = {
 
 
 _NEW_IN_5: dict[str, dict[str, Any]] = {"task": {"balance_labels": False}, "model": {"use_rslora": False}}
+
+
+def _from_version_9(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """Convert a record of version 9 to version 10: add the new field."""
+    if kind is EvaluationRecord:
+        return {"max_length": None, **value}
+    return value
 
 
 def _from_version_8(kind: type, value: dict[str, Any]) -> dict[str, Any]:
