@@ -428,6 +428,17 @@ def test_the_example_is_one_that_the_saved_model_answers_so(records):
         assert f'"content": "{text}"' in card and f"It prints {printed}. Generation" in card
 
 
+def test_a_placeholder_is_in_the_snippet_if_no_example_may_be_shown(records):
+    """The first text, and the answer to the second, are what a card does not show; other texts have no answer."""
+    records["predictions"][0]["text"] = "you idiot"
+    card = render_card(
+        made(records), Publication("owner/small", "out", None, []), "float32", CHECK, ["good", "no, you idiot"]
+    )
+    snippet = re.search(r"```python\n(.*?)```\n\n(.*)", card, re.DOTALL)
+    assert '"content": "the text to classify"}' in snippet[1] and snippet[2].startswith("Generation is greedy")
+    assert "idiot" not in card
+
+
 def test_the_usage_snippet_is_python(records):
     snippet = re.search(r"```python\n(.*?)```", render(records), re.DOTALL)[1]
     compile(snippet, "snippet", "exec")

@@ -55,6 +55,7 @@ _SAMPLES_RULE = (
     "For each label, the first example that the model answers correctly and the first that it answers incorrectly "
     "(✗), in the order of the split; ⏎ stands for a line break."
 )
+_PLACEHOLDER = "the text to classify"
 _CHOSEN_SAMPLES_RULE = "Chosen by the publisher; ✗ marks a wrong answer, ⏎ stands for a line break."
 _CITATIONS = {
     "dora": """@inproceedings{liu2024dora,
@@ -478,12 +479,15 @@ def widget_examples(
 
 
 def _example(run: RunRecord, predictions: list[PredictionRecord], generations: Sequence[str]) -> dict[str, Any]:
-    """Return the first example that may be shown and that the saved model answers exactly right; else the first."""
-    answered = list(zip(predictions, generations, strict=False))  # only the first examples have answers
-    shown = [pair for pair in answered if not unsuitable(pair[0].text)] or answered
-    row, answer = next((pair for pair in shown if pair[0].label == pair[1]), shown[0])
-    messages = run.prompt_format.messages(run.task.system_prompt, row.text)
-    return {"messages": messages, "answer": answer}
+    """Return the first example that may be shown and that the saved model answers exactly right, else the first shown.
+
+    If none may be shown, a placeholder takes the place of its text, and the answer is None.
+    """
+    answered = zip(predictions, generations, strict=False)  # only the first examples have answers
+    shown = [(row.label, row.text, answer) for row, answer in answered if not unsuitable(row.text, answer)]
+    exact = (one for one in shown if one[0] == one[2])
+    _, text, answer = next(exact, shown[0] if shown else ("", _PLACEHOLDER, None))
+    return {"messages": run.prompt_format.messages(run.task.system_prompt, text), "answer": answer}
 
 
 def _data_row(data: DataRecord) -> dict[str, Any]:
