@@ -237,9 +237,10 @@ def with_sisters(records: Records, run_dir: str, config: PushConfig) -> Records:
         log.info("note: %s", sentence)
     if sisters is None:
         return records
-    log.info("The card reports the mean over seeds %s:", ", ".join(map(str, sisters.seeds)))
-    for run in sisters.runs:
-        log.info("    seed %d, macro-F1 %.3f: %s", run.seed, run.finetuned_metrics.macro_f1, run.folder)
+    if len(sisters.runs) > 1:
+        log.info("The card reports the mean over seeds %s:", ", ".join(map(str, sisters.seeds)))
+        for run in sisters.runs:
+            log.info("    seed %d, macro-F1 %.3f: %s", run.seed, run.finetuned_metrics.macro_f1, run.folder)
     return replace(records, sisters=sisters)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
-from test_seeds import flipped, write_kept
+from test_seeds import flipped, write_diverged, write_kept
 
 from tweetdora import seeds
 from tweetdora.compare import CompareConfig, difference_text, format_spent, main, render_page, share_text
@@ -66,13 +66,30 @@ def test_differences_are_told_in_words(kept, capsys):
     main([str(kept / "dora-0.001-*"), str(kept / "lora")])
     said = capsys.readouterr().out.splitlines()[-2]
     assert said.startswith("- **method dora** − method lora: +0.0")
-    assert "; the seeds differ, so only the rows are paired; higher in 1 of the 1 seeds that both have; per seed: 4 " in said
+    assert re.search(r"\], not paired by seed; of seed 42, which both have, \+0\.1\d\d; higher in 1 of 1 seeds;", said)
     assert "95 % over rows, with one seed of a group [" in said, "one seed has no spread"
-    found = SeedDifference(0.0123, (0, 0), (-0.01, 0.03), True, 2, [5, 6], [1, 2], [0.03, 1e-310])
+    found = SeedDifference(0.0123, (0, 0), (-0.01, 0.03), True, [1, 2], 0.0123, 2, [5, 6], [1, 2], [0.03, 1e-310])
     assert difference_text(found) == (
         "+0.012, 95 % over rows and seeds [-0.010, +0.030]; higher in 2 of 2 seeds; per seed: 5 examples fixed, 1 "
         "broken (McNemar p = 0.03); 6 examples fixed, 2 broken (McNemar p < 1e-300)"
     )
+    others = SeedDifference(0.0123, (0, 0), (-0.01, 0.03), False, [], None, 0, [], [], [])
+    assert difference_text(others) == "+0.012, 95 % over rows and seeds [-0.010, +0.030], not paired by seed"
+
+
+def test_runs_that_diverged_are_told_beside_the_table(kept, capsys):
+    write_diverged(kept / "dora-44", 44)
+    run = kept / "dora-44/run.json"
+    run.write_text(run.read_text().replace('"learning_rate": 3e-05', '"learning_rate": 0.001'))
+    config = CompareConfig(bootstrap_samples=50)
+    (kept / "page.md").write_text('{{ table(".") }}')
+    main([str(kept)])
+    for said in (capsys.readouterr().out, render_page(str(kept / "page.md"), config)):
+        cells = {
+            line.split("|")[1].strip(): line.split("|")[2].strip() for line in said.splitlines() if "| **0" in line
+        }
+        assert sorted(cells.values()) == ["1", "2", "2 (1 diverged)"]
+        assert "\n\nDiverged, so no score or mean has them: dora-44." in said
 
 
 def test_two_columns_of_a_file_are_counted_together(tmp_path):
@@ -180,15 +197,15 @@ def test_the_page_of_the_repository_is_made_from_its_records(tmp_path, monkeypat
 
 def test_every_kept_run_is_one_of_a_sweep(monkeypatch):
     """Records and sweep files do not drift apart: a sweep that is run again would skip them."""
-    from tweetdora.sweep import is_done, plan_runs, read_sweep
+    from tweetdora.sweep import plan_runs, read_sweep, state_of
 
     monkeypatch.chdir(ROOT)
     known = {}
     for path in sorted(Path("results").rglob("*.yaml")):
         sweep = read_sweep(str(path))
-        known |= {run.records_dir: is_done(run, []) for run in plan_runs(sweep)}
+        known |= {run.records_dir: state_of(run, []) for run in plan_runs(sweep)}
     by_hand = ("results/quickstart", "results/domains")  # LOG.md
     folders = (str(path.parent) for path in Path("results").rglob("run.json"))
     kept_dirs = {folder for folder in folders if not folder.startswith(by_hand)}
-    assert kept_dirs == {folder for folder, done in known.items() if done}
+    assert kept_dirs == {folder for folder, state in known.items() if state != "to do"}
     assert seeds.find_runs(["results/rates"], "validation")

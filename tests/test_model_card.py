@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from sample_records import WORDS, sample_evaluation, sample_predictions, sample_run
-from test_seeds import flipped, write_kept
+from test_seeds import flipped, write_diverged, write_kept
 
 from tweetdora.card_facts import Publication, Records, choose_samples, make_records, recipe
 from tweetdora.config import PushConfig
@@ -437,6 +437,31 @@ def test_a_placeholder_is_in_the_snippet_if_no_example_may_be_shown(records):
     snippet = re.search(r"```python\n(.*?)```\n\n(.*)", card, re.DOTALL)
     assert '"content": "the text to classify"}' in snippet[1] and snippet[2].startswith("Generation is greedy")
     assert "idiot" not in card
+
+
+@pytest.mark.parametrize(
+    ("seeds", "diverged", "said"),
+    [
+        ([43, 44], [], None),
+        ([43], [44, 45], "- The same training diverged with seed 44 and 45.\n"),
+        ([43, 44], [45], "- The same training diverged with seed 45, which the mean over seeds is without.\n"),
+    ],
+)
+def test_seeds_that_diverged_are_told(records, tmp_path, seeds, diverged, said):
+    for seed in seeds:
+        write_kept(tmp_path / str(seed), seed, flipped(seed - 40))
+    for seed in diverged:
+        write_diverged(tmp_path / str(seed), seed)
+    sisters, _ = find_sisters(str(tmp_path / "43"), "test")
+    card = render_card(
+        replace(made(records), sisters=sisters),
+        Publication("owner/small", "out", None, []),
+        "float32",
+        CHECK,
+        ["good"],
+    )
+    assert (said in card) if said else ("diverged" not in card)
+    assert ("the mean of 2 trainings" in card) == (len(seeds) > 1)
 
 
 def test_the_usage_snippet_is_python(records):

@@ -307,6 +307,7 @@ def test_the_table_of_speed_is_the_records():
     assert f"with losses that differ by at most {found}" in README.replace("\n  ", " ")
     memory = parts["memory"].samples
     peaks = {name: f"{sample['peak_bytes'] / 1e9:.2f}" for name, sample in memory.items()}
-    _, ours, other, *_ = cells_of("peak memory")
+    name, ours, other, *_ = cells_of("peak memory")
+    assert f"under autocast {peaks['bf16:trl']} GB" in name
     assert ours == f"{peaks['fp32:ours']} / {peaks['bf16:ours']} GB"
     assert other == f"{peaks['fp32:trl']} / {peaks['bf16:trl_bf16']} GB"

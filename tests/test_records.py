@@ -206,7 +206,9 @@ def test_a_run_of_the_version_before_that_was_stopped_is_read_as_unfinished(tmp_
     (tmp_path / "run.json").write_text(json.dumps({"record_version": 2, **old}))
     with pytest.raises(InputError, match="is interrupted, not finished. Resume it with"):
         read_run(str(tmp_path))
-    with pytest.raises(InputError, match=f"has record version 2; this code reads version {RECORD_VERSION}. Use the version of"):
+    with pytest.raises(
+        InputError, match=f"has record version 2; this code reads version {RECORD_VERSION}. Use the version of"
+    ):
         read_record(RunRecord, str(tmp_path / "run.json"), oldest_version=RECORD_VERSION)
 
 
@@ -330,9 +332,8 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
 @pytest.mark.parametrize("version", [0, 1, RECORD_VERSION + 1, None, "4"])
 def test_a_record_of_another_version_is_refused(version, run_dir):
     change(run_dir, record_version=version)
-    message = (
-        f"^{run_dir}/run.json has record version {version}; this code reads version 2, 3, 4, 5, 6, 7, 8, 9 and 10. Use the"
-    )
+    known = "2, 3, 4, 5, 6, 7, 8, 9 and 10"
+    message = f"^{run_dir}/run.json has record version {version}; this code reads version {known}. Use the version of"
     with pytest.raises(InputError, match=message):
         read_run(str(run_dir))
 

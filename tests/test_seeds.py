@@ -60,6 +60,12 @@ def write_kept(folder: Path, seed: int, finetuned: np.ndarray, *, labels=LABELS,
     write_record(str(folder / f"{split}.json"), evaluation)
 
 
+def write_diverged(folder: Path, seed: int) -> None:
+    """The record of a training that diverged, with the settings of write_kept's."""
+    run = sample_run(status="diverged", result=None)
+    write_record(str(folder / "run.json"), replace(run, training=replace(run.training, seed=seed)))
+
+
 def flipped(count: int, start: int = 0) -> np.ndarray:
     """The labels with `count` of them wrong, from place `start`."""
     answers = LABELS.copy()
@@ -143,31 +149,49 @@ def test_a_difference_is_paired_over_rows_and_seeds(kept):
 def test_other_seeds_are_not_paired(kept):
     first, second = group_runs(find_runs([str(kept / "dora-42"), str(kept / "lora-4[34]")], "test"))
     found = difference(first, second, samples=100)
-    assert (found.same_seeds, found.seeds_above, found.p_values) == (False, 0, [])
+    assert (found.same_seeds, found.common_seeds, found.p_values) == (False, [], [])
+    assert found.common_difference is None
 
 
 def test_of_partly_common_seeds_the_common_ones_are_compared_one_by_one(kept):
-    """DoRA has 42 and 44 of LoRA's 43, 44 and 45; with 44, 8 of 40 are wrong, and of LoRA's answers the same and 6 more."""
+    """DoRA has 42 and 44, LoRA 43, 44 and 45. With 44, DoRA has 8 of 40 wrong, and LoRA the same and 6 more."""
     write_kept(kept / "lora-45", 45, flipped(9), model={"method": "lora"})
     first, second = group_runs(find_runs([str(kept / "dora-4[24]"), str(kept / "lora-4[345]")], "test"))
     found = difference(first, second, samples=100)
-    assert (found.same_seeds, found.seeds_above, found.fixed, found.broken) == (False, 1, [6], [0])
+    assert (found.same_seeds, found.common_seeds, found.seeds_above) == (False, [44], 1)
+    assert (found.fixed, found.broken) == ([6], [0])
+    assert found.common_difference == pytest.approx(
+        first.runs[1].finetuned_metrics.macro_f1 - f1_score(LABELS, flipped(14), average="macro")
+    )
     assert found.p_values == pytest.approx([stats.binomtest(0, 6).pvalue]) and found.interval is not None
     assert found.difference == pytest.approx(summarise(first, 10).mean - summarise(second, 10).mean)
 
 
 def test_runs_that_diverged_are_found_and_have_no_scores(kept):
     for folder, seed in (("dora-45", 45), ("alone", 46)):
-        run = replace(sample_run(), status="diverged", result=None)
-        write_record(str(kept / folder / "run.json"), replace(run, training=replace(run.training, seed=seed)))
-    assert [Path(folder).name for folder in find_diverged([str(kept), str(kept / "dora-*")])] == ["alone", "dora-45"]
-    assert len(find_runs([str(kept)], "test")) == 6
+        write_diverged(kept / folder, seed)
+    for folder, text in (("damaged", "{"), ("foreign", "[1]"), ("other", '{"status": "diverged"}')):
+        (kept / folder).mkdir()
+        (kept / folder / "run.json").write_text(text)
+    found = find_diverged([str(kept), str(kept / "dora-*")])
+    assert [Path(folder).name for folder in found] == ["alone", "dora-45"]
+    groups = group_runs(find_runs([str(kept)], "test"), found.values())
+    assert [(group.seeds, group.diverged) for group in groups] == [([42, 43, 44], [45, 46]), ([42, 43, 44], [])]
     with pytest.raises(InputError, match=r"alone was measured on the test split; 1 diverged\. Expected run folders"):
         find_runs([str(kept / "alone")], "test")
-    _, passed_over = find_sisters(str(kept / "dora-42"), "test")
-    assert [sentence.rpartition("/")[2] for sentence in passed_over] == [
-        *("alone differs only in the seed, but it diverged", "dora-45 differs only in the seed, but it diverged"),
+    group, passed_over = find_sisters(str(kept / "dora-42"), "test")
+    assert group is not None and (group.seeds, group.diverged) == ([42, 43, 44], [45, 46])
+    assert [sentence.rpartition("/")[2] for sentence in passed_over if "but diverged" in sentence] == [
+        *("alone differs only in the seed, but diverged", "dora-45 differs only in the seed, but diverged"),
     ]
+
+
+def test_a_run_of_which_all_sisters_diverged_is_a_group_that_says_so(tmp_path):
+    write_kept(tmp_path / "own", 42, flipped(4))
+    for folder, seed in (("a", 43), ("b", 42)):  # of seed 42 there is a run that did not diverge
+        write_diverged(tmp_path / folder, seed)
+    group, _ = find_sisters(str(tmp_path / "own"), "test")
+    assert group is not None and (group.seeds, group.diverged) == ([42], [43])
 
 
 def test_unparsed_answers_are_wrong(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from tweetdora.compare import main as compare
 from tweetdora.errors import InputError
 from tweetdora.files import held_lock
 from tweetdora.records import RunRecord, read_predictions, read_record
-from tweetdora.sweep import SweepConfig, is_done, main, plan_runs, read_sweep
+from tweetdora.sweep import SweepConfig, main, plan_runs, read_sweep, state_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -255,9 +256,9 @@ def test_a_kept_run_is_not_trained_again_for_another_split(tiny, tmp_path):
     keys = yaml.safe_load(Path(path).read_text()) | {"output_dir": str(tmp_path / "gone")}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     slow, _ = plan_runs(read_sweep(str(tmp_path / "sweep.yaml")))
-    assert is_done(slow, ["validation", "test"])
+    assert state_of(slow, ["validation", "test"]) == "done"
     with pytest.raises(InputError, match="lacks a split, and .*gone.* does not hold the run"):
-        is_done(slow, ["train"])
+        state_of(slow, ["train"])
 
 
 def test_records_of_other_settings_are_refused(tiny):
@@ -268,9 +269,9 @@ def test_records_of_other_settings_are_refused(tiny):
     (folder / "other.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     sweep = read_sweep(str(folder / "other.yaml"))
     slow, fast = plan_runs(sweep)
-    assert is_done(slow, sweep.splits)
+    assert state_of(slow, sweep.splits) == "done"
     with pytest.raises(InputError, match="holds a run with other settings: learning_rate: was 0.02, now 0.03"):
-        is_done(fast, sweep.splits)
+        state_of(fast, sweep.splits)
 
 
 def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path, monkeypatch, capsys):
@@ -293,21 +294,34 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path, monkeypat
     assert read_record(RunRecord, str(tmp_path / "kept/right-seed=1/run.json")).result.steps == 2
 
     kept = tmp_path / "kept/diverges-seed=1"
-    assert f"failed: diverges-seed=1: the training diverged. Its record is kept in {kept}, so it is not" in said
+    run_dir = tmp_path / "runs/diverges-seed=1"
+    assert (
+        f"failed: diverges-seed=1: the training diverged, which is recorded in {kept}. To train it again, delete that "
+        f"folder and {run_dir}.\n"
+    ) in said
     record = read_record(RunRecord, str(kept / "run.json"))
     assert record.status == "diverged" and not record.train_data.first_texts
     assert [entry.name for entry in kept.iterdir()] == ["run.json"]
     (kept / "run.json").unlink()  # killed just before it was kept: the training is not begun again
     del keys["variants"]["wrong"]
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
-    before = (tmp_path / "runs/diverges-seed=1.log").read_text()
+    log = Path(f"{run_dir}.log")
+    before = log.read_text()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main([str(tmp_path / "sweep.yaml")]) == 1
-    assert (kept / "run.json").is_file() and (tmp_path / "runs/diverges-seed=1.log").read_text() == before
+    assert (kept / "run.json").is_file() and log.read_text() == before
     assert main([str(tmp_path / "sweep.yaml"), "--dry_run", "true"]) == 0
-    assert "2 runs, 2 of them done; diverged: diverges-seed=1\n" in capsys.readouterr().out
-    assert compare([str(tmp_path / "kept")]) == 0
-    assert "Diverged, so without scores and not in the table: diverges-seed=1.\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 runs, 1 of them done, 1 diverged\n  diverged diverges-seed=1\n  done     right-seed=1\n" in said
+    assert main([str(tmp_path / "sweep.yaml")]) == 1, "there is a result less than planned"
+
+    keys["variants"]["diverges"] = {"learning_rate": 1e-3}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    with pytest.raises(InputError, match=r"learning_rate: was 1e\+30, now 0\.001"):
+        main([str(tmp_path / "sweep.yaml")])
+    shutil.rmtree(kept)
+    assert main([str(tmp_path / "sweep.yaml")]) == 1
+    assert "learning_rate: was 1e+30, now 0.001" in capsys.readouterr().err, "the run folder is of other settings too"
 
 
 def test_no_run_begins_after_its_time(write, tmp_path, monkeypatch, capsys):

@@ -280,7 +280,8 @@ def _result_facts(records: Records, words: list[str]) -> dict[str, Any]:
             "broken": f"{difference.mcnemar.broken:,}",
             "p_value": format_p(difference.mcnemar.p_value),
         },
-        "seeds": _seed_texts(records.sisters) if records.sisters else None,
+        "seeds": _seed_texts(records.sisters) if records.sisters and len(records.sisters.runs) > 1 else None,
+        "diverged_seeds": _listed(records.sisters.diverged) if records.sisters and records.sisters.diverged else None,
         "seed": records.run.training.seed,
         "bootstrap_samples": f"{evaluation.bootstrap.samples:,}",
         "precision": evaluation.precision,
@@ -293,14 +294,19 @@ def _result_facts(records: Records, words: list[str]) -> dict[str, Any]:
 def _seed_texts(group: Group) -> dict[str, str]:
     """Return macro-F1 over runs that differ only in the seed."""
     found = summarise(group)
-    *first, last = map(str, group.seeds)
     return {
         "count": str(len(group.runs)),
-        "list": f"{', '.join(first)} and {last}",
+        "list": _listed(group.seeds),
         "macro_f1": f"{found.mean:.3f}",
         "deviation": f"{found.deviation:.3f}",
         "interval": _interval(found.interval),
     }
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    """Return seeds as a list in words: 42, 43 and 44."""
+    *first, last = map(str, seeds)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _failure_facts(records: Records, words: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ differences(), plot(), bars(), reliability(), evaluation() and cross_table(). It
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -73,11 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if paths[0].endswith(".md"):
         text = render_page(paths[0], config)
     else:
-        groups = group_runs(find_runs(paths, config.split))
-        parts = [
-            *(format_table(groups, config), format_diverged(find_diverged(paths)), format_machines(groups)),
-            format_differences(all_pairs(groups), config),
-        ]
+        diverged = find_diverged(paths)
+        groups = group_runs(find_runs(paths, config.split), diverged.values())
+        parts = [format_table(groups, config), format_diverged(diverged), format_machines(groups)]
+        parts.append(format_differences(all_pairs(groups), config))
         text = "\n\n".join(filter(None, parts)) + "\n"
         if config.plot:
             draw_plot(groups, config.plot, config.x, config)
@@ -117,7 +116,7 @@ def _cells(group: Group, found: Summary) -> tuple[str, ...]:
     minutes = _mean([result.seconds / 60 for result in results])
     memory = _mean([_peak_memory(result.peak_memory_bytes) for result in results])
     return (
-        str(len(group.runs)),
+        f"{len(group.runs)} ({len(group.diverged)} diverged)" if group.diverged else str(len(group.runs)),
         f"**{found.mean:.3f}**",
         "" if found.deviation is None else f"{found.deviation:.3f}",
         interval_text(found.rows_interval),
@@ -138,10 +137,10 @@ def _peak_memory(by_place: dict[str, int]) -> float:
     return max((on_gpus or by_place).values(), default=0) / 1e9
 
 
-def format_diverged(folders: Sequence[str]) -> str:
-    """A sentence on the runs that diverged: they have no scores, so a table is without them; empty if none did."""
+def format_diverged(folders: Iterable[str]) -> str:
+    """A sentence on the runs in these folders, which diverged; empty if there is none."""
     names = ", ".join(os.path.basename(os.path.normpath(folder)) for folder in folders)
-    return f"Diverged, so without scores and not in the table: {names}." if folders else ""
+    return f"Diverged, so no score or mean has them: {names}." if names else ""
 
 
 def format_machines(groups: Sequence[Group]) -> str:
@@ -211,17 +210,19 @@ def difference_text(found: SeedDifference) -> str:
     low, high = found.interval or found.rows_interval
     what = "rows and seeds" if found.interval else "rows, with one seed of a group"
     text = f"{found.difference:+.3f}, 95 % over {what} [{low:+.3f}, {high:+.3f}]"
+    count = len(found.common_seeds)
     if not found.same_seeds:
-        text += "; the seeds differ, so only the rows are paired"
-    count = len(found.p_values)
-    if not count:
+        text += ", not paired by seed"
+    if found.common_difference is None:
         return text
+    if not found.same_seeds:
+        named = f"seed{'s' if count > 1 else ''} {', '.join(map(str, found.common_seeds))}"
+        text += f"; of {named}, which both have, {found.common_difference:+.3f}"
     pairs = (
         f"{fixed} examples fixed, {broken} broken (McNemar p {format_p(value)})"
         for fixed, broken, value in zip(found.fixed, found.broken, found.p_values, strict=True)
     )
-    shared = f"{count} seeds" if found.same_seeds else f"the {count} seeds that both have"
-    return f"{text}; higher in {found.seeds_above} of {shared}; per seed: {'; '.join(pairs)}"
+    return f"{text}; higher in {found.seeds_above} of {count} seeds; per seed: {'; '.join(pairs)}"
 
 
 # Plots
@@ -265,7 +266,8 @@ class _Page:
 
     def groups(self, *paths: str, split: str = "test") -> list[Group]:
         """Group the runs in these folders."""
-        return group_runs(find_runs([os.path.join(self.folder, path) for path in paths], split))
+        places = [os.path.join(self.folder, path) for path in paths]
+        return group_runs(find_runs(places, split), find_diverged(places).values())
 
     def _against(self, reference: str, *paths: str, split: str) -> tuple[list[Group], Group]:
         """The groups of these runs and that of the reference, named by the settings that differ from its own."""

@@ -456,7 +456,7 @@ class EvaluationRecord:
 
     `corrections` lists the data settings that were replaced for it (config.CORRECTIONS): name, old and new value.
     `base_measured` is the time of the earlier evaluation that the base's results come from (--base_results), if any.
-    `max_length` is None in records of version 9 and older.
+    `max_length` is None if the record was written before version 10.
     `prior_corrected` is for the fine-tuned model; None if the label shares in its training are unknown.
     """
 

@@ -13,13 +13,14 @@ A group is the runs with the same settings and different seeds. The uncertainty 
 import glob
 import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tweetdora.errors import InputError
+from tweetdora.files import read_json
 from tweetdora.metrics import confusion_matrix, interval_of, mcnemar_p_value, scores
 from tweetdora.records import (
     KEPT_PREDICTIONS,
@@ -33,7 +34,6 @@ from tweetdora.records import (
     compact_predictions,
     read_predictions,
     read_record,
-    run_status,
 )
 from tweetdora.train_config import RESULT_ARGUMENTS, ROUNDING_ARGUMENTS
 
@@ -85,10 +85,14 @@ def _made_of(run: RunRecord) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in the seed; `settings` are those in which the group differs from other groups."""
+    """Runs that differ only in the seed; `settings` are those in which the group differs from other groups.
+
+    `diverged` are the seeds of the runs with these settings that diverged: they have no scores.
+    """
 
     settings: dict[str, Any]
     runs: list[MeasuredRun]
+    diverged: list[int] = field(default_factory=list)
 
     @property
     def seeds(self) -> list[int]:
@@ -109,19 +113,21 @@ class Summary:
 
 @dataclass(frozen=True)
 class SeedDifference:
-    """One group's mean minus another's; the last four fields cover the seeds that both groups have.
+    """One group's mean minus another's; the fields from `common_seeds` on cover the seeds that both groups have.
 
-    `p_values` are McNemar's. `same_seeds`: no group has a seed that the other lacks, so the interval is paired by seed.
+    If a group has a seed that the other lacks (not `same_seeds`), `interval` is not paired by seed.
     """
 
     difference: float
     rows_interval: Interval
     interval: Interval | None  # over rows and seeds; None if a group has one seed, so that its spread is unknown
     same_seeds: bool
+    common_seeds: list[int]
+    common_difference: float | None  # None if there is no common seed
     seeds_above: int  # the number of common seeds for which the first is above the second
     fixed: list[int]
     broken: list[int]
-    p_values: list[float]
+    p_values: list[float]  # McNemar's
 
 
 # Reading
@@ -140,19 +146,32 @@ def find_runs(paths: Sequence[str], split: str) -> list[MeasuredRun]:
             read = [_read_run(folder, split) for folder in folders]
             found += [one for one in read if one is not None]
         if len(found) == before:
-            diverged = f"; {len(many)} diverged" if (many := find_diverged([path])) else ""
+            diverged = find_diverged([path])
+            note = f"; {len(diverged)} diverged" if diverged else ""
             raise InputError(
-                f"no run in {path} was measured on the {split} split{diverged}. Expected run folders, or a sweep's "
+                f"no run in {path} was measured on the {split} split{note}. Expected run folders, or a sweep's "
                 f"records_dir, with {RUN_FILE} and {split}.json; --split names another split."
             )
     _check_same_rows(found)
     return found
 
 
-def find_diverged(paths: Sequence[str]) -> list[str]:
-    """The folders of runs that diverged, searched for as in `find_runs`; they have no scores."""
+def find_diverged(paths: Sequence[str]) -> dict[str, RunRecord]:
+    """The runs that diverged by folder, searched for as in `find_runs`; they have no scores."""
     folders = dict.fromkeys(folder for path in paths for match in _matches(path) for folder in match)
-    return [folder for folder in folders if run_status(folder) == "diverged"]
+    found = {folder: _read_diverged(folder) for folder in folders}
+    return {folder: run for folder, run in found.items() if run is not None}
+
+
+def _read_diverged(folder: str) -> RunRecord | None:
+    """Read the run in a folder if it diverged; None for any other, and for a record that cannot be read."""
+    path = os.path.join(folder, RUN_FILE)
+    try:
+        value = read_json(path) if os.path.isfile(path) else None
+        is_diverged = isinstance(value, dict) and value.get("status") == "diverged"
+        return read_record(RunRecord, path) if is_diverged else None
+    except InputError:
+        return None
 
 
 def _matches(path: str) -> list[list[str]]:
@@ -195,12 +214,13 @@ def find_sisters(run_dir: str, split: str, paths: Sequence[str] = ()) -> tuple[G
     """Group a run with those that differ from it only in the seed; also return a sentence per run skipped.
 
     They are searched for next to the run folder and in `paths`, which are folders of runs or of kept records. They
-    must have been measured on the same examples in the same precision. The group is None if there are no such runs.
+    must have been measured on the same examples in the same precision, or have diverged, in which case the group has
+    their seeds. It is None if there are no such runs.
     """
     own = _read_run(run_dir, split)
     if own is None:
         return None, []
-    by_seed, passed_over = {own.seed: own}, []
+    by_seed, diverged, passed_over = {own.seed: own}, set[int](), []
     for folder in _folders_to_look_in(run_dir, paths):
         try:
             run = read_record(RunRecord, os.path.join(folder, RUN_FILE))
@@ -210,16 +230,19 @@ def find_sisters(run_dir: str, split: str, paths: Sequence[str] = ()) -> tuple[G
         except InputError as error:  # a damaged folder must not prevent publishing another run
             passed_over.append(f"{folder} is skipped: {error}")
             continue
-        if found is None:
-            why = "it diverged" if run.status == "diverged" else f"it was not measured on the {split} split"
-            passed_over.append(f"{folder} differs only in the seed, but {why}")
+        if run.status == "diverged":
+            diverged.add(int(run.training.seed))
+            passed_over.append(f"{folder} differs only in the seed, but diverged")
+        elif found is None:
+            passed_over.append(f"{folder} differs only in the seed, but was not measured on the {split} split")
         elif not _measured_alike(own.evaluation, found.evaluation):
             passed_over.append(f"{folder} differs only in the seed, but was measured differently or on other examples")
         else:
             by_seed.setdefault(found.seed, found)
-    if len(by_seed) == 1:
+    diverged -= set(by_seed)
+    if len(by_seed) == 1 and not diverged:
         return None, passed_over
-    return Group({}, [by_seed[seed] for seed in sorted(by_seed)]), passed_over
+    return Group({}, [by_seed[seed] for seed in sorted(by_seed)], sorted(diverged)), passed_over
 
 
 def _folders_to_look_in(run_dir: str, paths: Sequence[str]) -> list[str]:
@@ -265,8 +288,8 @@ def _check_same_rows(runs: Sequence[MeasuredRun]) -> None:
                 )
 
 
-def group_runs(runs: Sequence[MeasuredRun]) -> list[Group]:
-    """Group the runs by their settings; each group is sorted by seed.
+def group_runs(runs: Sequence[MeasuredRun], diverged: Iterable[RunRecord] = ()) -> list[Group]:
+    """Group the runs by their settings; each group is sorted by seed, and has the seeds of its runs that diverged.
 
     Raises:
         InputError: two runs have the same settings and seed, or the same settings but different data or bases.
@@ -288,8 +311,13 @@ def group_runs(runs: Sequence[MeasuredRun]) -> list[Group]:
         known.append(run)
     names = list(groups[0][0])
     differing = [name for name in names if any(settings.get(name) != groups[0][0][name] for settings, _ in groups)]
+    lost = [(settings_of(run), int(run.training.seed)) for run in diverged]
     return [
-        Group({name: settings[name] for name in differing}, sorted(members, key=lambda found: found.seed))
+        Group(
+            {name: settings[name] for name in differing},
+            sorted(members, key=lambda found: found.seed),
+            sorted(seed for others, seed in lost if others == settings),
+        )
         for settings, members in groups
     ]
 
@@ -325,11 +353,12 @@ def summarise(group: Group, samples: int = 2_000, seed: int = 0) -> Summary:
 
 
 def difference(first: Group, second: Group, samples: int = 2_000, seed: int = 0) -> SeedDifference:
-    """The first group's mean macro-F1 minus the second's on the same rows; paired by seed if the seeds are the same."""
+    """The first group's mean macro-F1 minus the second's on the same rows; paired by seed if both have the same."""
     drawn = resample([*first.runs, *second.runs], samples, seed)
     one, other = drawn[:, : len(first.runs)], drawn[:, len(first.runs) :]
     paired = first.seeds == second.seeds
     common = [(ours, theirs) for ours in first.runs for theirs in second.runs if ours.seed == theirs.seed]
+    apart = [ours.finetuned_metrics.macro_f1 - theirs.finetuned_metrics.macro_f1 for ours, theirs in common]
     picks = _draw_seeds(len(first.runs), samples, seed)
     picks_other = picks if paired else _draw_seeds(len(second.runs), samples, seed + 1)
     values = [[found.finetuned_metrics.macro_f1 for found in group.runs] for group in (first, second)]
@@ -343,7 +372,9 @@ def difference(first: Group, second: Group, samples: int = 2_000, seed: int = 0)
             else None
         ),
         same_seeds=paired,
-        seeds_above=sum(ours.finetuned_metrics.macro_f1 > theirs.finetuned_metrics.macro_f1 for ours, theirs in common),
+        common_seeds=[ours.seed for ours, _ in common],
+        common_difference=float(np.mean(apart)) if apart else None,
+        seeds_above=sum(one > 0 for one in apart),
         fixed=[fixed for fixed, _ in changes],
         broken=[broken for _, broken in changes],
         p_values=[mcnemar_p_value(*counts) for counts in changes],

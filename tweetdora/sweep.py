@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
@@ -131,25 +131,30 @@ class RunFailedError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit status, which is 1 if a run failed."""
+    """Run the script and return its exit status, which is 1 if a run failed, or diverged in this call or earlier."""
     # parse
     config, paths = parse_with_paths(argv, SweepConfig, __doc__.partition("\n")[0], "SWEEP", "Sweep file, YAML.")
 
     # load
     left: dict[str, tuple[Sweep, Run]] = {}  # by run folder, because two sweeps may share a run
+    diverged = False
     for path in paths:
         sweep = read_sweep(path)
         runs = plan_runs(sweep)
-        to_do = [run for run in runs if not is_done(run, sweep.splits)]
-        for run in to_do:
-            left[run.run_dir] = _join(left.get(run.run_dir), sweep, run)
-        diverged = ", ".join(run.name for run in runs if run_status(run.records_dir) == "diverged")
-        note = f"; diverged: {diverged}" if diverged else ""
-        log.info("%s: %d runs, %d of them done%s", path, len(runs), len(runs) - len(to_do), note)
+        states = [state_of(run, sweep.splits) for run in runs]
+        for run, state in zip(runs, states, strict=True):
+            if state == "to do":
+                left[run.run_dir] = _join(left.get(run.run_dir), sweep, run)
+        lost = states.count("diverged")
+        note = f", {lost} diverged" if lost else ""
+        log.info("%s: %d runs, %d of them done%s", path, len(runs), states.count("done"), note)
         if config.dry_run:
-            log.info("\n".join(f"  {'to do' if run in to_do else 'done':<6} {run.name}" for run in runs))
-    if config.dry_run or not left:
+            log.info("\n".join(f"  {state:<8} {run.name}" for run, state in zip(runs, states, strict=True)))
+        diverged = diverged or lost > 0
+    if config.dry_run:
         return 0
+    if not left:
+        return int(diverged)
 
     # work
     with held_lock("sweep", *_BUSY):  # two sweeps at once would slow each other down
@@ -159,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.warning("failed: %s: %s", name, why)
     if runner.not_begun:
         log.info("%d runs were not started within --minutes; the same command resumes the sweep.", runner.not_begun)
-    return 1 if failed else 0
+    return int(diverged or bool(failed))
 
 
 # The plan
@@ -260,21 +265,23 @@ def _write_recipe(recipe: dict[str, Any], path: str) -> None:
         yaml.safe_dump(recipe, stream, sort_keys=False, allow_unicode=True)
 
 
-def is_done(run: Run, splits: Sequence[str]) -> bool:
-    """True if the run's records exist; of a run that diverged, there is only the one of the training.
+def state_of(run: Run, splits: Sequence[str]) -> Literal["to do", "done", "diverged"]:
+    """The state of a run by its records. One that diverged has only the record of its training.
 
     Raises:
         InputError: they belong to a run with other settings, or are incomplete and the run itself is gone.
     """
     path = os.path.join(run.records_dir, RUN_FILE)
     if not os.path.isfile(path):
-        return False
+        return "to do"
     record = read_record(RunRecord, path)
     _check_settings(run, record, run.records_dir)
-    done = record.status == "diverged" or all(os.path.isfile(os.path.join(run.records_dir, f"{split}.json")) for split in splits)
-    if not done:
-        _check_still_there(run, record)
-    return done
+    if record.status == "diverged":
+        return "diverged"
+    if all(os.path.isfile(os.path.join(run.records_dir, f"{split}.json")) for split in splits):
+        return "done"
+    _check_still_there(run, record)
+    return "to do"
 
 
 def _check_settings(run: Run, record: RunRecord, folder: str) -> None:
@@ -402,7 +409,8 @@ class Runner:
         if run_status(run.run_dir) == "diverged":
             keep_training(run)
             raise RunFailedError(
-                f"the training diverged. Its record is kept in {run.records_dir}, so it is not trained again."
+                f"the training diverged, which is recorded in {run.records_dir}. To train it again, delete that "
+                f"folder and {run.run_dir}."
             )
         if self._stopped_by is None:
             for name in os.listdir(run.run_dir):
