@@ -330,6 +330,6 @@ def test_a_checkpoint_of_the_record_version_before_is_refused(training, tmp_path
     make_checkpoint(tmp_path / "run", 10)
     with pytest.raises(
         InputError,
-        match="has record version 2; this code reads version 3, 4, 5, 6, 7, 8 and 9. Use the version of tweetdora",
+        match="has record version 2; this code reads version 3, 4, 5, 6, 7, 8, 9 and 10. Use the version of",
     ):
         plan_resume(training(resume_from_checkpoint="true"))

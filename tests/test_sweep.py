@@ -189,7 +189,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_keeps_records_without_texts(tiny, t
     assert (kept / "test.json").is_file() and answers.stat().st_mtime_ns == before, "kept, not answered again"
 
     assert main([path, "--dry_run", "true"]) == 0
-    assert "done   slow-seed=1\n  done   fast-seed=1\n" in capsys.readouterr().out
+    assert "done     slow-seed=1\n  done     fast-seed=1\n" in capsys.readouterr().out
     assert compare([str(folder / "kept"), "--split", "test", "--plot", str(tmp_path / "plot.png")]) == 0
     said = capsys.readouterr().out
     assert said.count("learning_rate 0.02") == 2 and re.search(r"higher in [01] of 1 seeds", said)
