@@ -66,7 +66,9 @@ def test_differences_are_told_in_words(kept, capsys):
     main([str(kept / "dora-0.001-*"), str(kept / "lora")])
     said = capsys.readouterr().out.splitlines()[-2]
     assert said.startswith("- **method dora** − method lora: +0.0")
-    assert re.search(r"\], not paired by seed; of seed 42, which both have, \+0\.1\d\d; higher in 1 of 1 seeds;", said)
+    assert re.search(
+        r"\], not paired by seed; for seed 42, which both have, \+0\.1\d\d; higher in 1 of 1 seeds;", said
+    )
     assert "95 % over rows, with one seed of a group [" in said, "one seed has no spread"
     found = SeedDifference(0.0123, (0, 0), (-0.01, 0.03), True, [1, 2], 0.0123, 2, [5, 6], [1, 2], [0.03, 1e-310])
     assert difference_text(found) == (
@@ -85,11 +87,13 @@ def test_runs_that_diverged_are_told_beside_the_table(kept, capsys):
     (kept / "page.md").write_text('{{ table(".") }}')
     main([str(kept)])
     for said in (capsys.readouterr().out, render_page(str(kept / "page.md"), config)):
-        cells = {
-            line.split("|")[1].strip(): line.split("|")[2].strip() for line in said.splitlines() if "| **0" in line
-        }
-        assert sorted(cells.values()) == ["1", "2", "2 (1 diverged)"]
-        assert "\n\nDiverged, so no score or mean has them: dora-44." in said
+        rows = [line.split("|") for line in said.splitlines() if "| **0" in line]
+        assert [(row[1].strip(), row[2].strip()) for row in rows] == [
+            ("method dora, learning_rate 0.001", "2 (1 diverged)"),
+            ("method lora, learning_rate 0.001", "1"),
+            ("method dora, learning_rate 0.0001", "2"),
+        ]
+        assert "\n\nThese runs diverged, so they have no scores and are in no mean: dora-44." in said
 
 
 def test_two_columns_of_a_file_are_counted_together(tmp_path):

@@ -443,8 +443,8 @@ def test_a_placeholder_is_in_the_snippet_if_no_example_may_be_shown(records):
     ("seeds", "diverged", "said"),
     [
         ([43, 44], [], None),
-        ([43], [44, 45], "- The same training diverged with seed 44 and 45.\n"),
-        ([43, 44], [45], "- The same training diverged with seed 45, which the mean over seeds is without.\n"),
+        ([43], [44, 45], "- The same training diverged with seeds 44 and 45.\n"),
+        ([43, 44], [45], "- The same training diverged with seed 45; the mean over seeds leaves that out.\n"),
     ],
 )
 def test_seeds_that_diverged_are_told(records, tmp_path, seeds, diverged, said):
@@ -462,6 +462,7 @@ def test_seeds_that_diverged_are_told(records, tmp_path, seeds, diverged, said):
     )
     assert (said in card) if said else ("diverged" not in card)
     assert ("the mean of 2 trainings" in card) == (len(seeds) > 1)
+    assert ("- One seed. The intervals" in card) == (len(seeds) == 1)
 
 
 def test_the_usage_snippet_is_python(records):

@@ -170,11 +170,13 @@ def test_of_partly_common_seeds_the_common_ones_are_compared_one_by_one(kept):
 def test_runs_that_diverged_are_found_and_have_no_scores(kept):
     for folder, seed in (("dora-45", 45), ("alone", 46)):
         write_diverged(kept / folder, seed)
-    for folder, text in (("damaged", "{"), ("foreign", "[1]"), ("other", '{"status": "diverged"}')):
+    write_diverged(kept / "again", 42)  # whose other run did not diverge
+    write_diverged(kept / "copy", 45)
+    for folder, text in (("damaged", "{"), ("foreign", "[1]"), ("other", '{"status": "finished"}')):
         (kept / folder).mkdir()
         (kept / folder / "run.json").write_text(text)
     found = find_diverged([str(kept), str(kept / "dora-*")])
-    assert [Path(folder).name for folder in found] == ["alone", "dora-45"]
+    assert [Path(folder).name for folder in found] == ["again", "alone", "copy", "dora-45"]
     groups = group_runs(find_runs([str(kept)], "test"), found.values())
     assert [(group.seeds, group.diverged) for group in groups] == [([42, 43, 44], [45, 46]), ([42, 43, 44], [])]
     with pytest.raises(InputError, match=r"alone was measured on the test split; 1 diverged\. Expected run folders"):
@@ -182,8 +184,12 @@ def test_runs_that_diverged_are_found_and_have_no_scores(kept):
     group, passed_over = find_sisters(str(kept / "dora-42"), "test")
     assert group is not None and (group.seeds, group.diverged) == ([42, 43, 44], [45, 46])
     assert [sentence.rpartition("/")[2] for sentence in passed_over if "but diverged" in sentence] == [
-        *("alone differs only in the seed, but diverged", "dora-45 differs only in the seed, but diverged"),
+        *("again differs only in the seed, but diverged", "alone differs only in the seed, but diverged"),
+        *("copy differs only in the seed, but diverged", "dora-45 differs only in the seed, but diverged"),
     ]
+    (kept / "other/run.json").write_text('{"status": "diverged"}')
+    with pytest.raises(InputError, match="has record version None"):
+        find_diverged([str(kept)])
 
 
 def test_a_run_of_which_all_sisters_diverged_is_a_group_that_says_so(tmp_path):

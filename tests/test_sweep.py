@@ -296,8 +296,9 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path, monkeypat
     kept = tmp_path / "kept/diverges-seed=1"
     run_dir = tmp_path / "runs/diverges-seed=1"
     assert (
-        f"failed: diverges-seed=1: the training diverged, which is recorded in {kept}. To train it again, delete that "
-        f"folder and {run_dir}.\n"
+        f"failed: diverges-seed=1: the training diverged, which is recorded in {kept}; see the end of {run_dir}.log. "
+        "With the same settings it would diverge again: add a variant with a lower learning_rate, or with precision "
+        "fp32.\n"
     ) in said
     record = read_record(RunRecord, str(kept / "run.json"))
     assert record.status == "diverged" and not record.train_data.first_texts
@@ -314,6 +315,7 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path, monkeypat
     said = capsys.readouterr().out
     assert "2 runs, 1 of them done, 1 diverged\n  diverged diverges-seed=1\n  done     right-seed=1\n" in said
     assert main([str(tmp_path / "sweep.yaml")]) == 1, "there is a result less than planned"
+    assert f"diverges-seed=1 diverged: see {kept}/run.json. With the same settings" in capsys.readouterr().err
 
     keys["variants"]["diverges"] = {"learning_rate": 1e-3}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))

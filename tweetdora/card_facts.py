@@ -281,7 +281,7 @@ def _result_facts(records: Records, words: list[str]) -> dict[str, Any]:
             "p_value": format_p(difference.mcnemar.p_value),
         },
         "seeds": _seed_texts(records.sisters) if records.sisters and len(records.sisters.runs) > 1 else None,
-        "diverged_seeds": _listed(records.sisters.diverged) if records.sisters and records.sisters.diverged else None,
+        "diverged_seeds": _diverged_seeds(records.sisters) if records.sisters else None,
         "seed": records.run.training.seed,
         "bootstrap_samples": f"{evaluation.bootstrap.samples:,}",
         "precision": evaluation.precision,
@@ -301,6 +301,11 @@ def _seed_texts(group: Group) -> dict[str, str]:
         "deviation": f"{found.deviation:.3f}",
         "interval": _interval(found.interval),
     }
+
+
+def _diverged_seeds(group: Group) -> str | None:
+    """Return "seed 45" or "seeds 45 and 46"; None if no run diverged."""
+    return f"seed{'s' if len(group.diverged) > 1 else ''} {_listed(group.diverged)}" if group.diverged else None
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -140,7 +140,7 @@ def _peak_memory(by_place: dict[str, int]) -> float:
 def format_diverged(folders: Iterable[str]) -> str:
     """A sentence on the runs in these folders, which diverged; empty if there is none."""
     names = ", ".join(os.path.basename(os.path.normpath(folder)) for folder in folders)
-    return f"Diverged, so no score or mean has them: {names}." if names else ""
+    return f"These runs diverged, so they have no scores and are in no mean: {names}." if names else ""
 
 
 def format_machines(groups: Sequence[Group]) -> str:
@@ -217,7 +217,7 @@ def difference_text(found: SeedDifference) -> str:
         return text
     if not found.same_seeds:
         named = f"seed{'s' if count > 1 else ''} {', '.join(map(str, found.common_seeds))}"
-        text += f"; of {named}, which both have, {found.common_difference:+.3f}"
+        text += f"; for {named}, which both have, {found.common_difference:+.3f}"
     pairs = (
         f"{fixed} examples fixed, {broken} broken (McNemar p {format_p(value)})"
         for fixed, broken, value in zip(found.fixed, found.broken, found.p_values, strict=True)

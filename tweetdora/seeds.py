@@ -157,21 +157,25 @@ def find_runs(paths: Sequence[str], split: str) -> list[MeasuredRun]:
 
 
 def find_diverged(paths: Sequence[str]) -> dict[str, RunRecord]:
-    """The runs that diverged by folder, searched for as in `find_runs`; they have no scores."""
+    """The runs that diverged by folder, searched for as in `find_runs`; they have no scores.
+
+    Raises:
+        InputError: the record of one cannot be read.
+    """
     folders = dict.fromkeys(folder for path in paths for match in _matches(path) for folder in match)
     found = {folder: _read_diverged(folder) for folder in folders}
     return {folder: run for folder, run in found.items() if run is not None}
 
 
 def _read_diverged(folder: str) -> RunRecord | None:
-    """Read the run in a folder if it diverged; None for any other, and for a record that cannot be read."""
+    """Read the run in a folder if it diverged; None for any other, and for a file that is no record."""
     path = os.path.join(folder, RUN_FILE)
     try:
-        value = read_json(path) if os.path.isfile(path) else None
-        is_diverged = isinstance(value, dict) and value.get("status") == "diverged"
-        return read_record(RunRecord, path) if is_diverged else None
+        value = read_json(path)
     except InputError:
         return None
+    is_diverged = isinstance(value, dict) and value.get("status") == "diverged"
+    return read_record(RunRecord, path) if is_diverged else None
 
 
 def _matches(path: str) -> list[list[str]]:
@@ -311,15 +315,22 @@ def group_runs(runs: Sequence[MeasuredRun], diverged: Iterable[RunRecord] = ()) 
         known.append(run)
     names = list(groups[0][0])
     differing = [name for name in names if any(settings.get(name) != groups[0][0][name] for settings, _ in groups)]
-    lost = [(settings_of(run), int(run.training.seed)) for run in diverged]
+    lost = list(diverged)
     return [
         Group(
             {name: settings[name] for name in differing},
             sorted(members, key=lambda found: found.seed),
-            sorted(seed for others, seed in lost if others == settings),
+            _lost_seeds(members, lost),
         )
         for settings, members in groups
     ]
+
+
+def _lost_seeds(members: Sequence[MeasuredRun], diverged: Iterable[RunRecord]) -> list[int]:
+    """The seeds of the runs that differ from the members in the seed alone and diverged."""
+    settings, made_of = members[0].settings, _made_of(members[0].run)
+    alike = [run for run in diverged if settings_of(run) == settings and _made_of(run) == made_of]
+    return sorted({int(run.training.seed) for run in alike} - {found.seed for found in members})
 
 
 # Statistics

@@ -75,6 +75,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 # Task settings that affect only the train split: on other splits, the base gives the same results whatever they are.
 _TRAINING_ONLY = ("max_train_samples", "balance_labels")
+_ADVICE = (
+    "With the same settings it would diverge again: add a variant with a lower learning_rate, or with precision fp32."
+)
 _SET_HERE = ("seed", "output_dir", "report_to")  # settings of a run that the sweep itself sets
 # Flags of evaluate.py that a sweep file may not set: the sweep sets them, or the base must share them with the run.
 _MEASURED_SO = ("split", "output_dir", "report_to", "base_results", "config", "precision", "max_new_tokens")
@@ -145,12 +148,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for run, state in zip(runs, states, strict=True):
             if state == "to do":
                 left[run.run_dir] = _join(left.get(run.run_dir), sweep, run)
-        lost = states.count("diverged")
-        note = f", {lost} diverged" if lost else ""
+        lost = [run for run, state in zip(runs, states, strict=True) if state == "diverged"]
+        note = f", {len(lost)} diverged" if lost else ""
         log.info("%s: %d runs, %d of them done%s", path, len(runs), states.count("done"), note)
+        for run in lost:
+            log.warning("%s diverged: see %s. %s", run.name, os.path.join(run.records_dir, RUN_FILE), _ADVICE)
         if config.dry_run:
             log.info("\n".join(f"  {state:<8} {run.name}" for run, state in zip(runs, states, strict=True)))
-        diverged = diverged or lost > 0
+        diverged = diverged or bool(lost)
     if config.dry_run:
         return 0
     if not left:
@@ -409,8 +414,8 @@ class Runner:
         if run_status(run.run_dir) == "diverged":
             keep_training(run)
             raise RunFailedError(
-                f"the training diverged, which is recorded in {run.records_dir}. To train it again, delete that "
-                f"folder and {run.run_dir}."
+                f"the training diverged, which is recorded in {run.records_dir}; see the end of {run.run_dir}.log. "
+                f"{_ADVICE}"
             )
         if self._stopped_by is None:
             for name in os.listdir(run.run_dir):
