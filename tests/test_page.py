@@ -50,6 +50,13 @@ def browser() -> Iterator[Any]:
         found.close()
 
 
+def new_page(browser: Any, **settings: Any) -> Any:
+    """A new page of the browser, which waits for as long as a busy machine may need."""
+    found = browser.new_page(**settings)
+    found.set_default_timeout(180_000)
+    return found
+
+
 def picture(page: Any, name: str) -> None:
     if PICTURES:
         page.screenshot(path=f"{PICTURES}/{name}.png", full_page=True)
@@ -103,11 +110,11 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> str:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    found = browser.new_page()
+    found = new_page(browser)
     refused = []
     found.on("requestfailed", lambda request: refused.append(request.url))
     found.goto(address)
-    found.get_by_role("button", name="Classify", exact=True).wait_for(timeout=30_000)
+    found.get_by_role("button", name="Classify", exact=True).wait_for()
     yield found
     found.close()
     assert [url for url in refused if not url.startswith(address)] == [], "the page needs no other server"
@@ -118,7 +125,7 @@ def test_a_text_is_typed_and_its_label_read(page, model):
     page.get_by_label("Text", exact=True).fill("What a good day")
     page.get_by_role("button", name="Classify", exact=True).click()
     heading = page.get_by_test_id("label-output-value")
-    heading.wait_for(timeout=60_000)
+    heading.wait_for()
     assert heading.inner_text().strip() == expected.label
     shown = page.locator("[data-testid$='-confidence-set']").all_inner_texts()
     found = {text.split()[0]: int(re.search(r"(\d+)%", text)[1]) for text in shown}
@@ -128,10 +135,10 @@ def test_a_text_is_typed_and_its_label_read(page, model):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_readable_in_light_and_dark(browser, address, scheme):
-    page = browser.new_page(color_scheme=scheme)
+    page = new_page(browser, color_scheme=scheme)
     page.goto(address)
     button = page.get_by_role("button", name="Classify", exact=True)
-    button.wait_for(timeout=30_000)
+    button.wait_for()
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     numbers = [float(number) for number in re.findall(r"[\d.]+", background)[:3]]
     assert (sum(numbers) / 3 > 128) == (scheme == "light"), background
@@ -144,15 +151,15 @@ def test_an_example_of_the_card_is_classified_by_a_click(page, model):
     right = next(row for row in rows if row["label"] == row["finetuned"]["predicted"] == "negative")
     page.get_by_text(right["text"][:40]).first.click()
     heading = page.get_by_test_id("label-output-value")
-    heading.wait_for(timeout=60_000)
+    heading.wait_for()
     assert heading.inner_text().strip() == Classifier(model)(right["text"])[0].label
-    page.get_by_text("its answers have a macro-F1 of").wait_for(timeout=10_000)
+    page.get_by_text("its answers have a macro-F1 of").wait_for()
     picture(page, "space-example")
 
 
 def test_no_text_is_said_on_the_page(page):
     page.get_by_role("button", name="Classify", exact=True).click()
-    page.get_by_text("Type a text first.").wait_for(timeout=30_000)
+    page.get_by_text("Type a text first.").wait_for()
 
 
 def test_a_file_is_uploaded_and_comes_back_labelled(page, model, tmp_dir, tmp_path):
@@ -161,9 +168,9 @@ def test_a_file_is_uploaded_and_comes_back_labelled(page, model, tmp_dir, tmp_pa
     file.write_text("id,text\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(texts)))
     page.get_by_role("tab", name="A file").click()
     page.locator("input[type=file]").first.set_input_files(str(file))
-    page.get_by_text("tweets.csv").first.wait_for(timeout=30_000)
+    page.get_by_text("tweets.csv").first.wait_for()
     page.get_by_role("button", name="Classify the file").click()
-    page.get_by_text(f"{len(texts)} rows:").wait_for(timeout=120_000)
+    page.get_by_text(f"{len(texts)} rows:").wait_for()
     picture(page, "space-file")
     with page.expect_download() as found:
         page.locator("a[download]").last.click()
@@ -229,9 +236,9 @@ def test_a_file_without_texts_is_answered_with_its_columns(page, tmp_path):
     file.write_text("first,second\n1,2\n")
     page.get_by_role("tab", name="A file").click()
     page.locator("input[type=file]").first.set_input_files(str(file))
-    page.get_by_text("numbers.csv").first.wait_for(timeout=30_000)
+    page.get_by_text("numbers.csv").first.wait_for()
     page.get_by_role("button", name="Classify the file").click()
-    page.get_by_text("its columns are first, second").wait_for(timeout=60_000)
+    page.get_by_text("its columns are first, second").wait_for()
 
 
 # The page that needs no server
@@ -274,20 +281,20 @@ def hub(model: str) -> Iterator[str]:
 def test_the_browser_alone_answers_as_the_model_does(browser, hub, model, scheme):
     predictions = Path(model, "evaluation/test/predictions.jsonl")
     rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()[:4]]
-    page = browser.new_page(color_scheme=scheme)
+    page = new_page(browser, color_scheme=scheme)
     page.route(f"{CDN}**", from_npm)
     page.goto(f"{hub}?model=owner/small&host={hub}")
-    page.get_by_text("Ready. It answers every text with one of negative, neutral, positive").wait_for(timeout=180_000)
+    page.get_by_text("Ready. It answers every text with one of negative, neutral, positive").wait_for()
     found = []
     for row in rows:
         page.get_by_label("Text").fill(row["text"])
         page.get_by_role("button").click()
-        page.get_by_text(re.compile(r"^[\d.]+ s$")).wait_for(timeout=60_000)
+        page.get_by_text(re.compile(r"^[\d.]+ s$")).wait_for()
         found.append(page.locator("output").inner_text())
         page.locator("#state").evaluate("state => { state.textContent = ''; }")
     page.get_by_label("Text").fill("  ")
     page.get_by_role("button").click()
-    page.get_by_text("Type a text first.").wait_for(timeout=10_000)
+    page.get_by_text("Type a text first.").wait_for()
     picture(page, f"page-{scheme}")
     page.close()
     answers = [row["finetuned"]["text"].strip() for row in rows]
@@ -296,25 +303,25 @@ def test_the_browser_alone_answers_as_the_model_does(browser, hub, model, scheme
 
 @pytest.mark.skipif(not (NPM / ".done").is_file(), reason="`make .npm/.done` fetches transformers.js")
 def test_an_answer_that_is_no_label_is_shown_as_such(browser, hub):
-    page = browser.new_page()
+    page = new_page(browser)
     page.route(f"{CDN}**", from_npm)
     other = {"task": {"label_words": ["yes", "no"], "system_prompt": "Say one word."}, "prompt_format": {}}
     body = json.dumps({**other, "max_new_tokens": 3})
     page.route("**/task.json", lambda route: route.fulfill(body=body, content_type="application/json"))
     page.goto(f"{hub}?model=owner/small&host={hub}")
-    page.get_by_text("Ready. It answers every text with one of yes, no").wait_for(timeout=180_000)
+    page.get_by_text("Ready. It answers every text with one of yes, no").wait_for()
     page.get_by_label("Text").fill("a good day")
     page.get_by_role("button").click()
-    page.get_by_text(re.compile("It answered “.*”, which is not one of its labels")).wait_for(timeout=60_000)
+    page.get_by_text(re.compile("It answered “.*”, which is not one of its labels")).wait_for()
     assert page.locator("output").inner_text() == "no label"
     page.close()
 
 
 def test_a_library_that_cannot_be_loaded_is_said(browser, hub):
-    page = browser.new_page()
+    page = new_page(browser)
     page.route(f"{CDN}**", lambda route: route.abort())
     page.goto(f"{hub}?model=owner/small&host={hub}")
-    page.get_by_text("Error: transformers.js could not be loaded from cdn.jsdelivr.net").wait_for(timeout=30_000)
+    page.get_by_text("Error: transformers.js could not be loaded from cdn.jsdelivr.net").wait_for()
     page.close()
 
 
@@ -335,8 +342,8 @@ def from_npm(route: Any) -> None:
 )
 @pytest.mark.skipif(not (NPM / ".done").is_file(), reason="`make .npm/.done` fetches transformers.js")
 def test_the_page_says_what_is_wrong(browser, hub, query, said):
-    page = browser.new_page()
+    page = new_page(browser)
     page.route(f"{CDN}**", from_npm)
     page.goto(hub + query.format(hub=hub))
-    page.get_by_text(said).wait_for(timeout=30_000)
+    page.get_by_text(said).wait_for()
     page.close()
