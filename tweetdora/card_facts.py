@@ -55,8 +55,8 @@ _SAMPLES_RULE = (
     "For each label, the first example that the model answers correctly and the first that it answers incorrectly "
     "(✗), in the order of the split; ⏎ stands for a line break."
 )
-_PLACEHOLDER = "the text to classify"
 _CHOSEN_SAMPLES_RULE = "Chosen by the publisher; ✗ marks a wrong answer, ⏎ stands for a line break."
+_PLACEHOLDER = "the text to classify"  # where no example may be shown
 _CITATIONS = {
     "dora": """@inproceedings{liu2024dora,
   title     = {{DoRA}: Weight-Decomposed Low-Rank Adaptation},

@@ -37,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -143,19 +144,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     diverged = False
     for path in paths:
         sweep = read_sweep(path)
-        runs = plan_runs(sweep)
-        states = [state_of(run, sweep.splits) for run in runs]
-        for run, state in zip(runs, states, strict=True):
+        planned = [(run, state_of(run, sweep.splits)) for run in plan_runs(sweep)]
+        counts = Counter(state for _, state in planned)
+        note = f", {counts['diverged']} diverged" if counts["diverged"] else ""
+        log.info("%s: %d runs, %d of them done%s", path, len(planned), counts["done"], note)
+        for run, state in planned:
             if state == "to do":
                 left[run.run_dir] = _join(left.get(run.run_dir), sweep, run)
-        lost = [run for run, state in zip(runs, states, strict=True) if state == "diverged"]
-        note = f", {len(lost)} diverged" if lost else ""
-        log.info("%s: %d runs, %d of them done%s", path, len(runs), states.count("done"), note)
-        for run in lost:
-            log.warning("%s diverged: see %s. %s", run.name, os.path.join(run.records_dir, RUN_FILE), _ADVICE)
+            elif state == "diverged":
+                diverged = True
+                log.warning("%s diverged: see %s. %s", run.name, os.path.join(run.records_dir, RUN_FILE), _ADVICE)
         if config.dry_run:
-            log.info("\n".join(f"  {state:<8} {run.name}" for run, state in zip(runs, states, strict=True)))
-        diverged = diverged or bool(lost)
+            log.info("\n".join(f"  {state:<8} {run.name}" for run, state in planned))
     if config.dry_run:
         return 0
     if not left:
