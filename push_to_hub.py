@@ -67,17 +67,8 @@ from tweetdora.publish import (
     publish,
     read_back,
 )
-from tweetdora.records import (
-    ADAPTER_DIR,
-    Comparison,
-    Conversion,
-    Published,
-    PublishRecord,
-    ReadBack,
-    RunRecord,
-    read_run,
-    write_record,
-)
+from tweetdora.record_files import read_run, write_record
+from tweetdora.records import ADAPTER_DIR, Comparison, Conversion, Published, PublishRecord, ReadBack, RunRecord
 from tweetdora.seeds import find_sisters
 from tweetdora.space import build_page, check_page, check_space, check_space_dir
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.settings import Settings
-from tweetdora.records import RUN_FILE, RunRecord, read_record
+from tweetdora.record_files import read_record
+from tweetdora.records import RUN_FILE, RunRecord
 
 PLAN_MARK = "the-plan-begins"  # the run's name; train.py prints it as the plan's first line, after it has loaded all
 # A training line of the log: ours, or the Trainer's own dictionary.

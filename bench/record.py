@@ -7,7 +7,8 @@ from typing import Any
 from bench.settings import Settings
 from tweetdora.errors import InputError
 from tweetdora.files import read_json, write_json
-from tweetdora.records import DataSource, Environment, decode
+from tweetdora.record_files import decode
+from tweetdora.records import DataSource, Environment
 
 BENCH_VERSION = 2
 

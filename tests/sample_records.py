@@ -8,8 +8,8 @@ from typing import Any
 from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.data import make_examples
 from tweetdora.device import Hardware
+from tweetdora.record_versions import RECORD_VERSION
 from tweetdora.records import (
-    RECORD_VERSION,
     AdapterRecord,
     Baseline,
     Baselines,

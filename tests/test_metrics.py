@@ -26,7 +26,8 @@ from tweetdora.metrics import (
     proportion_interval,
     scores,
 )
-from tweetdora.records import Bootstrap, Intervals, LikelihoodMetrics, McNemar, MetricDifference, Metrics, decode
+from tweetdora.record_files import decode
+from tweetdora.records import Bootstrap, Intervals, LikelihoodMetrics, McNemar, MetricDifference, Metrics
 
 WORDS = ["negative", "neutral", "positive"]
 

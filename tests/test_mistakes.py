@@ -11,7 +11,8 @@ from sample_records import sample_evaluation
 
 from tweetdora.errors import InputError
 from tweetdora.mistakes import MistakesConfig, find_mistakes, label_probabilities, main
-from tweetdora.records import GenerationRecord, PredictionRecord, write_predictions, write_record
+from tweetdora.record_files import write_predictions, write_record
+from tweetdora.records import GenerationRecord, PredictionRecord
 
 WORDS = ["bad", "good"]
 # label, probability of "bad"; wrong are the second, third and fifth

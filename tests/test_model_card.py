@@ -29,15 +29,8 @@ from tweetdora.model_card import (
     render_card,
     table_cell,
 )
-from tweetdora.records import (
-    BaseModelCard,
-    Comparison,
-    DatasetCard,
-    EvaluationRecord,
-    PredictionRecord,
-    RunRecord,
-    decode,
-)
+from tweetdora.record_files import decode
+from tweetdora.records import BaseModelCard, Comparison, DatasetCard, EvaluationRecord, PredictionRecord, RunRecord
 from tweetdora.seeds import find_sisters, summarise
 
 CHECK = Comparison(num_examples=32, equal_generations=31, max_logit_difference=4.6e-05)

@@ -14,7 +14,8 @@ from bench.stats import format_spread, ratios, spread
 from tweetdora.cli import parse_predict, parse_train, parse_with_target, read_task
 from tweetdora.config import EvaluateConfig, PushConfig
 from tweetdora.errors import InputError
-from tweetdora.records import EvaluationRecord, RunRecord, read_record
+from tweetdora.record_files import read_record
+from tweetdora.records import EvaluationRecord, RunRecord
 from tweetdora.seeds import find_runs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,9 +12,18 @@ from sample_records import ENVIRONMENT, sample_evaluation, sample_predictions, s
 from bench.record import read_bench
 from tweetdora.config import flags_of
 from tweetdora.errors import InputError
+from tweetdora.record_files import (
+    decode,
+    read_predictions,
+    read_record,
+    read_run,
+    run_status,
+    write_predictions,
+    write_record,
+)
+from tweetdora.record_versions import RECORD_VERSION
 from tweetdora.records import (
     KEPT_PREDICTIONS,
-    RECORD_VERSION,
     Bootstrap,
     CompactPredictions,
     EvaluationRecord,
@@ -27,14 +36,7 @@ from tweetdora.records import (
     RunRecord,
     TrackerRecord,
     compact_predictions,
-    decode,
-    read_predictions,
-    read_record,
-    read_run,
-    run_status,
     training_settings,
-    write_predictions,
-    write_record,
 )
 from tweetdora.train_config import TrainConfig
 
@@ -78,6 +80,8 @@ def test_predictions_are_read_back_as_they_were_written(tmp_path):
     [
         ('{"example_id": 0', "has a line that is not JSON .*; the file was cut off.$"),
         ('{"example_id": 0}', "line 1 has no base, finetuned, label, text; expected exactly the fields of Prediction"),
+        ('{"row": 0}', r"line 1 does not hold the fields of PredictionRecord in version 2 \(KeyError: 'finetuned'\)"),
+        ("[0]", r"line 1 is \[0\]; expected PredictionRecord. The file was changed, or other code wrote it.$"),
     ],
 )
 def test_a_broken_line_of_predictions_is_named(content, message, tmp_path):
@@ -458,6 +462,21 @@ def test_a_published_task_of_version_4_is_read(tmp_path):
     task = PublishedTask(sample_run().task, sample_run().prompt_format, 16)
     (tmp_path / "task.json").write_text(json.dumps(without_what_came_in_5(plain(task))))
     assert read_record(PublishedTask, str(tmp_path / "task.json"), oldest_version=4) == task
+
+
+@pytest.mark.parametrize(
+    ("version", "gone", "error"),
+    [(2, "adapter", "KeyError: 'adapter'"), (3, "task", "KeyError: 'task'"), (8, "model", "KeyError: 'model'")],
+)
+def test_an_older_record_that_lacks_a_field_is_named(version, gone, error, tmp_path):
+    record = plain(sample_run())
+    old = in_version_2(record) if version == 2 else record
+    del old[gone]
+    (tmp_path / "run.json").write_text(json.dumps({**old, "record_version": version}))
+    with pytest.raises(
+        InputError, match=f"run.json does not hold the fields of RunRecord in version {version} \\({error}"
+    ):
+        read_record(RunRecord, str(tmp_path / "run.json"))
 
 
 def test_compact_predictions_hold_ids_and_no_text(tmp_path):

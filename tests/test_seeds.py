@@ -13,7 +13,8 @@ from sklearn.metrics import f1_score
 from tweetdora import seeds
 from tweetdora.errors import InputError
 from tweetdora.metrics import confusion_matrix
-from tweetdora.records import CompactPredictions, number_line, write_record
+from tweetdora.record_files import write_record
+from tweetdora.records import CompactPredictions, number_line
 from tweetdora.seeds import (
     all_pairs,
     difference,

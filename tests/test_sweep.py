@@ -18,7 +18,8 @@ from tweetdora import sweep as sweeps
 from tweetdora.compare import main as compare
 from tweetdora.errors import InputError
 from tweetdora.files import held_lock
-from tweetdora.records import RunRecord, read_predictions, read_record
+from tweetdora.record_files import read_predictions, read_record
+from tweetdora.records import RunRecord
 from tweetdora.sweep import SweepConfig, main, plan_runs, read_sweep, state_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -957,12 +957,12 @@ def test_a_run_that_was_killed_after_its_last_step_only_has_to_be_saved(steps, s
 BROKEN_PROCESS = """
 import os, runpy, sys, time
 sys.path.insert(0, {root!r})
-from tweetdora import records, trainer
-write_json = records.write_json
+from tweetdora import record_files, trainer
+write_json = record_files.write_json
 def slow(path, record):
     time.sleep(3 if record.get("status") == "diverged" else 0)
     write_json(path, record)
-records.write_json = slow
+record_files.write_json = slow
 loss_sum = trainer.supervised_loss_sum
 def broken(model, batch):
     return loss_sum(model, batch) * (float("nan") if os.environ["RANK"] == "1" and model.training else 1.0)

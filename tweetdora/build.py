@@ -34,6 +34,7 @@ from tweetdora.portable import make_portable
 from tweetdora.priors import label_shares
 from tweetdora.prompts import PromptTokenizer, freeze_template, stop_token_ids
 from tweetdora.provenance import without_folders
+from tweetdora.record_files import write_record
 from tweetdora.records import (
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,
@@ -43,7 +44,6 @@ from tweetdora.records import (
     PublishedTask,
     RunRecord,
     TrainingResult,
-    write_record,
 )
 
 # Merged or not, the model computes the same sums in float32; only their order differs.

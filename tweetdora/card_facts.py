@@ -17,7 +17,9 @@ from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.data import Examples, make_examples
 from tweetdora.errors import InputError
 from tweetdora.evaluation import format_p, no_better_than_guessing
+from tweetdora.files import folder_name
 from tweetdora.provenance import without_folders
+from tweetdora.record_files import read_predictions, read_record
 from tweetdora.records import (
     PREDICTIONS,
     Baseline,
@@ -33,9 +35,6 @@ from tweetdora.records import (
     RunRecord,
     TrainDataRecord,
     TrainingResult,
-    folder_name,
-    read_predictions,
-    read_record,
 )
 from tweetdora.screening import unsuitable
 from tweetdora.seeds import Group, summarise

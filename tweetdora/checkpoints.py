@@ -12,7 +12,8 @@ import shutil
 
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256, read_json
-from tweetdora.records import RUN_FILE, RunRecord, read_record
+from tweetdora.record_files import read_record
+from tweetdora.records import RUN_FILE, RunRecord
 
 CHECKSUMS = "checksums.json"
 SAVING_DIR = ".saving"

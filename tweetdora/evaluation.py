@@ -29,6 +29,7 @@ from tweetdora.priors import correct, estimate_shares
 from tweetdora.processes import check_same
 from tweetdora.prompts import PromptTokenizer
 from tweetdora.provenance import command_line, environment, utc_now
+from tweetdora.record_files import read_predictions, read_record, write_predictions, write_record
 from tweetdora.records import (
     PREDICTIONS,
     SHOWN_NAMES,
@@ -43,10 +44,6 @@ from tweetdora.records import (
     PredictionRecord,
     PriorCorrected,
     PromptFormat,
-    read_predictions,
-    read_record,
-    write_predictions,
-    write_record,
 )
 from tweetdora.scoring import Scores, score_all
 from tweetdora.targets import (

@@ -74,3 +74,8 @@ def tensors_sha256(named_tensors: list[tuple[str, torch.Tensor]]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def folder_name(path: str) -> str:
+    """The last part of a path, which is the only part to publish."""
+    return os.path.basename(os.path.normpath(path))

@@ -21,14 +21,8 @@ from tweetdora.cli import parse_with_target, run_script
 from tweetdora.config import AT_LEAST_1, Flag, check_ranges
 from tweetdora.errors import InputError
 from tweetdora.metrics import accuracy_by_length
-from tweetdora.records import (
-    PREDICTIONS,
-    EvaluationRecord,
-    LengthBand,
-    PredictionRecord,
-    read_predictions,
-    read_record,
-)
+from tweetdora.record_files import read_predictions, read_record
+from tweetdora.records import PREDICTIONS, EvaluationRecord, LengthBand, PredictionRecord
 from tweetdora.tables import ENDINGS, RowWriter
 
 log = logging.getLogger("tweetdora.mistakes")

@@ -16,9 +16,10 @@ from tweetdora.card_facts import Publication, Records, card_facts, choose_sample
 from tweetdora.config import PushConfig
 from tweetdora.errors import InputError
 from tweetdora.evaluation import no_better_than_guessing
+from tweetdora.files import folder_name
 from tweetdora.portable import supported_versions
 from tweetdora.provenance import command_line
-from tweetdora.records import BaseModelCard, Comparison, Conversion, folder_name
+from tweetdora.records import BaseModelCard, Comparison, Conversion
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 # At the top of the repository, or next to the scripts of an installed package (pyproject.toml).

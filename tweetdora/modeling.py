@@ -42,13 +42,8 @@ from tweetdora.dora import DoraLinear
 from tweetdora.errors import HubError, InputError, ResourceError, UserError
 from tweetdora.files import file_sha256
 from tweetdora.processes import lost_process
-from tweetdora.records import (
-    ADAPTER_WEIGHTS,
-    TASK_FILE,
-    BaseModelRecord,
-    PublishedTask,
-    read_record,
-)
+from tweetdora.record_files import read_record
+from tweetdora.records import ADAPTER_WEIGHTS, TASK_FILE, BaseModelRecord, PublishedTask
 
 _TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

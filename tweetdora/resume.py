@@ -13,7 +13,8 @@ from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.errors import InputError
 from tweetdora.files import held_lock
 from tweetdora.hub import pin_revision
-from tweetdora.records import RunRecord, run_status
+from tweetdora.record_files import run_status
+from tweetdora.records import RunRecord
 from tweetdora.train_config import ROUNDING_ARGUMENTS, TrainConfig
 
 # What may differ in a resumed run if the user allows it, and the effect. Any other difference makes it another run,

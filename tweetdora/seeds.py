@@ -22,6 +22,7 @@ import numpy as np
 from tweetdora.errors import InputError
 from tweetdora.files import read_json
 from tweetdora.metrics import confusion_matrix, interval_of, mcnemar_p_value, scores
+from tweetdora.record_files import read_predictions, read_record
 from tweetdora.records import (
     KEPT_PREDICTIONS,
     PREDICTIONS,
@@ -32,8 +33,6 @@ from tweetdora.records import (
     ModelMetrics,
     RunRecord,
     compact_predictions,
-    read_predictions,
-    read_record,
 )
 from tweetdora.train_config import RESULT_ARGUMENTS, ROUNDING_ARGUMENTS
 

@@ -22,11 +22,11 @@ from tweetdora.card_facts import (
 )
 from tweetdora.classifier import Classifier
 from tweetdora.errors import InputError, VerificationError
-from tweetdora.files import write_json
+from tweetdora.files import folder_name, write_json
 from tweetdora.leaks import check_contents
 from tweetdora.model_card import SOURCES, to_yaml
 from tweetdora.publish import HubRepo
-from tweetdora.records import folder_name, read_run
+from tweetdora.record_files import read_run
 
 GRADIO_VERSION = "6.31.0"  # as in requirements-app.txt; the Space's machine installs it
 ABOUT = "space.json"

@@ -50,6 +50,7 @@ from tweetdora.cli import parse_train, parse_with_paths, parse_with_target, read
 from tweetdora.config import AT_LEAST_1, EvaluateConfig, Flag, ModelConfig, TaskConfig, check_ranges
 from tweetdora.errors import InputError
 from tweetdora.files import held_lock
+from tweetdora.record_files import decode, read_predictions, read_record, run_status, write_record
 from tweetdora.records import (
     KEPT_PREDICTIONS,
     PREDICTIONS,
@@ -57,12 +58,7 @@ from tweetdora.records import (
     EvaluationRecord,
     RunRecord,
     compact_predictions,
-    decode,
-    read_predictions,
-    read_record,
-    run_status,
     training_settings,
-    write_record,
 )
 from tweetdora.train_config import RECIPE_ARGUMENTS, TrainConfig
 

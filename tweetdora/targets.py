@@ -28,6 +28,7 @@ from tweetdora.modeling import (
 from tweetdora.priors import label_shares
 from tweetdora.prompts import PromptTokenizer, read_prompt_format
 from tweetdora.provenance import without_folders
+from tweetdora.record_files import read_run
 from tweetdora.records import (
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,
@@ -36,7 +37,6 @@ from tweetdora.records import (
     BaseModelRecord,
     PromptFormat,
     RunRecord,
-    read_run,
 )
 
 

@@ -43,6 +43,7 @@ from tweetdora.plan import count_steps, default_hub_model_id
 from tweetdora.processes import check_same
 from tweetdora.prompts import PromptTokenizer, read_prompt_format, use_template
 from tweetdora.provenance import command_line, environment, utc_now
+from tweetdora.record_files import write_record
 from tweetdora.records import (
     ADAPTER_DIR,
     ADAPTER_WEIGHTS,
@@ -52,7 +53,6 @@ from tweetdora.records import (
     RunRecord,
     TrainingResult,
     training_settings,
-    write_record,
 )
 from tweetdora.resume import Commits
 from tweetdora.source_cards import read_base_card, read_dataset_card
