@@ -233,7 +233,7 @@ def test_the_table_of_the_experiment_is_the_records():
     summary = summarise(Group({}, best))
     said = (
         f"LoRA reached {summary.mean:.3f} (mean of seeds {' and '.join(str(run.seed) for run in best)}, 95 % interval "
-        f"over tweets and seeds [{summary.interval[0]:.3f}, {summary.interval[1]:.3f}])"
+        f"over tweets and seeds [{summary.interval[0]:.3f}, {summary.interval[1]:.3f}]"
     )
     assert said in README.replace("\n", " ")
     (record,) = find_runs([str(ROOT / "results/rates/dora-learning_rate=3e-05-seed=42")], "test")

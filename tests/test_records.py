@@ -81,6 +81,11 @@ def test_predictions_are_read_back_as_they_were_written(tmp_path):
         ('{"example_id": 0', "has a line that is not JSON .*; the file was cut off.$"),
         ('{"example_id": 0}', "line 1 has no base, finetuned, label, text; expected exactly the fields of Prediction"),
         ('{"row": 0}', r"line 1 does not hold the fields of PredictionRecord in version 2 \(KeyError: 'finetuned'\)"),
+        ('{"example_id": 0, "base": {}, "finetuned": "x"}', r"version 3 \(TypeError: 'str' object is not a mapping\)"),
+        (
+            '{"example_id": 0, "text": "", "label": "", "base": {"log_likelihoods": null}, "finetuned": null}',
+            "line 1.base has no predicted, stopped, text; expected exactly the fields of GenerationRecord",
+        ),
         ("[0]", r"line 1 is \[0\]; expected PredictionRecord. The file was changed, or other code wrote it.$"),
     ],
 )
@@ -476,6 +481,12 @@ def test_an_older_record_that_lacks_a_field_is_named(version, gone, error, tmp_p
     with pytest.raises(
         InputError, match=f"run.json does not hold the fields of RunRecord in version {version} \\({error}"
     ):
+        read_record(RunRecord, str(tmp_path / "run.json"))
+
+
+def test_an_older_record_with_a_field_of_another_type_is_named(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({**plain(sample_run()), "model": "x", "record_version": 8}))
+    with pytest.raises(InputError, match=r"RunRecord in version 8 \(TypeError: 'str' object is not a mapping\)"):
         read_record(RunRecord, str(tmp_path / "run.json"))
 
 

@@ -105,6 +105,7 @@ def _folders(path: str) -> list[str]:
 def decode(kind: Any, value: Any, where: str) -> Any:
     """Convert a JSON value to an object of type `kind`.
 
+    >>> from tweetdora.records import Bootstrap
     >>> decode(Bootstrap, {"samples": 10, "seed": 0}, "test.json")
     Bootstrap(samples=10, seed=0)
 

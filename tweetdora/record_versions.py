@@ -1,4 +1,4 @@
-"""Read records of older versions: each step converts from one version of records.py to the next."""
+"""Convert records of older versions: each step leads from one version to the next."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,8 +15,7 @@ from tweetdora.records import (
     RunRecord,
 )
 
-RECORD_VERSION = 10
-OLDEST_VERSION = 2
+OLDEST_VERSION = 2  # that can be read
 
 
 def to_current_version(kind: type, value: dict[str, Any], version: int, where: str) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def to_current_version(kind: type, value: dict[str, Any], version: int, where: s
     try:
         for convert in _CONVERSIONS[version - OLDEST_VERSION :]:
             value = convert(kind, value)
-    except (KeyError, TypeError, AttributeError) as error:  # a field is missing, unknown or of the wrong type
+    except (KeyError, TypeError) as error:  # a field is missing, unknown or of the wrong type
         raise InputError(
             f"{where} does not hold the fields of {kind.__name__} in version {version} ({type(error).__name__}: "
             f"{error}). The file was changed, or other code wrote it."
@@ -48,9 +47,9 @@ def to_current_prediction(line: Any, where: str) -> Any:
         return line
     if "row" in line:  # version 2 called example_id so
         return to_current_version(PredictionRecord, line, 2, where)
-    if isinstance(line.get("base"), dict) and "finetuned" in line:  # a field that version 4 has is kept
+    if isinstance(line.get("base"), dict) and "log_likelihoods" not in line["base"]:
         return to_current_version(PredictionRecord, line, 3, where)
-    return line
+    return line  # predictions have not changed since version 4
 
 
 # Names of record version 2 that have been renamed.
@@ -110,8 +109,8 @@ def _from_version_2(kind: type, value: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-# Fields added in version 4 or 5, with the values that older records imply.
-_NEW_IN_TASK = {
+# Fields added to a task in version 4, with the values that older records imply; those of version 5 follow.
+_NEW_IN_4 = {
     "csv_delimiter": None,
     "encoding": None,
     "validation_share": 0.0,
@@ -128,7 +127,7 @@ def _from_version_3(kind: type, value: dict[str, Any]) -> dict[str, Any]:
     """Convert a record of version 3 to version 4: add the new fields."""
     if kind is RunRecord:
         data = {name: value[name] and {"skipped": {}, **value[name]} for name in ("train_data", "validation_data")}
-        return {"notes": [], **value, **data, "task": {**_NEW_IN_TASK, **value["task"]}}
+        return {"notes": [], **value, **data, "task": {**_NEW_IN_4, **value["task"]}}
     if kind is EvaluationRecord:
         models = {name: value[name] and {"likelihood": None, **value[name]} for name in ("base", "finetuned")}
         baselines = {"others": [], **value["baselines"]}
@@ -199,3 +198,5 @@ _CONVERSIONS: tuple[Callable[[type, dict[str, Any]], dict[str, Any]], ...] = (
     _from_version_8,
     _from_version_9,
 )
+
+RECORD_VERSION = OLDEST_VERSION + len(_CONVERSIONS)

@@ -6,8 +6,8 @@ evaluation/<split>.json       EvaluationRecord, written by evaluate.py; next to 
 publish/task.json             PublishedTask, next to the model that push_to_hub.py builds
 publish.json                  PublishRecord, written by push_to_hub.py
 
-A file holds exactly the fields of its dataclass, and their version. record_files.py writes and reads these files, and
-record_versions.py converts those of older versions.
+A file holds exactly the fields of its dataclass and the version of all of them (predictions.jsonl: only the fields).
+record_files.py writes and reads these files, and record_versions.py converts those of older versions.
 """
 
 import dataclasses
@@ -181,7 +181,7 @@ def chat_messages(system_prompt: str, text: str, system_in_user_turn: bool) -> l
 if TYPE_CHECKING:
     TrainingSettings = Any
 else:
-    # A field for each flag that affects the result, as annotated in config.py.
+    # A field for each flag that affects the result, as annotated in train_config.py.
     TrainingSettings = make_dataclass("TrainingSettings", [(name, Any) for name in RESULT_ARGUMENTS], frozen=True)
 
 
