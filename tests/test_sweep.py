@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import forked
-import launchers
 import pytest
 import yaml
 
@@ -126,6 +125,7 @@ def tiny(teachable_dir, data_dir, tmp_path_factory):
         "seeds": [1],
         "splits": ["validation", "test"],
         "evaluate": {"bootstrap_samples": 50},
+        "launcher": [sys.executable, str(ROOT / "tests/forked.py"), forked.server_address()],
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     return folder, str(folder / "sweep.yaml")
@@ -203,6 +203,7 @@ def test_no_training_goes_on_alone_when_the_sweep_is_killed(tiny, tmp_path):
     folder, path = tiny
     keys = yaml.safe_load(Path(path).read_text())
     keys |= {"output_dir": str(tmp_path / "runs"), "records_dir": str(tmp_path / "kept")}
+    del keys["launcher"]  # new Pythons
     keys["settings"]["max_steps"] = 100_000
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     process = start(str(tmp_path / "sweep.yaml"))
@@ -285,9 +286,8 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path, monkeypat
         "right": {"max_steps": 2},
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
-    words = ["-m", "tweetdora.sweep", str(tmp_path / "sweep.yaml"), "--jobs", "2"]
-    process = launchers.start([sys.executable, *words], ROOT, TMPDIR=str(tmp_path))
-    (said,) = launchers.finish(process)
+    process = start(str(tmp_path / "sweep.yaml"), "--jobs", "2")
+    said = process.end()
     assert process.returncode == 1, said
     log = tmp_path / "runs/wrong-seed=1.log"
     assert f"failed: wrong-seed=1: a script exited with status 2; see the end of {log}" in said
