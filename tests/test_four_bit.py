@@ -12,11 +12,11 @@ import torch
 pytest.importorskip("bitsandbytes", reason="make test runs these tests with .4bit on the path")
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from forked import Server, environments, finish, start
 from peft import PeftModel
 
-from tests.test_launch import FILES
 from tests.test_modeling import IDS, new_adapter
-from tests.test_scripts import ROOT, main_of, run, train_flags
+from tests.test_scripts import ROOT, main_of, train_flags
 from tweetdora.config import ModelConfig
 from tweetdora.dora import DoraLinear
 from tweetdora.errors import InputError
@@ -24,7 +24,6 @@ from tweetdora.modeling import attach_adapter, base_identity, load_base
 from tweetdora.training import check_4bit
 
 CPU = torch.device("cpu")
-PATH = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # of the processes that are started here, for bitsandbytes
 
 
 def quantised(model_dir: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -122,13 +121,13 @@ def test_what_cannot_be_is_refused(monkeypatch, model_dir, training):
 
 
 @pytest.mark.parametrize(("method", "batching"), [("dora", "shared_prefix"), ("lora", "padded")])
-def test_train_evaluate_and_publish(method, batching, teachable_dir, data_dir, tmp_path):
+def test_train_evaluate_and_publish(method, batching, teachable_dir, data_dir, tmp_path, capsys):
     """It learns on 4 bits; what is measured and published is the stored base with the adapter merged in."""
     folder = tmp_path / "run"
     flags = train_flags(teachable_dir, data_dir, folder)
     more = ["--load_in_4bit", "true", "--method", method, "--batching", batching, "--max_steps", "12"]
-    planned = run("train.py", *flags, *more, "--dry_run", "true", **PATH)
-    assert "quantised to 4 bits for the training" in planned
+    main_of("train.py")([*flags, *more, "--dry_run", "true"])
+    assert "quantised to 4 bits for the training" in capsys.readouterr().out
     main_of("train.py")([*flags, *more])
     record = json.loads((folder / "run.json").read_text())
     assert record["model"]["load_in_4bit"] and record["result"]["steps"] == 12
@@ -158,16 +157,21 @@ def test_two_processes_train_what_one_trains(teachable_dir, data_dir, tmp_path):
     """Each holds the 4-bit base; one of them tokenises, and the other reads the cache."""
     script, losses = tmp_path / "cached.py", []
     script.write_text(CACHED.format(root=str(ROOT)))
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(FILES / "cpu.yaml"), "--main_process_port", "0"]
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        words = ["train.py"] if processes == 1 else [*launch, "--num_processes", "2", str(script)]
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    server = Server({**os.environ, **cache})
+    for count in (1, 2):
+        folder = tmp_path / str(count)
         flags = train_flags(teachable_dir, data_dir, folder)
         for flag, value in {"--max_steps": "6", "--max_eval_samples": "0", "--logging_steps": "1"}.items():
             flags[flags.index(flag) + 1] = value
-        said = run(*words, *flags, "--load_in_4bit", "true", HF_DATASETS_CACHE=str(tmp_path / "cache"), **PATH)
-        assert said.count("tokenised by one process") == processes - 1, said
+        words = [ROOT / "train.py" if count == 1 else script, *flags, "--load_in_4bit", "true"]
+        given = [{**os.environ, **cache, **one} for one in environments(count)]
+        scripts = [start(words, ROOT, one, server) for one in given]
+        said = "".join(finish(*scripts))
+        assert {process.returncode for process in scripts} == {0}, said
+        assert said.count("tokenised by one process") == count - 1, said
         history = json.loads((folder / "run.json").read_text())["result"]["log_history"]
         losses.append([line["loss"] for line in history if "loss" in line])
     assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    server.close()
     assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 1
