@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 _IMPORTED = ("tweetdora.evaluation", "tweetdora.training", "tweetdora.compare", "tweetdora.publish", "tweetdora.build")
-_LIMIT = 240.0  # seconds; the scripts take a few
+LIMIT = 240.0  # seconds; the scripts take a few
 _running: list["Script"] = []
 # Below those that the system gives away; other test processes begin elsewhere.
 _PORTS = itertools.count(20_000 + os.getpid() * 37 % 10_000)
@@ -68,6 +68,7 @@ class Server:
                     stdout=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C is for the tests
                 )
+            atexit.register(self.close)
         return os.path.join(self._folder, "socket")
 
     def close(self) -> None:
@@ -137,7 +138,7 @@ class Script:
         Raises:
             AssertionError: it has ended without one, or takes too long.
         """
-        limit = time.monotonic() + _LIMIT
+        limit = time.monotonic() + LIMIT
         while True:
             more = self._reading.is_alive() and time.monotonic() < limit
             if words in self.said:
@@ -200,7 +201,7 @@ def finish(*scripts: Script) -> list[str]:
     Raises:
         AssertionError: one did not end; with the stacks of all.
     """
-    limit = time.monotonic() + _LIMIT
+    limit = time.monotonic() + LIMIT
     try:
         if not all([script.join(limit - time.monotonic()) for script in scripts]):
             for script in scripts:

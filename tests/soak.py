@@ -1,33 +1,25 @@
 """kill -9 at random moments of train.py, over and over, against the same run left alone.
 
-    python tests/soak.py MODEL DATA FOLDER --tries 20 --seed 0        # what `make soak` does, with a tiny model
-
-One process imports everything once and forks a child for each start of train.py, so that the kills meet loading,
-steps, validation and saves, not imports. A run goes on from its last checkpoint until it ends by itself; then adapter,
+The scripts are forked from one that has imported everything (forked.py), so that the kills meet loading, steps,
+validation and saves, not imports. A run goes on from its last checkpoint until it ends by itself; then adapter,
 optimizer, scheduler, random states, every logged figure and the final record must be bit for bit those of the run that
-nobody killed. Prints one line a try and ends with status 1 where one differs.
+nobody killed.
 """
 
-import argparse
-import contextlib
 import json
-import os
 import random
 import re
-import runpy
-import signal
-import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 from safetensors.torch import load_file
-from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
+_MOST_KILLS = 12  # of one run
 
 
 def train_flags(model: str, data: str, run_dir: Path) -> list[str]:
@@ -40,46 +32,6 @@ def train_flags(model: str, data: str, run_dir: Path) -> list[str]:
         *("--eval_steps", "4", "--max_new_tokens", "3", "--report_to", "none", "--disable_tqdm", "true"),
         *("--cpu_threads", "1"),
     ]
-
-
-def start(flags: list[str], log: Path) -> int:
-    """Fork a child that runs train.py; its number."""
-    child = os.fork()
-    if child:
-        return child
-    status = 70
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        status = runpy.run_path(str(ROOT / "train.py"))["main"](flags)
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
-
-
-def run_with_kills(flags: list[str], run_dir: Path, longest: float, draw: random.Random) -> int:
-    """Start and kill until the run ends by itself; how often it was killed."""
-    kills = 0
-    while True:
-        resume = ["--resume_from_checkpoint", "true"] if (run_dir / "run.json").exists() else []
-        child = start([*flags, *resume], run_dir.parent / f"{run_dir.name}.log")
-        deadline = time.monotonic() + draw.uniform(0.0, longest) if kills < 12 else float("inf")
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                if status:
-                    raise SystemExit((run_dir.parent / f"{run_dir.name}.log").read_text()[-3000:])
-                return kills
-            time.sleep(0.002)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        kills += 1
-        run_file = run_dir / "run.json"
-        if run_file.exists() and json.loads(run_file.read_text())["status"] == "finished":
-            return kills  # it was killed between its last word and its exit
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
@@ -116,43 +68,42 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def main() -> int:
-    """Run it; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("data")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tries", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    with contextlib.suppress(SystemExit):  # import all that the children need
-        runpy.run_path(str(ROOT / "train.py"), run_name="imported")
-    straight = options.folder / "straight"
-    options.folder.mkdir(parents=True, exist_ok=True)
+def run_with_kills(flags: list[str], run_dir: Path, longest: float, draw: random.Random) -> int:
+    """Start and kill until the run ends by itself; how often it was killed."""
+    for kills in range(_MOST_KILLS + 1):
+        resume = ["--resume_from_checkpoint", "true"] if (run_dir / "run.json").exists() else []
+        script = forked.start([ROOT / "train.py", *flags, *resume], run_dir.parent)
+        if kills == _MOST_KILLS or script.join(draw.uniform(0.0, longest)):
+            said = script.end()
+            assert script.returncode == 0, said[-3000:]
+            return kills
+        script.kill()
+        if (run_dir / "run.json").exists():
+            if json.loads((run_dir / "run.json").read_text())["status"] == "finished":
+                return kills + 1  # it was killed between its last word and its exit
+    raise AssertionError("the last start is not killed")
+
+
+def soak(model: str, data: str, folder: Path, tries: int, seed: int = 0) -> int:
+    """Kill as many runs as there are tries, and print a line for each; how often they were killed in all.
+
+    Raises:
+        AssertionError: a run ended otherwise than the one that was left alone.
+    """
+    folder.mkdir()
+    forked.start([ROOT / "train.py", "--help"], folder).end()  # the server's start is no part of the time below
     began = time.monotonic()
-    run_with_kills(train_flags(options.model, options.data, straight), straight, float("inf"), random.Random())
-    longest, expected, failures, kills = time.monotonic() - began, outcome(straight), 0, 0
-    for number in range(options.tries):
-        run_dir = options.folder / f"try{number}"
-        draw = random.Random(f"{options.seed} {number}")
-        count = run_with_kills(train_flags(options.model, options.data, run_dir), run_dir, longest, draw)
+    run_with_kills(train_flags(model, data, folder / "straight"), folder / "straight", forked.LIMIT, random.Random())
+    longest, expected, all_kills = time.monotonic() - began, outcome(folder / "straight"), 0
+    for number in range(tries):
+        run_dir = folder / f"try{number}"
+        kills = run_with_kills(train_flags(model, data, run_dir), run_dir, longest, random.Random(f"{seed} {number}"))
         found = outcome(run_dir)
         differing = [name for name in expected if not same(expected[name], found[name])]
         if "record" in differing:
-            parts = [
-                part for part in expected["record"] if not same(expected["record"][part], found["record"].get(part))
-            ]
-            differing += [f"record.{part}" for part in parts]
-        verdict = f"differs in {', '.join(differing)}" if differing else "equal"
-        print(f"try {number}: {count} kills, {verdict}", flush=True)
-        failures, kills = failures + bool(differing), kills + count
-    print(f"{options.tries - failures} of {options.tries} runs equal after {kills} kills in all")
-    return 1 if failures or not kills else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            record, other = expected["record"], found["record"]
+            differing += [f"record.{part}" for part in record if not same(record[part], other.get(part))]
+        assert not differing, f"try {number}: {kills} kills, differs in {', '.join(differing)}"
+        print(f"try {number}: {kills} kills, equal", flush=True)
+        all_kills += kills
+    return all_kills
