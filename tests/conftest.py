@@ -321,7 +321,7 @@ def _make_small_run(run: Path) -> str:
     for line in ("evaluate.py --max_eval_samples 32 --bootstrap_samples 200", f"push_to_hub.py {formats}"):
         script, *flags = line.split()
         process = forked.start([root / script, run, *flags], root)
-        said = process.end()
+        said = process.end(seconds=900)
         assert process.returncode == 0, said[-4000:]
     return said
 

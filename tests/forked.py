@@ -1,10 +1,10 @@
 """Scripts in processes forked from one that has already imported what they need, which saves five seconds each.
 
-A `Server` forks them, all in the environment in which it was started, as libraries read it when they are imported.
-Each script has a working folder, environment, output and process group of its own, and `launch` sets what
-`accelerate launch` sets. Unlike the scripts that a user starts, they share the server's modules, hash seed and random
-state, leave Python by os._exit, and have no launcher that ends the others when one has failed. What depends on these
-is tested with new Pythons and launchers (launchers.py, and in test_scripts.py, test_package.py and test_publish.py).
+A `Server` forks them. Each script has a working folder, environment, output and process group of its own, but what
+libraries read when they are imported is the server's environment. `launch` sets what `accelerate launch` sets. Unlike
+the scripts that a user starts, they share the server's modules, hash seed and random state, leave Python by os._exit,
+and have no launcher that ends the others when one has failed. What depends on these is tested with new Pythons and
+launchers (launchers.py, and in test_scripts.py, test_package.py and test_publish.py).
 
     python tests/forked.py SOCKET train.py --max_steps 3     # run a script from the server with this socket
 """
@@ -27,42 +27,44 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 _IMPORTED = ("tweetdora.evaluation", "tweetdora.training", "tweetdora.compare", "tweetdora.publish", "tweetdora.build")
-LIMIT = 240.0  # seconds; the scripts take a few
+_LIMIT = 240.0  # seconds; most scripts take a few
 _running: list["Script"] = []
 # Below those that the system gives away; other test processes begin elsewhere.
 _PORTS = itertools.count(20_000 + os.getpid() * 37 % 10_000)
 
 
 class Server:
-    """A process that has imported the scripts' libraries in an environment. It ends with this one, or by `close`."""
+    """A process that has imported the scripts' libraries. It ends with the one that started it, or by `close`."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = dict(environment)
+    def __init__(self, environment: Mapping[str, str], modules: Sequence[str] = _IMPORTED) -> None:
+        self.environment = dict(environment)
+        self._modules = modules
         self._process: subprocess.Popen | None = None
         self._folder = ""
 
     @property
     def address(self) -> str:
-        """The path of its socket; the server is started the first time."""
+        """The path of its socket; the server is started the first time, and if it has died."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
         if self._process is None:
             self._folder = tempfile.mkdtemp(prefix="forked-")
             path = os.pathsep.join(
-                [str(ROOT), str(ROOT / "tests"), *filter(None, [self._environment.get("PYTHONPATH")])]
+                [str(ROOT), str(ROOT / "tests"), *filter(None, [self.environment.get("PYTHONPATH")])]
             )
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(os.path.join(self._folder, "socket"))
                 listener.listen()
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", "import forked; forked.serve()", str(listener.fileno())],
+                    [sys.executable, "-c", "import forked; forked.serve()", str(listener.fileno()), *self._modules],
                     cwd=ROOT,
-                    env={**self._environment, "PYTHONPATH": path},
+                    env={**self.environment, "PYTHONPATH": path},
                     pass_fds=[listener.fileno()],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
@@ -119,7 +121,8 @@ class Script:
         self._reading.start()
 
     def _wait(self) -> None:
-        self.returncode = int(self._answers.readline())
+        said = self._answers.readline()
+        self.returncode = int(said) if said else -signal.SIGKILL  # the keeper was killed, and its script is unknown
 
     def _read(self, reader: int | None) -> None:
         if reader is not None:
@@ -138,7 +141,7 @@ class Script:
         Raises:
             AssertionError: it has ended without one, or takes too long.
         """
-        limit = time.monotonic() + LIMIT
+        limit = time.monotonic() + _LIMIT
         while True:
             more = self._reading.is_alive() and time.monotonic() < limit
             if words in self.said:
@@ -152,9 +155,9 @@ class Script:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def end(self) -> str:
+    def end(self, seconds: float = _LIMIT) -> str:
         """All that it printed, once it has ended by itself."""
-        return finish(self)[0]
+        return finish(self, seconds=seconds)[0]
 
     def join(self, seconds: float | None = None) -> bool:
         """Wait for its end; False if it does not come."""
@@ -170,6 +173,8 @@ class Script:
         self.send_signal(signal.SIGKILL)  # if it has no group of its own yet
         self._waiting.join(30)
         self._reading.join(30)  # something outside the group may hold its output
+        with contextlib.suppress(OSError):  # the keeper may have closed it
+            self._keeper.shutdown(socket.SHUT_RDWR)
         self._answers.close()
         self._keeper.close()
 
@@ -183,9 +188,9 @@ def start(
     """Start a script, or -m and a module, with its flags, in a working folder.
 
     Args:
-        environment: What it has beside this process's environment; with a server of its own, its whole environment.
+        environment: What it has beside the server's environment; without a server, beside that of this process.
     """
-    given = {**({} if server else os.environ), **(environment or {})}
+    given = {**(server.environment if server else os.environ), **(environment or {})}
     _running.append(Script((server or _server).address, words, folder, given))
     return _running[-1]
 
@@ -195,13 +200,13 @@ def server_address() -> str:
     return _server.address
 
 
-def finish(*scripts: Script) -> list[str]:
+def finish(*scripts: Script, seconds: float = _LIMIT) -> list[str]:
     """What each printed, once all have ended by themselves.
 
     Raises:
         AssertionError: one did not end; with the stacks of all.
     """
-    limit = time.monotonic() + LIMIT
+    limit = time.monotonic() + seconds
     try:
         if not all([script.join(limit - time.monotonic()) for script in scripts]):
             for script in scripts:
@@ -255,14 +260,13 @@ def free_port() -> int:
 
 
 def serve() -> None:
-    """Fork a script for each connection to the socket that the command line gives, until standard input ends."""
-    for name in _IMPORTED:
+    """Import the modules, and fork a script for each connection to the socket, until standard input ends."""
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     gc.freeze()  # the Trainer collects garbage when it starts; what is imported by now is none
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
     with socket.socket(fileno=int(sys.argv[1])) as listener:
-        while 0 not in (ready := select.select([listener, 0], [], [])[0]):
-            assert listener in ready
+        while 0 not in select.select([listener, 0], [], [])[0]:
             connection, _ = listener.accept()
             if os.fork() == 0:
                 listener.close()
@@ -281,14 +285,15 @@ def _keep(connection: socket.socket) -> NoReturn:
         connection.close()
         _become(output=output, **given)
     os.close(output)
-    connection.sendall(b"%d\n" % pid)
+    with contextlib.suppress(OSError):  # nobody listens any more
+        connection.sendall(b"%d\n" % pid)
     ended = 0
     while not ended:
         if select.select([connection], [], [], 0.01)[0]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         ended, status = os.waitpid(pid, os.WNOHANG)
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
     os._exit(0)
 
@@ -307,7 +312,7 @@ def _become(words: list[str], folder: str, environment: dict[str, str], output: 
     sys.stdout.reconfigure(line_buffering=True)
     faulthandler.enable()
     assert "trackio" not in sys.modules, "it reads its environment when it is imported"
-    status = 1
+    status, interrupted = 1, False
     try:
         if words[0] == "-m":
             sys.argv = words[1:]
@@ -322,13 +327,17 @@ def _become(words: list[str], folder: str, environment: dict[str, str], output: 
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        interrupted = isinstance(error, KeyboardInterrupt)
     finally:
         threading._shutdown()  # waits for threads, as Python does before it ends
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
+        if interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         os._exit(status & 0xFF)
 
 
@@ -339,7 +348,8 @@ def main(address: str, *words: str) -> None:
         signal.signal(number, lambda number, _: script.send_signal(number))
     script.join()
     if script.returncode < 0:
-        signal.signal(-script.returncode, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # that of SIGKILL cannot be set
+            signal.signal(-script.returncode, signal.SIG_DFL)
         os.kill(os.getpid(), -script.returncode)
     sys.exit(script.returncode)
 

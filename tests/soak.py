@@ -70,7 +70,8 @@ def same(a: Any, b: Any) -> bool:
 
 def run_with_kills(flags: list[str], run_dir: Path, longest: float, draw: random.Random) -> int:
     """Start and kill until the run ends by itself; how often it was killed."""
-    for kills in range(_MOST_KILLS + 1):
+    kills = 0
+    while True:
         resume = ["--resume_from_checkpoint", "true"] if (run_dir / "run.json").exists() else []
         script = forked.start([ROOT / "train.py", *flags, *resume], run_dir.parent)
         if kills == _MOST_KILLS or script.join(draw.uniform(0.0, longest)):
@@ -78,32 +79,38 @@ def run_with_kills(flags: list[str], run_dir: Path, longest: float, draw: random
             assert script.returncode == 0, said[-3000:]
             return kills
         script.kill()
-        if (run_dir / "run.json").exists():
-            if json.loads((run_dir / "run.json").read_text())["status"] == "finished":
-                return kills + 1  # it was killed between its last word and its exit
-    raise AssertionError("the last start is not killed")
+        kills += 1
+        run_file = run_dir / "run.json"
+        if run_file.exists() and json.loads(run_file.read_text())["status"] == "finished":
+            return kills  # it was killed between its last word and its exit
 
 
-def soak(model: str, data: str, folder: Path, tries: int, seed: int = 0) -> int:
-    """Kill as many runs as there are tries, and print a line for each; how often they were killed in all.
+def soak(model: str, data: str, folder: Path, tries: int) -> None:
+    """Kill as many runs as there are tries, and print a line for each.
 
     Raises:
-        AssertionError: a run ended otherwise than the one that was left alone.
+        AssertionError: a run ended otherwise than the one that was left alone, or none was killed.
     """
     folder.mkdir()
     forked.start([ROOT / "train.py", "--help"], folder).end()  # the server's start is no part of the time below
     began = time.monotonic()
-    run_with_kills(train_flags(model, data, folder / "straight"), folder / "straight", forked.LIMIT, random.Random())
-    longest, expected, all_kills = time.monotonic() - began, outcome(folder / "straight"), 0
+    alone = forked.start([ROOT / "train.py", *train_flags(model, data, folder / "straight")], folder)
+    said = alone.end()
+    assert alone.returncode == 0, said[-3000:]
+    longest, expected = time.monotonic() - began, outcome(folder / "straight")
+    all_kills, failures = 0, 0
     for number in range(tries):
         run_dir = folder / f"try{number}"
-        kills = run_with_kills(train_flags(model, data, run_dir), run_dir, longest, random.Random(f"{seed} {number}"))
+        kills = run_with_kills(train_flags(model, data, run_dir), run_dir, longest, random.Random(number))
         found = outcome(run_dir)
         differing = [name for name in expected if not same(expected[name], found[name])]
         if "record" in differing:
             record, other = expected["record"], found["record"]
             differing += [f"record.{part}" for part in record if not same(record[part], other.get(part))]
-        assert not differing, f"try {number}: {kills} kills, differs in {', '.join(differing)}"
-        print(f"try {number}: {kills} kills, equal", flush=True)
-        all_kills += kills
-    return all_kills
+        print(
+            f"try {number}: {kills} kills, {'differs in ' + ', '.join(differing) if differing else 'equal'}",
+            flush=True,
+        )
+        all_kills, failures = all_kills + kills, failures + bool(differing)
+    print(f"{tries - failures} of {tries} runs equal after {all_kills} kills in all")
+    assert not failures and all_kills, "see the lines above"

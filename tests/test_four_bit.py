@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from forked import Server, environments, finish, start
 from peft import PeftModel
 
 from tests.test_modeling import IDS, new_adapter
-from tests.test_scripts import ROOT, main_of, train_flags
+from tests.test_scripts import ROOT, main_of, run, train_flags
 from tweetdora.config import ModelConfig
 from tweetdora.dora import DoraLinear
 from tweetdora.errors import InputError
@@ -158,20 +159,21 @@ def test_two_processes_train_what_one_trains(teachable_dir, data_dir, tmp_path):
     script, losses = tmp_path / "cached.py", []
     script.write_text(CACHED.format(root=str(ROOT)))
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    server = Server({**os.environ, **cache})
     for count in (1, 2):
         folder = tmp_path / str(count)
         flags = train_flags(teachable_dir, data_dir, folder)
         for flag, value in {"--max_steps": "6", "--max_eval_samples": "0", "--logging_steps": "1"}.items():
             flags[flags.index(flag) + 1] = value
-        words = [ROOT / "train.py" if count == 1 else script, *flags, "--load_in_4bit", "true"]
-        given = [{**os.environ, **cache, **one} for one in environments(count)]
-        scripts = [start(words, ROOT, one, server) for one in given]
-        said = "".join(finish(*scripts))
-        assert {process.returncode for process in scripts} == {0}, said
+        flags += ["--load_in_4bit", "true"]
+        if count == 1:
+            said = run("train.py", *flags, **cache, PYTHONPATH=os.environ.get("PYTHONPATH", ""))
+        else:
+            with closing(Server({**os.environ, **cache})) as server:
+                scripts = [start([script, *flags], ROOT, each, server) for each in environments(count)]
+                said = "".join(finish(*scripts))
+            assert {process.returncode for process in scripts} == {0}, said
         assert said.count("tokenised by one process") == count - 1, said
         history = json.loads((folder / "run.json").read_text())["result"]["log_history"]
         losses.append([line["loss"] for line in history if "loss" in line])
     assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], abs=1e-5)
-    server.close()
     assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 1

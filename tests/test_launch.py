@@ -159,8 +159,15 @@ def test_two_processes_that_are_killed_end_bit_for_bit_as_two_that_were_not(file
     left = [path.name for path in (tmp_path / "killed").glob("checkpoint-*")]
     assert left and "checkpoint-12" not in left and not (tmp_path / "killed/adapter").exists()
     resume = ["--resume_from_checkpoint", "true"]
-    if file == "cpu":  # in new Pythons, by the real launcher
-        words = [*ACCELERATE, "--config_file", str(FILES / "cpu.yaml"), "--num_processes", "2", "--main_process_port"]
+    if file == "fsdp2":  # in new Pythons, by the real launcher
+        words = [
+            *ACCELERATE,
+            "--config_file",
+            str(FILES / "fsdp2.yaml"),
+            "--num_processes",
+            "2",
+            "--main_process_port",
+        ]
         words += [str(free_port()), str(ROOT / "train.py")]
         resumed = start([*words, *train_flags(teachable_dir, data_dir, tmp_path / "killed"), *resume], tmp_path)
         (said,) = finish(resumed)

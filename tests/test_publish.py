@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Desk:
     server: forked.Server | None = None
 
     def environment(self, home: str = "home") -> dict[str, str]:
-        """Nothing but the Hub's three variables, and no login of the developer's."""
+        """That of a user with the Hub's variables set, and without the developer's own logins."""
         kept = {
             name: text for name, text in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "WANDB_"))
         }
@@ -80,10 +81,10 @@ class Desk:
         return env
 
     def run_forked(self, *words: str | Path, ok: bool = True) -> str:
-        """`run` without the seconds of imports, in the folder's own cache, from the second time on."""
+        """Like `run` in the folder's own cache, but forked: only the first call waits for imports."""
         if self.server is None:
             self.server = forked.Server(self.environment())
-        script = forked.start(words, self.folder, self.environment(), self.server)
+        script = forked.start(words, self.folder, server=self.server)
         said = script.end()
         assert (script.returncode == 0) == ok, said[-4000:]
         return said
@@ -141,8 +142,8 @@ def trained(make_model: Callable, tokenizer, data_dir: str, tmp_path_factory) ->
         desk = Desk(hub, folder, "xet", [])
         desk.printed.append(desk.run("-m", "accelerate.commands.launch", str(ROOT / "train.py")))
         desk.printed.append(desk.run(str(ROOT / "evaluate.py")))
-        yield desk
-        desk.close()
+        with closing(desk):
+            yield desk
 
 
 @pytest.fixture(scope="module", params=["xet", "lfs"])
@@ -251,13 +252,15 @@ def test_no_file_of_the_run_and_nothing_printed_holds_a_secret(desk: Desk, train
 
 
 def test_without_the_hub_everything_but_the_push_goes_on_from_the_cache(trained: Desk):
-    alone = Desk(trained.hub, trained.folder, "xet", [], down=True)
-    said = alone.run_forked(ROOT / "train.py", "--output_dir", "runs/down", "--max_steps", "2", "--save_steps", "1")
-    assert "Wrote runs/down" in said and "Traceback" not in said
-    assert "Wrote runs/down/evaluation" in alone.run_forked(ROOT / "evaluate.py", "runs/down")
-    assert "Dry run" in alone.run_forked(PUSH, "runs/down", "--hub_model_id", f"{REPO}-down", "--dry_run", "true")
-    said = alone.run_forked(PUSH, "runs/down", "--hub_model_id", f"{REPO}-down", *ANYHOW, ok=False)
-    alone.close()
+    target = ("--hub_model_id", f"{REPO}-down")
+    with closing(Desk(trained.hub, trained.folder, "xet", [], down=True)) as alone:
+        said = alone.run_forked(
+            ROOT / "train.py", "--output_dir", "runs/down", "--max_steps", "2", "--save_steps", "1"
+        )
+        assert "Wrote runs/down" in said and "Traceback" not in said
+        assert "Wrote runs/down/evaluation" in alone.run_forked(ROOT / "evaluate.py", "runs/down")
+        assert "Dry run" in alone.run_forked(PUSH, "runs/down", *target, "--dry_run", "true")
+        said = alone.run_forked(PUSH, "runs/down", *target, *ANYHOW, ok=False)
     assert "cannot be reached" in said and "Traceback" not in said
 
 
