@@ -139,11 +139,15 @@ def test_it_is_readable_in_light_and_dark(browser, address, scheme):
     page.goto(address)
     button = page.get_by_role("button", name="Classify", exact=True)
     button.wait_for()
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    numbers = [float(number) for number in re.findall(r"[\d.]+", background)[:3]]
-    assert (sum(numbers) / 3 > 128) == (scheme == "light"), background
+    assert (brightness(page, "backgroundColor") > 128) == (scheme == "light")
     picture(page, f"space-{scheme}")
     page.close()
+
+
+def brightness(page: Any, name: str) -> float:
+    """The mean of red, green and blue of this colour of its body, 0 to 255."""
+    color = page.evaluate(f"getComputedStyle(document.body).{name}")
+    return sum(float(number) for number in re.findall(r"[\d.]+", color)[:3]) / 3
 
 
 def test_an_example_of_the_card_is_classified_by_a_click(page, model):
@@ -277,11 +281,10 @@ def hub(model: str) -> Iterator[str]:
 
 
 @pytest.mark.skipif(not (NPM / ".done").is_file(), reason="`make .npm/.done` fetches transformers.js")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_browser_alone_answers_as_the_model_does(browser, hub, model, scheme):
+def test_the_browser_alone_answers_as_the_model_does(browser, hub, model):
     predictions = Path(model, "evaluation/test/predictions.jsonl")
     rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()[:4]]
-    page = new_page(browser, color_scheme=scheme)
+    page = new_page(browser)
     page.route(f"{CDN}**", from_npm)
     page.goto(f"{hub}?model=owner/small&host={hub}")
     page.get_by_text("Ready. It answers every text with one of negative, neutral, positive").wait_for()
@@ -295,7 +298,10 @@ def test_the_browser_alone_answers_as_the_model_does(browser, hub, model, scheme
     page.get_by_label("Text").fill("  ")
     page.get_by_role("button").click()
     page.get_by_text("Type a text first.").wait_for()
-    picture(page, f"page-{scheme}")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert (brightness(page, "color") > 128) == (scheme == "dark"), "its text"
+        picture(page, f"page-{scheme}")
     page.close()
     answers = [row["finetuned"]["text"].strip() for row in rows]
     assert found == [answer if answer in WORDS else "no label" for answer in answers]
