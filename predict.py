@@ -28,8 +28,16 @@ from accelerate import PartialState
 from tweetdora.classifier import Classifier
 from tweetdora.device import compute_state
 from tweetdora.errors import InputError
-from tweetdora.prediction import Summary, Table, find_text_column, predict_file, predict_stream, read_input, scan
-from tweetdora.tables import read_any_rows
+from tweetdora.prediction import (
+    Summary,
+    Table,
+    find_text_column,
+    predict_file,
+    predict_stream,
+    read_input,
+    rows_of,
+    scan,
+)
 
 log = logging.getLogger("tweetdora.predict")
 
@@ -39,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     # parse
     config, model, path = parse(argv)
     show_log(standard_error=True)
+    if path is None and config.output is not None:
+        raise InputError(
+            f"--output {config.output} needs an input file; rows of standard input are answered on standard output."
+        )
     if config.output is not None and os.path.exists(config.output) and not config.overwrite:
         raise InputError(f"--output {config.output} already exists; choose another file, or pass --overwrite true.")
     table = scan(path, config) if path is not None else None
@@ -58,6 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     of_the_model = classifier.target.task.text_column
     if table is not None and config.output is not None:
         column = find_text_column(table.columns, config, of_the_model, table.path)
+        if column in table.no_text:
+            raise InputError(
+                f"{table.path}, {table.no_text[column]}; expected text. --text_column names another column."
+            )
         summary = predict_file(classifier, table, config, column)
     else:
         summary = _to_standard_output(classifier, table, config, of_the_model)
@@ -76,7 +92,7 @@ def _to_standard_output(
         rows, columns = read_input(config)
         form = str(config.input_format)
     else:
-        rows, columns = read_any_rows(table.path, config.csv_delimiter, config.encoding), table.columns
+        rows, columns = rows_of(table.path, config), table.columns
         form = os.path.splitext(table.path)[1].lower()[1:]
     column = find_text_column(columns, config, of_the_model, table.path if table else "standard input")
     form = form if form in ("tsv", "jsonl") else "csv"

@@ -179,12 +179,24 @@ def test_bars_have_the_base_the_baselines_by_score_and_the_groups(kept, monkeypa
         ("{{ tabel('x') }}", "page.md: UndefinedError: 'tabel' is undefined"),
         ("{% if %}", "page.md: TemplateSyntaxError"),
         ("{{ table('nowhere') }}", "no run in .*nowhere was measured on the test split"),
+        ("{{ spent('nowhere') }}", "nowhere has no run that was measured on validation or test; expected a folder"),
     ],
 )
 def test_what_is_wrong_with_a_page_is_said(tmp_path, text, message):
     (tmp_path / "page.md").write_text(text)
     with pytest.raises(InputError, match=message):
         render_page(str(tmp_path / "page.md"), CompareConfig())
+
+
+@pytest.mark.parametrize("words", [["x"], ["--split", "validation"], ["--plot", "p.png"], ["--x", "r"]])
+def test_flags_that_a_page_would_not_heed_are_refused(tmp_path, words):
+    (tmp_path / "page.md").write_text("nothing")
+    with pytest.raises(
+        InputError, match="page.md is a page, which itself names runs, splits and plots. Give it alone"
+    ):
+        main([str(tmp_path / "page.md"), *words])
+    with pytest.raises(InputError, match="--x r needs --plot"):
+        main([str(tmp_path), "--x", "r"])
 
 
 def test_the_page_of_the_repository_is_made_from_its_records(tmp_path, monkeypatch):
@@ -207,7 +219,7 @@ def test_every_kept_run_is_one_of_a_sweep(monkeypatch):
     known = {}
     for path in sorted(Path("results").rglob("*.yaml")):
         sweep = read_sweep(str(path))
-        known |= {run.records_dir: state_of(run, []) for run in plan_runs(sweep)}
+        known |= {run.records_dir: state_of(run, [], {}) for run in plan_runs(sweep)}
     by_hand = ("results/quickstart", "results/domains")  # LOG.md
     folders = (str(path.parent) for path in Path("results").rglob("run.json"))
     kept_dirs = {folder for folder in folders if not folder.startswith(by_hand)}

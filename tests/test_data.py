@@ -350,6 +350,55 @@ def test_label_words_that_are_digits_are_words(make_task):
     assert load_examples(task, "train", None).labels == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("labels", "words", "expected"),
+    [
+        ([True, False], ["true", "false"], [0, 1]),
+        ([True, False], ["False", "True"], [1, 0]),
+        ([1, 0], ["1", "0"], [0, 1]),
+        ([3.0, 1.0], ["1", "2", "3"], [2, 0]),
+        ([1, 0], ["no", "yes"], [1, 0]),
+    ],
+)
+def test_labels_with_a_type_are_words_where_they_are_spelled_like_them(make_task, labels, words, expected):
+    frame = pandas.DataFrame({"text": ["a", "b"], "label": labels})
+    task = make_task("rows.parquet", frame.to_parquet(), label_words=words)
+    assert load_examples(task, "train", None).labels == expected
+
+
+def test_booleans_need_to_be_told_which_is_which(make_task):
+    content = pandas.DataFrame({"text": ["a", "b"], "label": [True, False]}).to_parquet()
+    with pytest.raises(
+        InputError, match=r"label holds booleans, and --label_words is yes no\. Say which is which with"
+    ):
+        load_examples(make_task("rows.parquet", content, label_words=["yes", "no"]), "train", None)
+    task = make_task("rows.parquet", content, label_words=["yes", "no"], label_values=["True", "False"])
+    assert load_examples(task, "train", None).labels == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_labels_that_are_counted_from_1_are_refused_also_if_rows_may_be_skipped(make_task, name):
+    """Each would be the next label, and the last would be skipped."""
+    rows = [("a", 1), ("b", 2), ("c", 3), ("", 1)]
+    csv_lines = ["text,label", *(f"{text},{label}" for text, label in rows)]
+    lines = csv_lines if name.endswith("csv") else [json.dumps({"text": text, "label": label}) for text, label in rows]
+    content = "".join(f"{line}\n" for line in lines)
+    message = "holds numbers from 1 to 3, but label ids are 0 to 2. Give the values with --label_values, in the order"
+    with pytest.raises(InputError, match=message):
+        load_examples(make_task(name, content, skip_bad_rows=True), "train", None)
+    task = make_task(name, content, skip_bad_rows=True, label_values=["1", "2", "3"])
+    assert load_examples(task, "train", None).labels == [0, 1, 2]
+
+
+def test_a_quote_that_is_never_closed_is_refused_also_if_rows_may_be_skipped(make_task):
+    """Skipping it would skip all that follows."""
+    content = 'text,label\na,0\n"b,1\n' + "c,0\n" * 50
+    with pytest.raises(
+        InputError, match="line 3: a quote is opened and not closed until the end of the file, line 53"
+    ):
+        load_examples(make_task("rows.csv", content, skip_bad_rows=True), "train", None)
+
+
 def test_a_text_longer_than_csv_allows_by_itself_is_read(make_task):
     assert len(load_examples(make_task("rows.csv", f"text,label\n{'a' * 200_000},1\n"), "train", None).texts[0]) == 2e5
 

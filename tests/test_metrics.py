@@ -348,6 +348,19 @@ def test_differences_are_the_seeds():
     assert paired_difference(references, before, after, 3, Bootstrap(100, 4)) != first
 
 
+def test_a_few_resamples_at_a_time_are_those_of_all_at_once(monkeypatch):
+    """Also with the last cell empty, and most others."""
+    generator = np.random.default_rng(5)
+    references, before, after = generator.integers(0, 6, (3, 50)).tolist()
+    cells = np.zeros((6, 7, 7), dtype=int)
+    np.add.at(cells, (references, before, after), 1)
+    expected = np.random.default_rng(3).multinomial(50, cells.ravel() / 50, size=20).reshape(20, 6, 7, 7)
+    for at_once in (10**9, 7 * cells.size):
+        monkeypatch.setattr(metrics, "_CELLS_AT_ONCE", at_once)
+        found = metrics._resample(cells, lambda drawn: {"drawn": drawn}, Bootstrap(20, 3))["drawn"]
+        assert np.array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("fixed", "broken", "expected"),
     [

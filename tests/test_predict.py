@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import launchers
@@ -220,6 +221,66 @@ def test_a_file_without_an_output_is_printed(model, tmp_path, monkeypatch, capsy
     assert out.splitlines()[0].split("\t") == ["id", "text", *ADDED]
 
 
+def test_standard_input_is_read_in_its_encoding(model, monkeypatch, capsys):
+    words = (model, "--input_format", "csv", "--encoding")
+    given = "text\nschön\n".encode("latin-1")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+    assert main(*words, "latin-1") == 0
+    assert next(csv.DictReader(io.StringIO(capsys.readouterr().out)))["text"] == "schön"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+    assert "standard input is not in the encoding ascii" in refused(*words, "ascii")
+
+
+def test_an_output_needs_an_input_file(model, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a good day\n"))
+    said = refused(model, "--output", tmp_path / "out.csv")
+    assert said == (
+        f"--output {tmp_path}/out.csv needs an input file; rows of standard input are answered on standard output."
+    )
+
+
+def test_a_label_in_a_later_line_is_not_replaced(model, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "a"}\n{"text": "b", "label": "gold"}\n'))
+    assert "line 2 has a column 'label', which the first line lacks" in refused(model, "--input_format", "jsonl")
+
+
+def test_a_carriage_return_in_a_text_comes_back_in_one_field(model, tmp_path):
+    texts = ["a\rgood day", "a\r\nbad day", "plain"]
+    write_table(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    main(model, tmp_path / "in.jsonl", "--output", tmp_path / "out.csv")
+    content = (tmp_path / "out.csv").read_bytes().decode()
+    assert [row["text"] for row in csv.DictReader(io.StringIO(content, newline=""))] == texts
+    assert content.endswith("\n") and not content.endswith("\r\n")
+
+
+def test_what_json_has_no_form_for_is_a_string(model, tmp_path):
+    frame = pandas.DataFrame({"text": ["a day"], "at": [pandas.Timestamp("2026-01-02")], "cost": [Decimal("1.50")]})
+    frame.to_parquet(tmp_path / "in.parquet")
+    main(model, tmp_path / "in.parquet", "--output", tmp_path / "out.jsonl")
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (row["at"], row["cost"]) == ("2026-01-02 00:00:00", "1.50")
+
+
+def test_what_is_no_text_is_not_classified_by_its_spelling(model, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": NaN}\n{"text": null}\n{"text": 5}\n')
+    main(model, tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    found = [json.loads(line)["label"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found[:2] == [None, None] and found[2] in WORDS
+    (tmp_path / "list.jsonl").write_text('{"text": "a"}\n{"text": ["b"]}\n')
+    said = refused(model, tmp_path / "list.jsonl", "--output", tmp_path / "out2.jsonl")
+    assert "list.jsonl, line 2: column 'text' holds ['b']; expected text" in said
+    assert not (tmp_path / "out2.jsonl.part").exists()
+
+
+def test_half_of_a_surrogate_pair_is_a_row_that_cannot_be_read(model, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"text": "a day"}\n{"text": "b", "by": "\\ud83d"}\n')
+    words = (model, tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "line 2: holds half of a surrogate pair in 'by'" in refused(*words)
+    main(*words, "--skip_bad_rows", "true")
+    assert "unreadable rows skipped: 1" in capsys.readouterr().err
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+
+
 def test_nothing_on_standard_input_is_refused(model, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert "standard input is empty; expected one text per line" in refused(model)
@@ -290,6 +351,7 @@ def test_predictions_of_another_command_are_not_gone_on_with(model, long_file, t
         with pytest.raises(KeyboardInterrupt):
             main(*words)
     before = (tmp_path / "out.csv.part").read_bytes()
+    assert "out.csv.part holds predictions of another command" in refused(*words, "--encoding", "latin-1")
     long_file.write_text(long_file.read_text() + "90,one more\n")
     assert "out.csv.part holds predictions of another command" in refused(*words)
     assert (tmp_path / "out.csv.part").read_bytes() == before

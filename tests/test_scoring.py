@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tweetdora.attention import ATTENTION, is_packable
+from tweetdora.errors import ResourceError
 from tweetdora.generation import generate_packed
 from tweetdora.prompts import PromptTokenizer
 from tweetdora.scoring import CompletionTree, choose_labels, make_tree, score_all, score_packed, score_padded
@@ -105,6 +106,14 @@ def test_texts_that_do_not_fit_are_counted_and_progress_is_told(packed_model, pr
     done = []
     scores = score_all(packed_model, short, ["a day " * 500, *TEXTS], batch_size=4, on_progress=done.append)
     assert (scores.truncated, done) == (1, [4, 2])
+
+
+def test_likelihoods_that_are_no_numbers_are_refused(packed_model, prompt_tokenizer):
+    """They would all be the first label."""
+    with torch.no_grad():
+        packed_model.lm_head.weight[5] = float("inf")
+    with pytest.raises(ResourceError, match=r"are not numbers \(nan\) in torch.float32; use --precision fp32"):
+        score_all(packed_model, prompt_tokenizer, TEXTS, batch_size=2)
 
 
 def test_the_most_likely_word_is_what_greedy_generation_writes_where_it_writes_one(packed_model, prompt_tokenizer):

@@ -444,6 +444,7 @@ def test_a_finished_run_is_measured_on_other_data_and_the_card_says_so(finished,
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "checkpoint-*", "publish"))
     rows = ["tweet,mood", *(f"a {word} day {number},{word}" for number in range(4) for word in ("bad", "good"))]
+    rows[-1] = "good" + " day" * 600 + ",good"
     (tmp_path / "other.csv").write_text("\n".join([*rows, "no mood,"]) + "\n")
     flags = ["--dataset_name", tmp_path / "other.csv", "--test_split", "train", "--text_column", "tweet"]
     flags += ["--label_column", "mood", "--label_values", "bad", "-", "good", "--skip_bad_rows", "true"]
@@ -453,6 +454,8 @@ def test_a_finished_run_is_measured_on_other_data_and_the_card_says_so(finished,
     assert "note: measured with another text_column: was 'text', now 'tweet'\n" in said
     assert "note: test: no example has the label neutral" in said and "note: test: only 8 examples" in said
     record = read(folder / "evaluation/test.json")
+    truncated = "1 texts were truncated to fit 512 tokens"
+    assert f"note: test: {truncated}\n" in said and {"split": "test", "text": truncated} in record["notes"]
     assert (record["data"]["num_examples"], record["data"]["skipped"]) == (8, {"no label": 1})
     assert [line.partition(":")[0] for line in record["corrections"]] == [
         *("dataset_name", "test_split", "text_column", "label_column", "skip_bad_rows", "label_values"),

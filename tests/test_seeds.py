@@ -13,8 +13,8 @@ from sklearn.metrics import f1_score
 from tweetdora import seeds
 from tweetdora.errors import InputError
 from tweetdora.metrics import confusion_matrix
-from tweetdora.record_files import write_record
-from tweetdora.records import CompactPredictions, number_line
+from tweetdora.record_files import read_record, write_record
+from tweetdora.records import CompactPredictions, EvaluationRecord, number_line
 from tweetdora.seeds import (
     all_pairs,
     difference,
@@ -219,6 +219,16 @@ def test_runs_on_other_rows_are_refused(kept):
     with pytest.raises(
         InputError, match=r"were measured on different examples \(40 and 38 examples\), so their scores"
     ):
+        find_runs([str(kept)], "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"precision": "fp32"}, "fp32 and"), ({"max_new_tokens": 5}, "tokens 5")]
+)
+def test_runs_that_were_measured_otherwise_are_refused(kept, change, said):
+    path = str(kept / "lora-42/test.json")
+    write_record(path, replace(read_record(EvaluationRecord, path), **change))
+    with pytest.raises(InputError, match=f"were measured differently .*{said}.*Measure one again"):
         find_runs([str(kept)], "test")
 
 

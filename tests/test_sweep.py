@@ -71,6 +71,7 @@ def test_a_recipe_is_what_all_runs_begin_with(write, tmp_path):
         ({"seeds": []}, "seeds is []; expected one or more different values"),
         ({"grid": {"r": [4, 4]}}, "r is [4, 4]; expected one or more different values"),
         ({"splits": ["tset"]}, "splits is ['tset']; expected some of train, validation, test"),
+        ({"variants": {"owner/model": {}}}, "the variant 'owner/model' names a folder; expected letters, digits"),
         ({"seeds": 3}, "sweep.yaml.seeds is 3; expected list[int]"),
         ({"settings": {"learning_rat": 1}}, "run seed=1: unknown key 'learning_rat'. Did you mean learning_rate?"),
         ({"settings": {"r": 0}}, "--r is 0 and --lora_alpha 16; both must be 1 or more"),
@@ -95,6 +96,16 @@ def test_a_run_of_two_sweeps_is_run_once_for_the_splits_of_both(write, tmp_path)
     (other,) = plan_runs(read_sweep(write(settings={"r": 4})))
     with pytest.raises(InputError, match="two sweeps have different runs in .*seed=1. Give one of them another"):
         sweeps._join((first, run), second, other)
+
+
+def test_a_run_of_two_sweeps_is_measured_in_one_way(write):
+    first = read_sweep(write(splits=["validation"], evaluate={"max_eval_samples": 200}))
+    second = read_sweep(write(splits=["test"]))
+    (run,) = plan_runs(first)
+    with pytest.raises(
+        InputError, match="two sweeps have the run .*, but another evaluate: {'max_eval_samples': 200}"
+    ):
+        sweeps._join((first, run), second, plan_runs(second)[0])
 
 
 def test_two_sweeps_at_once_are_refused(tmp_path, monkeypatch):
@@ -255,15 +266,37 @@ def test_a_stop_reaches_what_a_launcher_started(tiny, tmp_path):
     assert json.loads(record.read_text())["status"] == "interrupted", "the sweep waited until it had stopped"
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"evaluate": {"bootstrap_samples": 50, "max_eval_samples": 5}}, "max_eval_samples: was all, now 5"),
+        ({"evaluate": {}}, "bootstrap_samples: was 50, now 10000"),
+        ({"precision": "bf16"}, "precision: was fp32, now bf16"),
+        ({"max_new_tokens": 4}, "max_new_tokens: was 3, now 4"),
+    ],
+)
+def test_a_split_that_was_measured_otherwise_is_refused(tiny, tmp_path, change, said):
+    """After the sweep above, which measured all rows."""
+    keys = yaml.safe_load(Path(tiny[1]).read_text())
+    for name, value in change.items():
+        (keys if name == "evaluate" else keys["settings"])[name] = value
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    sweep = read_sweep(str(tmp_path / "sweep.yaml"))
+    run = plan_runs(sweep)[0]
+    with pytest.raises(InputError, match=f"was measured differently: {said}. Remove it and"):
+        state_of(run, sweep.splits, sweep.evaluate)
+
+
 def test_a_kept_run_is_not_trained_again_for_another_split(tiny, tmp_path):
     """Its record would be replaced by another adapter's, beside the old one's scores."""
     folder, path = tiny
     keys = yaml.safe_load(Path(path).read_text()) | {"output_dir": str(tmp_path / "gone")}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
-    slow, _ = plan_runs(read_sweep(str(tmp_path / "sweep.yaml")))
-    assert state_of(slow, ["validation", "test"]) == "done"
+    sweep = read_sweep(str(tmp_path / "sweep.yaml"))
+    slow, _ = plan_runs(sweep)
+    assert state_of(slow, ["validation", "test"], sweep.evaluate) == "done"
     with pytest.raises(InputError, match="lacks a split, and .*gone.* does not hold the run"):
-        state_of(slow, ["train"])
+        state_of(slow, ["train"], sweep.evaluate)
 
 
 def test_records_of_other_settings_are_refused(tiny):
@@ -274,9 +307,9 @@ def test_records_of_other_settings_are_refused(tiny):
     (folder / "other.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
     sweep = read_sweep(str(folder / "other.yaml"))
     slow, fast = plan_runs(sweep)
-    assert state_of(slow, sweep.splits) == "done"
+    assert state_of(slow, sweep.splits, sweep.evaluate) == "done"
     with pytest.raises(InputError, match="holds a run with other settings: learning_rate: was 0.02, now 0.03"):
-        state_of(fast, sweep.splits)
+        state_of(fast, sweep.splits, sweep.evaluate)
 
 
 def test_a_run_that_fails_is_said_and_the_others_go_on(tiny, tmp_path, monkeypatch, capsys):

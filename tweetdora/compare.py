@@ -69,8 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # parse
     config, paths = parse_with_paths(argv, CompareConfig, __doc__.partition("\n")[0], "RUN", "Run folder, or page.")
 
+    is_page = paths[0].endswith(".md")
+    if is_page and (len(paths) > 1 or config.plot or config.x or config.split != "test"):
+        raise InputError(
+            f"{paths[0]} is a page, which itself names runs, splits and plots. Give it alone, with --output and "
+            "--bootstrap_samples at most."
+        )
+    if config.x and not config.plot:
+        raise InputError(f"--x {config.x} needs --plot, the file to draw.")
+
     # load, work
-    if paths[0].endswith(".md"):
+    if is_page:
         text = render_page(paths[0], config)
     else:
         diverged = find_diverged(paths)
@@ -112,6 +121,8 @@ def _cells(group: Group, found: Summary) -> tuple[str, ...]:
     """A group's row, without its name."""
     metrics = [run.finetuned_metrics for run in group.runs]
     likelihoods = [metric.likelihood for metric in metrics if metric.likelihood is not None]
+    if len(likelihoods) < len(metrics):  # records of an early version have none
+        likelihoods = []
     results = [run.run.result for run in group.runs if run.run.result is not None]
     minutes = _mean([result.seconds / 60 for result in results])
     memory = _mean([_peak_memory(result.peak_memory_bytes) for result in results])
@@ -300,6 +311,9 @@ class _Page:
     def spent(self, *paths: str) -> str:
         """What the runs in these folders took, on both splits; a folder without a run on a split has none there."""
         places = [os.path.join(self.folder, path) for path in paths]
+        for place in places:
+            if not any(measured_in(place, split) for split in ("validation", "test")):
+                raise InputError(f"{place} has no run that was measured on validation or test; expected a folder.")
         found = {
             split: [run for place in places if measured_in(place, split) for run in find_runs([place], split)]
             for split in ("validation", "test")

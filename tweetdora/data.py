@@ -404,9 +404,45 @@ def _known_labels(split: _Split, task: TaskConfig) -> dict[Any, int]:
         if any(label in by_word for label in split.labels if isinstance(label, str)):
             return by_word
         if any(label in map(str, range(len(words))) for label in split.labels):  # CSV files contain only text
+            numbers = {int(label) for label in split.labels if isinstance(label, str) and label.strip().isdigit()}
+            what = f"{task.dataset_name}, split {split.name!r}: --label_column {task.label_column} holds"
+            _check_first_id(numbers, what, task)
             return {str(number): number for number in range(len(words))}
         return by_word
+    return _known_ids(split, task) if names is None else {number: number for number in range(len(words))}
+
+
+def _known_ids(split: _Split, task: TaskConfig) -> dict[Any, int]:
+    """Return what numbers and booleans mean: label words if all are spelled like one, otherwise ids from 0.
+
+    Raises:
+        InputError: they are booleans, or seem to be counted from 1.
+    """
+    words = task.label_words
+    found = {label for label in split.labels if isinstance(label, (int, float)) and label == label}
+    spelled = {str(label if isinstance(label, bool) or label % 1 else int(label)): label for label in found}
+    by_word = {word.strip().casefold(): number for number, word in enumerate(words)}
+    if found and all(text.casefold() in by_word for text in spelled):
+        return {label: by_word[text.casefold()] for text, label in spelled.items()}
+    what = f"{task.dataset_name}, split {split.name!r}: --label_column {task.label_column} holds"
+    if any(isinstance(label, bool) for label in found):
+        raise InputError(
+            f"{what} booleans, and --label_words is {' '.join(words)}. Say which is which with --label_values, in the "
+            "order of --label_words (for example: --label_values False True)."
+        )
+    _check_first_id(found, what, task)
     return {number: number for number in range(len(words))}
+
+
+def _check_first_id(found: set[Any], what: str, task: TaskConfig) -> None:
+    """Refuse label ids that are counted from 1: each would be taken for the next label."""
+    count = len(task.label_words)
+    if count in found and 0 not in found:
+        raise InputError(
+            f"{what} numbers from {min(found):g} to {max(found):g}, but label ids are 0 to {count - 1}. Give the "
+            f"values with --label_values, in the order of --label_words (for example: --label_values "
+            f"{' '.join(str(number) for number in range(1, count + 1))})."
+        )
 
 
 def _check_order(names: list[str], task: TaskConfig) -> None:

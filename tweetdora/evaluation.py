@@ -320,6 +320,12 @@ def evaluation_record(
             examples.labels, predicted["base"], predicted["finetuned"], len(words), bootstrap
         )
     others, missing = other_classifiers(data.train, examples, words, bootstrap)
+    notes = list(data.notes)
+    if truncated := next(iter(measured.answers.values())).scores.truncated:
+        notes.append(
+            DataNote(config.split, f"{truncated:,} texts were truncated to fit {target.task.max_length} tokens")
+        )
+        missing = [*missing, f"{config.split}: {notes[-1].text}"]
     record = EvaluationRecord(
         created=utc_now(),
         command=command_line(),
@@ -338,7 +344,7 @@ def evaluation_record(
         difference=difference,
         baselines=replace(baselines(examples.labels, words), others=others),
         environment=environment(),
-        notes=data.notes,
+        notes=notes,
         corrections=target.corrections,
         base_measured=earlier.record.created if earlier else None,
         prior_corrected=_prior_corrected(target, measured, examples, bootstrap),

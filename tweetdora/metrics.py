@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from tweetdora.records import (
 INTERVAL_METRICS = ("macro_f1", "macro_recall", "accuracy")
 _BINS = 10  # of equal width, for the calibration error
 _AT_ONCE = 200  # resamples per step
+_CELLS_AT_ONCE = 10_000_000  # 80 MB
 
 
 def confusion_matrix(references: Sequence[int], predictions: Sequence[int], num_labels: int) -> np.ndarray:
@@ -132,8 +133,7 @@ def bootstrap_intervals(
     confusion matrix's cells, so no example is copied (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
     ch. 6).
     """
-    drawn = _draw(confusion_matrix(references, predictions, num_labels), bootstrap)
-    values = scores(drawn)
+    values = _resample(confusion_matrix(references, predictions, num_labels), scores, bootstrap)
     return Intervals(
         **{name: interval_of(values[name]) for name in INTERVAL_METRICS},
         per_label_f1=[interval_of(values["f1"][:, number]) for number in range(num_labels)],
@@ -253,17 +253,20 @@ def paired_difference(
     """
     cells = np.zeros((num_labels, num_labels + 1, num_labels + 1), dtype=np.int64)
     np.add.at(cells, (np.asarray(references), np.asarray(base), np.asarray(finetuned)), 1)  # index -1 is the last one
-    drawn = _draw(cells, bootstrap)  # (S, C, C + 1, C + 1)
-    drawn_base, drawn_finetuned = scores(drawn.sum(-1)), scores(drawn.sum(-2))
+
+    def difference(drawn: np.ndarray) -> dict[str, np.ndarray]:
+        """Of redraws, shape (S, C, C + 1, C + 1)."""
+        drawn_base, drawn_finetuned = scores(drawn.sum(-1)), scores(drawn.sum(-2))
+        return {name: drawn_finetuned[name] - drawn_base[name] for name in INTERVAL_METRICS}
+
+    drawn = _resample(cells, difference, bootstrap)
     point_base, point_finetuned = scores(cells.sum(-1)), scores(cells.sum(-2))
     right_base = np.asarray(base) == np.asarray(references)
     right_finetuned = np.asarray(finetuned) == np.asarray(references)
     fixed, broken = int((~right_base & right_finetuned).sum()), int((right_base & ~right_finetuned).sum())
     return Difference(
         **{
-            name: MetricDifference(
-                float(point_finetuned[name] - point_base[name]), interval_of(drawn_finetuned[name] - drawn_base[name])
-            )
+            name: MetricDifference(float(point_finetuned[name] - point_base[name]), interval_of(drawn[name]))
             for name in INTERVAL_METRICS
         },
         mcnemar=McNemar(fixed, broken, mcnemar_p_value(fixed, broken)),
@@ -307,11 +310,24 @@ def baselines(references: Sequence[int], label_words: Sequence[str]) -> Baseline
     )
 
 
-def _draw(cells: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-    """Multinomial redraws of integer `cells`, shape (samples, *cells.shape)."""
-    count = int(cells.sum())
-    drawn = np.random.default_rng(bootstrap.seed).multinomial(count, cells.ravel() / count, size=bootstrap.samples)
-    return drawn.reshape(bootstrap.samples, *cells.shape)
+def _resample(
+    cells: np.ndarray, score: Callable[[np.ndarray], dict[str, np.ndarray]], bootstrap: Bootstrap
+) -> dict[str, np.ndarray]:
+    """Scores of multinomial redraws of integer `cells`, a few redraws at a time; each has the samples first.
+
+    With many labels, most cells are empty. An empty cell draws no random number, except possibly the last.
+    """
+    flat, count = cells.ravel(), int(cells.sum())
+    kept = flat > 0
+    kept[-1] = True
+    generator, found = np.random.default_rng(bootstrap.seed), []
+    at_once = max(1, _CELLS_AT_ONCE // flat.size)
+    for start in range(0, bootstrap.samples, at_once):
+        size = min(at_once, bootstrap.samples - start)
+        drawn = np.zeros((size, flat.size), dtype=np.int64)
+        drawn[:, kept] = generator.multinomial(count, flat[kept] / count, size=size)
+        found.append(score(drawn.reshape(size, *cells.shape)))
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def interval_of(values: np.ndarray) -> Interval:

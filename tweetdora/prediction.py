@@ -10,7 +10,9 @@ a command is interrupted, running it again resumes after the last complete chunk
     {"rows": 2, "truncated": 0}                  the end of a chunk, which is now complete
 """
 
+import io
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -33,6 +35,7 @@ from tweetdora.files import file_sha256
 from tweetdora.priors import correct, estimate_shares
 from tweetdora.processes import check_same
 from tweetdora.tables import Row, RowWriter, hint_for_columns, is_table, read_any_rows, read_stream
+from tweetdora.texts import is_text
 
 _CHUNK_BATCHES = 8  # batches per process in a chunk; within a chunk, texts of similar length are batched together
 _SHOWN_BAD_ROWS = 5
@@ -46,6 +49,7 @@ class Table:
     columns: list[str]
     num_rows: int
     bad: dict[int, str]  # problem by line number
+    no_text: dict[str, str] = field(default_factory=dict)  # column: where it first holds something that is no text
 
 
 @dataclass
@@ -89,6 +93,20 @@ class Summary:
         return notes
 
 
+def rows_of(path: str, config: PredictConfig) -> Iterator[Row]:
+    """The rows of a file, those that could not be written again with their problem.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return map(_checked, read_any_rows(path, config.csv_delimiter, config.encoding))
+
+
+def _checked(row: Row) -> Row:
+    half = next((name for name, value in row.values.items() if isinstance(value, str) and not is_text(value)), None)
+    return row if half is None else Row(row.line, problem=f"holds half of a surrogate pair in {half!r}")
+
+
 def scan(path: str, config: PredictConfig) -> Table:
     """Read a file once, so that bad rows are reported before any text is classified.
 
@@ -97,11 +115,15 @@ def scan(path: str, config: PredictConfig) -> Table:
     """
     columns: dict[str, None] = {}
     bad: dict[int, str] = {}
+    no_text: dict[str, str] = {}
     count = 0
-    for row in read_any_rows(path, config.csv_delimiter, config.encoding):
+    for row in rows_of(path, config):
         columns.update(dict.fromkeys(row.values))
         if row.problem is None:
             count += 1
+            for name, value in row.values.items():
+                if name not in no_text and not isinstance(value, (str, int, float, type(None))):
+                    no_text[name] = f"line {row.line}: column {name!r} holds {value!r:.60}"
         else:
             bad[row.line] = row.problem
     if not columns and not bad:
@@ -114,7 +136,7 @@ def scan(path: str, config: PredictConfig) -> Table:
             f"{path}: {len(bad):,} rows cannot be read: {shown}{more}. "
             f"{hint or '--skip_bad_rows true skips and counts such rows.'}"
         )
-    return Table(path, list(columns), count, bad)
+    return Table(path, list(columns), count, bad, no_text)
 
 
 def find_text_column(columns: list[str], config: PredictConfig, of_the_model: str, path: str) -> str:
@@ -163,9 +185,17 @@ def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 
 
 def text_of(row: Row, column: str) -> str:
-    """A row's text; empty if it has none."""
+    """A row's text; empty if it has none. A number is taken as it would be written.
+
+    Raises:
+        InputError: it holds something else, such as a list.
+    """
     value = row.values.get(column)
-    return "" if value is None else str(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, (str, int, float)):
+        raise InputError(f"line {row.line}: column {column!r} holds {value!r:.60}; expected text (--text_column).")
+    return str(value)
 
 
 # To a file
@@ -191,11 +221,12 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
         "input": [os.path.basename(table.path), file_sha256(table.path)],
         "text_column": column,
         "skipped": sorted(table.bad),
+        "read_as": [config.encoding, config.csv_delimiter],
     }
     check_same(command)
     done = _begin_part(part, command) if state.is_main_process else 0
     done = _from_main_process(done)
-    rows = (row for row in read_any_rows(table.path, config.csv_delimiter, config.encoding) if row.problem is None)
+    rows = (row for row in rows_of(table.path, config) if row.problem is None)
     rest = islice(rows, done, None)
     size = config.batch_size * _CHUNK_BATCHES * state.num_processes
     bar = tqdm(total=table.num_rows, initial=done, unit="row", disable=not state.is_main_process)
@@ -262,7 +293,7 @@ def _begin_part(part: str, command: dict[str, Any]) -> int:
     with open(part, "rb") as binary:
         if binary.readline() != head.encode():
             raise InputError(
-                f"{part} holds predictions of another command, with another model, input or text column. Run "
+                f"{part} holds predictions of another command: another model, input, text column or encoding. Run "
                 "that command again to finish it, delete the file, or choose another --output."
             )
         for line in binary:
@@ -302,7 +333,7 @@ def _write_output(
         summary.corrected = dict(zip(label_words, shares, strict=True))
     form = os.path.splitext(output)[1].lower()[1:]
     names = added_columns(table.columns, label_words)
-    rows = (row for row in read_any_rows(table.path, config.csv_delimiter, config.encoding) if row.problem is None)
+    rows = (row for row in rows_of(table.path, config) if row.problem is None)
     predictions = _read_part(part, label_words, summary, correction)
     beside = f"{output}.{os.getpid()}.new"
     try:
@@ -351,6 +382,12 @@ def predict_stream(
         if len(good) < len(chunk) and not config.skip_bad_rows:
             first = next(row for row in chunk if row.problem is not None)
             raise InputError(f"line {first.line}: {first.problem}. --skip_bad_rows true skips and counts such rows.")
+        for row in good:
+            if taken := sorted(set(names) & set(row.values)):
+                raise InputError(
+                    f"line {row.line} has a column {taken[0]!r}, which the first line lacks, so the prediction would "
+                    "replace it. Name it in the first line too, or use a file."
+                )
         predictions, truncated = classifier.predict([text_of(row, column) for row in good])
         summary.truncated += truncated
         for prediction in predictions:
@@ -366,9 +403,12 @@ def read_input(config: PredictConfig) -> tuple[Iterator[Row], list[str]]:
     """Read the rows of standard input, and their columns.
 
     Raises:
-        InputError: standard input is empty.
+        InputError: standard input is empty or in another encoding.
     """
-    rows = read_stream(sys.stdin, config.input_format, config.csv_delimiter)
+    if config.encoding is not None and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding=config.encoding)
+    stream = read_stream(sys.stdin, config.input_format, config.csv_delimiter)
+    rows = map(_checked, _decoded(stream, config.encoding))
     first = next(rows, None)
     if first is None:
         raise InputError("standard input is empty; expected one text per line (--input_format for other formats).")
@@ -379,3 +419,13 @@ def read_input(config: PredictConfig) -> tuple[Iterator[Row], list[str]]:
         yield from rows
 
     return again(), list(first.values)
+
+
+def _decoded(rows: Iterator[Row], encoding: str | None) -> Iterator[Row]:
+    """The rows, with an error that names the flag if they are in another encoding."""
+    try:
+        yield from rows
+    except UnicodeError as error:
+        raise InputError(
+            f"standard input is not in the encoding {encoding or 'utf-8'} ({error}). Set it with --encoding."
+        ) from error

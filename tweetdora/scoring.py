@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tweetdora.attention import ATTENTION
+from tweetdora.errors import ResourceError
 from tweetdora.packing import pack, prefix_length
 from tweetdora.prompts import PromptTokenizer
 
@@ -223,6 +224,10 @@ def score_all(
             model.train(was_training)
     labels = choose_labels(sums, firsts, [completion[0] for completion in completions])
     gathered = gather_object([(sums, labels, truncated)])
+    if any(part.isnan().any() for part, _, _ in gathered):
+        raise ResourceError(
+            f"the model's likelihoods are not numbers (nan) in {next(inner.parameters()).dtype}; use --precision fp32."
+        )
     return Scores(
         log_likelihoods=torch.cat([part for part, _, _ in gathered]),
         labels=torch.cat([part for _, part, _ in gathered]),

@@ -289,6 +289,15 @@ def _check_same_rows(runs: Sequence[MeasuredRun]) -> None:
                     f"{counts[1]:,} examples), so their scores cannot be compared. Leave one of them out, or measure "
                     "both on the same split and --max_eval_samples."
                 )
+        if not _measured_alike(first.evaluation, other.evaluation):
+            how = [
+                f"{found.precision} and max_new_tokens {found.max_new_tokens}"
+                for found in (first.evaluation, other.evaluation)
+            ]
+            raise InputError(
+                f"{first.folder} and {other.folder} were measured differently ({how[0]}; {how[1]}). Measure one again "
+                "with evaluate.py's --precision and --max_new_tokens of the other."
+            )
 
 
 def group_runs(runs: Sequence[MeasuredRun], diverged: Iterable[RunRecord] = ()) -> list[Group]:

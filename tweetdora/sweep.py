@@ -29,6 +29,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -38,7 +39,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     diverged = False
     for path in paths:
         sweep = read_sweep(path)
-        planned = [(run, state_of(run, sweep.splits)) for run in plan_runs(sweep)]
+        planned = [(run, state_of(run, sweep.splits, sweep.evaluate)) for run in plan_runs(sweep)]
         counts = Counter(state for _, state in planned)
         note = f", {counts['diverged']} diverged" if counts["diverged"] else ""
         log.info("%s: %d runs, %d of them done%s", path, len(planned), counts["done"], note)
@@ -214,6 +215,12 @@ def plan_runs(sweep: Sweep) -> list[Run]:
     """
     common = (read_yaml(sweep.config, f"config {sweep.config}") if sweep.config else {}) | sweep.settings
     runs = []
+    for variant in sweep.variants:
+        if not variant or _word(variant) != variant:
+            raise InputError(
+                f"the variant {variant!r} names a folder; expected letters, digits, '.', '_' and '-', such as "
+                f"{_word(variant) or 'dora'}."
+            )
     for seed in sweep.seeds:
         for variant, settings in (sweep.variants or {"": {}}).items():
             for values in itertools.product(*sweep.grid.values()):
@@ -240,6 +247,12 @@ def _join(planned: tuple[Sweep, Run] | None, sweep: Sweep, run: Run) -> tuple[Sw
         raise InputError(
             f"two sweeps have different runs in {run.run_dir}. Give one of them another output_dir and records_dir."
         )
+    for name in ("launcher", "evaluate"):
+        if getattr(other, name) != getattr(sweep, name):
+            raise InputError(
+                f"two sweeps have the run {run.run_dir}, but another {name}: {getattr(other, name)} and "
+                f"{getattr(sweep, name)}. Give both the same, or one of them another output_dir and records_dir."
+            )
     return dataclasses.replace(other, splits=[*dict.fromkeys([*other.splits, *sweep.splits])]), run
 
 
@@ -266,11 +279,15 @@ def _write_recipe(recipe: dict[str, Any], path: str) -> None:
         yaml.safe_dump(recipe, stream, sort_keys=False, allow_unicode=True)
 
 
-def state_of(run: Run, splits: Sequence[str]) -> Literal["to do", "done", "diverged"]:
+def state_of(run: Run, splits: Sequence[str], evaluate: Mapping[str, Any]) -> Literal["to do", "done", "diverged"]:
     """The state of a run by its records. One that diverged has only the record of its training.
 
+    Args:
+        evaluate: The flags of evaluate.py with which the splits are to be measured.
+
     Raises:
-        InputError: they belong to a run with other settings, or are incomplete and the run itself is gone.
+        InputError: they belong to a run with other settings or were measured with other flags, or are incomplete and
+            the run itself is gone.
     """
     path = os.path.join(run.records_dir, RUN_FILE)
     if not os.path.isfile(path):
@@ -279,7 +296,10 @@ def state_of(run: Run, splits: Sequence[str]) -> Literal["to do", "done", "diver
     _check_settings(run, record, run.records_dir)
     if record.status == "diverged":
         return "diverged"
-    if all(os.path.isfile(os.path.join(run.records_dir, f"{split}.json")) for split in splits):
+    measured = [path for split in splits if os.path.isfile(path := os.path.join(run.records_dir, f"{split}.json"))]
+    for path in measured:
+        _check_measured(run, path, evaluate)
+    if len(measured) == len(splits):
         return "done"
     _check_still_there(run, record)
     return "to do"
@@ -304,6 +324,33 @@ def _check_settings(run: Run, record: RunRecord, folder: str) -> None:
         raise InputError(
             f"{folder} holds a run with other settings: {'; '.join(differ)}. Rename the variant, or choose another "
             "output_dir and records_dir."
+        )
+
+
+def _check_measured(run: Run, path: str, evaluate: Mapping[str, Any]) -> None:
+    """Check that a record was measured as it would be now.
+
+    Raises:
+        InputError: it was not; the message names the differences.
+    """
+    record = read_record(EvaluationRecord, path)
+    asked = re.search(r"--max_eval_samples[= ](\d+)", record.command)
+    found = {
+        "max_eval_samples": int(asked[1]) if asked else "all",
+        "bootstrap_samples": record.bootstrap.samples,
+        "precision": record.precision,
+        "max_new_tokens": record.max_new_tokens,
+    }
+    planned = {
+        "max_eval_samples": evaluate.get("max_eval_samples", "all"),
+        "bootstrap_samples": evaluate.get("bootstrap_samples", EvaluateConfig().bootstrap_samples),
+        "precision": found["precision"] if run.training.precision == "auto" else run.training.precision,
+        "max_new_tokens": run.training.max_new_tokens,
+    }
+    if differ := [f"{name}: was {found[name]}, now {planned[name]}" for name in found if found[name] != planned[name]]:
+        raise InputError(
+            f"{path} was measured differently: {'; '.join(differ)}. Remove it and the run's evaluation to measure "
+            "again, or choose another output_dir and records_dir."
         )
 
 

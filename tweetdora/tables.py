@@ -143,6 +143,11 @@ def _csv_rows(stream: TextIO, path: str, delimiter: str) -> Iterator[Row]:
             if not header:  # typically quoted names between other delimiters
                 hint = hint_for_columns(path, [lines.last])
                 raise InputError(f"{path}: its header, {lines.last!r}, cannot be read ({error}). {hint}") from error
+            if reader.line_num > line and "end of data" in str(error):  # skipping it would skip all that follows
+                raise InputError(
+                    f"{path}, line {line}: a quote is opened and not closed until the end of the file, line "
+                    f"{reader.line_num:,}. Close it, or double it if it is part of the text."
+                ) from error
             yield Row(line, problem=_csv_problem(line, reader.line_num, error))
             continue
         if not fields:
@@ -211,10 +216,21 @@ def _guess_encoding(path: str) -> str:
     return ", such as latin-1 or cp1252"
 
 
+class _UnixLines:
+    """A stream for csv.writer, which calls it once a row, that ends the rows with "\\n"."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, row: str) -> int:
+        return self._stream.write(row.removesuffix("\r\n") + "\n")
+
+
 class RowWriter:
     """Write rows to an open file as csv, tsv, jsonl or parquet; all rows of a file have the same columns.
 
-    In CSV and TSV, missing values are empty fields, and lists and mappings are JSON.
+    In CSV and TSV, missing values are empty fields, and lists and mappings are JSON. In JSON, what it has no form for,
+    such as a time, is a string.
     """
 
     def __init__(
@@ -228,15 +244,16 @@ class RowWriter:
         self._stream, self._form, self._columns, self._schema = stream, form, list(columns), schema
         self._parquet: parquet.ParquetWriter | None = None
         if form in ("csv", "tsv"):
+            # Before Python 3.11.9, csv quotes a field with "\r" only if lines end with it.
             self._csv = csv.writer(
-                stream, delimiter=delimiter or ("\t" if form == "tsv" else ","), lineterminator="\n"
+                _UnixLines(stream), delimiter=delimiter or ("\t" if form == "tsv" else ","), lineterminator="\r\n"
             )
             self._csv.writerow(self._columns)
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write rows."""
         if self._form == "jsonl":
-            self._stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self._stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         elif self._form == "parquet":
             self._write_parquet(rows)
         else:
@@ -265,4 +282,4 @@ class RowWriter:
 def _as_field(value: Any) -> Any:
     if value is None:
         return ""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict, bool)) else value
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict, bool)) else value

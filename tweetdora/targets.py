@@ -76,6 +76,7 @@ def correct_task(task: TaskConfig, given: dict[str, Any]) -> tuple[TaskConfig, l
     changes = dict(given)
     if given.get("dataset_name", task.dataset_name) != task.dataset_name:  # these belong to the old data set
         changes = {"dataset_config": None, "dataset_revision": None, **changes}
+        changes |= {"validation_share": 0.0, "test_share": 0.0}
     for split in ("validation", "test"):
         if f"{split}_split" in given:
             changes[f"{split}_share"] = 0.0
