@@ -77,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         say("\nfirst example, supervised tokens in 【】:\n%s", example)
         return 0
     if resume.saved is not None:
-        run, mismatches = continue_record(resume.saved, run, training.allow_mismatch)
+        run, mismatches = continue_record(
+            resume.saved, run, training.allow_mismatch, training.hub_model_id, resume.is_fork
+        )
         for mismatch in mismatches:
             say("note: resumed with %s", mismatch)
     with only_training_in(training.output_dir, state.is_main_process):

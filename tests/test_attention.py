@@ -304,6 +304,11 @@ UNPACKABLE = {
         {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "num_experts_per_tok": 1},
         "it has layers of type linear_attention",
     ),
+    "deepseek_v2": (
+        {"kv_lora_rank": 8, "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+        | {"head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 2},
+        "its values have another width than its keys",
+    ),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "it has layers of type conv"),
     "falcon": ({}, "its code does not accept attention functions"),
 }

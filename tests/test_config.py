@@ -378,6 +378,14 @@ def test_a_setting_that_cannot_be_is_refused(argv, message):
         parse(*argv)
 
 
+def test_an_optimizer_that_saves_other_weights_than_it_trains_is_refused():
+    message = (
+        "^--optim schedule_free_adamw is not supported: its weights for validation and saving are others than those"
+    )
+    with pytest.raises(InputError, match=message):
+        parse("--optim", "schedule_free_adamw")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

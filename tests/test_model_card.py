@@ -72,7 +72,7 @@ def test_the_headline_is_the_mean_over_seeds_where_there_are_several(records, tm
     card = render_card(replace(plain, sisters=sisters), publication, "float32", CHECK, generations)
     assert mean == "0.850" and f"{np.std(values, ddof=1):.3f}" == "0.050"
     assert (
-        "macro-F1 rose from **0.061** (95 % interval [0.111, 0.889]) to **0.850**, the mean of 3 trainings with seeds "
+        "macro-F1 went from **0.061** (95 % interval [0.111, 0.889]) to **0.850**, the mean of 3 trainings with seeds "
         f"42, 43 and 44 (standard deviation 0.050; 95 % interval over examples and seeds [{low}, {high}]). This model "
         f"is the one with seed {plain.run.training.seed}: 0.465 ([0.111, 0.889]). The numbers below are its own.\n\n"
         "## Labels and intended use\n"
@@ -86,6 +86,28 @@ def render(records, hub_model_id="owner/small-dora", license="apache-2.0", folde
     generations = [line["finetuned"]["text"] for line in records["predictions"]]
     publication = Publication(hub_model_id, folder, license, commands, **more)
     return render_card(made(records), publication, "float32", CHECK, generations)
+
+
+def test_passes_of_batches_that_do_not_fill_the_last_one_are_whole(records):
+    """By hand: 100 examples are 7 batches of 16, so 21 steps are 3 passes and 24 are 3.48."""
+    records["run"]["train_data"]["num_examples"] = 100
+    for steps, passes in ((21, "3.00 passes"), (24, "3.48 passes"), (7, "one pass")):
+        records["run"]["result"]["steps"] = steps
+        assert f"16 examples each: {passes} over the training examples" in render(records)
+
+
+def test_the_settings_that_change_the_scale_or_the_clipping_are_on_the_card(records):
+    assert "rsLoRA" not in render(records)
+    records["run"]["model"]["use_rslora"] = True
+    records["run"]["training"]["max_grad_norm"] = 0.0
+    card = render(records)
+    assert "alpha 16 with rsLoRA (scaled by alpha over the root of r)" in card and ", gradients not clipped |" in card
+
+
+def test_the_metadatas_data_set_is_that_of_the_training(records):
+    records["evaluation"]["data"]["name"] = "owner/elsewhere"
+    card = ModelCard(render(records)).data
+    assert card.datasets == ["cardiffnlp/tweet_eval"] and card.eval_results[0].dataset_type == "owner/elsewhere"
 
 
 def test_metadata_parses_back_to_the_records(records):
@@ -108,7 +130,7 @@ def test_metadata_parses_back_to_the_records(records):
 @pytest.mark.parametrize(
     "line",
     [
-        "On 5 examples of cardiffnlp/tweet_eval (sentiment), test, by greedy generation, macro-F1 rose from "
+        "On 5 examples of cardiffnlp/tweet_eval (sentiment), test, by greedy generation, macro-F1 went from "
         "**0.061** (95 % interval [0.111, 0.889]) to **0.465** ([0.111, 0.889]).",
         "| base (OuteAI/Lite-Oute-1-300M-Instruct) | 0.061 | [0.111, 0.889] | 0.375 | [0.222, 0.778] | 0.333 |",
         "| **fine-tuned** (this model) | **0.465** | [0.111, 0.889] | 0.375 | [0.222, 0.778] | 0.333 |",

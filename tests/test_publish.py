@@ -187,6 +187,7 @@ def test_the_score_is_there_in_the_hubs_newer_format_and_belongs_to_a_publish(de
     assert (entry["dataset"]["id"], entry["dataset"]["task_id"]) == (DATA, "sentiment")
     assert _OURS.fullmatch(".eval_results/tweetdora.yaml"), "a later publish without it removes it"
     assert not _OURS.fullmatch(".eval_results/somebody.yaml")
+    assert _OURS.fullmatch("special_tokens_map.json"), "another tokenizer's would change the special tokens"
 
 
 def test_what_was_published_answers_as_the_adapter_does_token_for_token(desk: Desk):

@@ -154,7 +154,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_and_say
 def test_a_run_goes_on_from_a_checkpoint_of_another_folder_in_an_empty_one_only(training, tmp_path):
     run = make_record(tmp_path / "other", "interrupted")
     other = make_checkpoint(tmp_path / "other", 10)
-    assert plan_resume(training(resume_from_checkpoint=other)) == ResumePlan(other, run, [])
+    assert plan_resume(training(resume_from_checkpoint=other)) == ResumePlan(other, run, [], is_fork=True)
     make_record(tmp_path / "run", "interrupted")
     with pytest.raises(InputError, match="belongs to another run than --output_dir .*/run, which already holds one"):
         plan_resume(training(resume_from_checkpoint=other))
@@ -317,9 +317,24 @@ def test_the_record_goes_on_where_the_interrupted_runs_was():
     saved = sample_run(created="then", command="first", tracker=tracker, mismatches=["code: earlier"], result=None)
     now = sample_run(created="now", command="second", status="planned", result=None)
     now = dataclasses.replace(now, training=dataclasses.replace(now.training, batching="padded"))
-    run, mismatches = continue_record(saved, now, ["training.batching"])
+    run, mismatches = continue_record(saved, now, ["training.batching"], None, is_fork=False)
     assert (run.created, run.command, run.tracker, run.training.batching) == ("then", "first", tracker, "padded")
     assert len(mismatches) == 1 and run.mismatches == ["code: earlier", *mismatches]
+
+
+def test_the_repository_of_a_run_stays_unless_another_is_given():
+    """A default of the resuming command must not replace it; a fork has its own, and its own tracker's run."""
+    tracker = TrackerRecord("id", "online", "https://wandb.test/id", "tweetdora", None)
+    saved = sample_run(hub_model_id="me/first", tracker=tracker, result=None)
+    now = sample_run(hub_model_id="owner/default", tracker=None, result=None)
+
+    def continued(given: str | None, is_fork: bool):
+        run, _ = continue_record(saved, now, [], given, is_fork)
+        return run.hub_model_id, run.tracker
+
+    assert continued(None, False) == ("me/first", tracker)
+    assert continued("me/second", False) == ("me/second", tracker)
+    assert continued(None, True) == ("owner/default", None)
 
 
 def test_a_checkpoint_of_the_record_version_before_is_refused(training, tmp_path):

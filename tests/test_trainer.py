@@ -932,6 +932,16 @@ def test_a_resumed_run_records_the_whole_run(sharp_dir, data_dir, tmp_path, monk
     assert run["adapter"] == straight["adapter"]
 
 
+def test_a_resumed_run_logs_after_the_steps_that_its_own_command_names(sharp_dir, data_dir, tmp_path, monkeypatch):
+    arguments = command(sharp_dir, data_dir, tmp_path / "run", *SHORT, "--max_steps", "6")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1)
+        assert run_here(arguments) == 130
+    assert run_here([*arguments, "--logging_steps", "1", "--resume_from_checkpoint", "true"]) == 0
+    history = read_run_file(tmp_path / "run")["result"]["log_history"]
+    assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("steps", ["3", "4"], ids=["end of an epoch", "within an epoch"])
 def test_a_run_that_was_killed_after_its_last_step_only_has_to_be_saved(steps, sharp_dir, data_dir, tmp_path):
     run_dir = tmp_path / "run"

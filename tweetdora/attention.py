@@ -122,6 +122,8 @@ def _packed_attention(
     prefix = packing["prefix_length"]
     to_padded, to_packed = packing["to_padded"], packing["to_packed"]
     padded_length = to_padded.numel() // packing["row_count"]
+    if value.shape[-1] != key.shape[-1]:  # multi-head latent attention, for example
+        raise NotPackable("its values have another width than its keys")
     of_prefix, own = [], []
     for states in (query, key, value):
         # Split instead of slicing: the gradient of a slice allocates zeros as large as the whole tensor.

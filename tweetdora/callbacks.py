@@ -63,11 +63,12 @@ class RunMissedEvaluation(_TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Validate if a validation is due.
+        """Validate if a validation is due. Resumed, the steps to log, save and validate after are the new flags'.
 
         Raises:
             EvaluationStopped: a signal interrupted it again; it stays due, and no step is made.
         """
+        state.compute_steps(args, state.max_steps)  # the Trainer leaves those of the checkpoint
         if self.trainer.evaluation_is_due():
             self.trainer.evaluate()
             if self.trainer.evaluation_is_due():

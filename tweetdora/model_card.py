@@ -162,7 +162,7 @@ def check_license(license: str | list[str] | None, card: BaseModelCard) -> str |
 def front_matter(records: Records, publication: Publication) -> str:
     """Return the metadata as YAML, without unknown values and local folders, which have no Hub id."""
     run, data, card = records.run, records.evaluation.data, records.run.base_model_card
-    dataset = data.hub_id
+    dataset, trained_on = data.hub_id, run.train_data.hub_id
     metrics = (("f1", "macro_f1", "macro-F1"), ("recall", "macro_recall", "macro recall"))
     results = [
         EvalResult(
@@ -184,7 +184,7 @@ def front_matter(records: Records, publication: Publication) -> str:
         model_name=title(run, publication.hub_model_id),
         base_model=run.base_hub_id,
         base_model_relation="adapter" if publication.adapter_only else "finetune",
-        datasets=[dataset] if dataset else None,
+        datasets=[trained_on] if trained_on else None,
         language=card.language,
         library_name="peft" if publication.adapter_only else "transformers",
         license=publication.license,

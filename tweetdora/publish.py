@@ -40,6 +40,7 @@ _FINAL = (400, 401, 403, 404, 413, 422)
 _OURS = re.compile(
     r"README\.md|model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetensors|chat_template\.jinja"
     r"|(config|generation_config|model\.safetensors\.index|adapter_config|tokenizer|tokenizer_config)\.json"
+    r"|(special_tokens_map|added_tokens)\.json"  # of another tokenizer, whose special tokens would replace this one's
     r"|task\.json|\.eval_results/tweetdora\.yaml|Modelfile|onnx/model(_quantized)?\.onnx(_data)?"
     r"|adapter/adapter_(config\.json|model\.safetensors)|(plots|figures)/[^/]+\.png"
 )

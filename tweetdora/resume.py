@@ -32,12 +32,13 @@ class ResumePlan:
     """Where a run starts.
 
     `checkpoint` is None for a new run; `saved` is the record stored in the checkpoint; `notes` are lines for the user,
-    such as one for each damaged checkpoint that was skipped.
+    such as one for each damaged checkpoint that was skipped; a fork starts from another run folder's checkpoint.
     """
 
     checkpoint: str | None = None
     saved: RunRecord | None = None
     notes: list[str] = field(default_factory=list)
+    is_fork: bool = False
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ def plan_resume(training: TrainConfig) -> ResumePlan:
         checkpoint, notes = _newest_checkpoint(folder)
         return ResumePlan(checkpoint, saved_run(checkpoint), notes)
     _check_named_checkpoint(asked, folder, status)
-    return ResumePlan(asked, saved_run(asked))
+    return ResumePlan(asked, saved_run(asked), is_fork=_is_elsewhere(asked, folder))
 
 
 def _check_folder_is_free(folder: str, status: str | None) -> None:
@@ -129,12 +130,15 @@ def _check_named_checkpoint(checkpoint: str, folder: str, status: str | None) ->
             f"--resume_from_checkpoint {checkpoint}: {damage}. Name another, or give `true` for the newest."
         )
     # A run may start from another run's checkpoint, as a fork; then its own folder must be empty.
-    elsewhere = os.path.dirname(os.path.abspath(checkpoint)) != os.path.abspath(folder)
-    if elsewhere and (status or all_checkpoints(folder)):
+    if _is_elsewhere(checkpoint, folder) and (status or all_checkpoints(folder)):
         raise InputError(
             f"--resume_from_checkpoint {checkpoint} belongs to another run than --output_dir {folder}, which already "
             "holds one. Choose an empty --output_dir."
         )
+
+
+def _is_elsewhere(checkpoint: str, folder: str) -> bool:
+    return os.path.dirname(os.path.abspath(checkpoint)) != os.path.abspath(folder)
 
 
 def pin_commits(task: TaskConfig, model: ModelConfig, saved: RunRecord | None) -> Commits:
@@ -153,8 +157,14 @@ def pin_commits(task: TaskConfig, model: ModelConfig, saved: RunRecord | None) -
     return Commits(kept_base or pin_revision(*base), kept_data or pin_revision(*data, "dataset"))
 
 
-def continue_record(saved: RunRecord, planned: RunRecord, allowed: Sequence[str]) -> tuple[RunRecord, list[str]]:
+def continue_record(
+    saved: RunRecord, planned: RunRecord, allowed: Sequence[str], hub_model_id: str | None, is_fork: bool
+) -> tuple[RunRecord, list[str]]:
     """The planned run's record, which continues the interrupted run's; and the mismatches that were allowed.
+
+    Args:
+        hub_model_id: What this command gives; None: the run keeps its own.
+        is_fork: It starts from a checkpoint of another run folder. Then tracker and repository are its own.
 
     Raises:
         InputError: it is a different run.
@@ -164,7 +174,8 @@ def continue_record(saved: RunRecord, planned: RunRecord, allowed: Sequence[str]
         planned,
         created=saved.created,
         command=saved.command,
-        tracker=saved.tracker,
+        tracker=planned.tracker if is_fork else saved.tracker,
+        hub_model_id=hub_model_id or (planned if is_fork else saved).hub_model_id,
         mismatches=[*saved.mismatches, *mismatches],
     )
     return record, mismatches

@@ -262,6 +262,12 @@ class TrainConfig(TrainingArguments):
             raise InputError(
                 "--eval_strategy is set by --max_eval_samples (0: no validation) and --eval_steps; leave it out."
             )
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if optimizer.startswith("schedule_free"):
+            raise InputError(
+                f"--optim {optimizer} is not supported: its weights for validation and saving are others than those "
+                "that are trained. Use another, such as adamw_torch."
+            )
         fields = {item.name: item for item in dataclasses.fields(self)}
         for name, reason in _REFUSED_ARGUMENTS.items():
             if (value := getattr(self, name)) not in (fields[name].default, None, ""):
