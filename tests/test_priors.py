@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sample_records import sample_run
 
-from tweetdora.priors import correct, estimate_shares, label_shares
+from tweetdora.priors import correct, corrected_labels, estimate_shares, label_shares
 
 WORDS = ["bad", "good"]
 
@@ -20,6 +20,16 @@ def test_probabilities_are_weighted_by_the_change_of_the_shares():
 def test_the_shares_of_training_change_nothing():
     rows = np.array([[0.4, 0.6], [0.9, 0.1]])
     assert correct(rows, [0.2, 0.8], np.array([0.2, 0.8])) == pytest.approx(rows)
+
+
+def test_a_label_that_won_a_tie_stays_unless_the_correction_decides():
+    """Row 0 is a tie that greedy generation decides for label 1; in row 1 the correction makes label 1 likelier."""
+    probabilities = np.array([[0.4, 0.4, 0.2], [0.6, 0.4, 0.0]])
+    labels = np.array([1, 0])
+    same = correct(probabilities, [0.5, 0.3, 0.2], np.array([0.5, 0.3, 0.2]))
+    assert corrected_labels(labels, probabilities, same).tolist() == [1, 0]
+    other = correct(probabilities, [0.5, 0.3, 0.2], np.array([0.2, 0.6, 0.2]))
+    assert corrected_labels(labels, probabilities, other).tolist() == [1, 1]
 
 
 def test_certain_probabilities_are_counted():

@@ -25,7 +25,7 @@ from tweetdora.metrics import (
 )
 from tweetdora.modeling import DTYPES, check_ids_fit, load_base
 from tweetdora.other_classifiers import other_classifiers
-from tweetdora.priors import correct, estimate_shares
+from tweetdora.priors import correct, corrected_labels, estimate_shares
 from tweetdora.processes import check_same
 from tweetdora.prompts import PromptTokenizer
 from tweetdora.provenance import command_line, environment, utc_now
@@ -364,7 +364,8 @@ def _prior_corrected(
     probabilities = scores.probabilities.numpy()
     shares = estimate_shares(probabilities, train)
     corrected = correct(probabilities, train, shares)
-    likeliest, predicted = scores.labels.tolist(), corrected.argmax(-1).tolist()
+    likeliest = scores.labels.tolist()
+    predicted = corrected_labels(scores.labels.numpy(), probabilities, corrected).tolist()
     return PriorCorrected(
         train_shares=dict(zip(words, train, strict=True)),
         estimated_shares=dict(zip(words, shares.tolist(), strict=True)),

@@ -32,7 +32,7 @@ from tweetdora.classifier import Classifier, Prediction, make_prediction
 from tweetdora.config import PredictConfig
 from tweetdora.errors import InputError
 from tweetdora.files import file_sha256
-from tweetdora.priors import correct, estimate_shares
+from tweetdora.priors import correct, corrected_labels, estimate_shares
 from tweetdora.processes import check_same
 from tweetdora.tables import Row, RowWriter, hint_for_columns, is_table, read_any_rows, read_stream
 from tweetdora.texts import is_text
@@ -315,8 +315,10 @@ def _read_part(
                 continue
             prediction = Prediction(None, {}, None)
             if found and correction is not None:
-                row = correct(np.array(found[1:]), correction.train_shares, correction.shares)
-                prediction = make_prediction(int(row.argmax()), row.tolist(), label_words)
+                before = np.array(found[1:])
+                row = correct(before, correction.train_shares, correction.shares)
+                label = int(corrected_labels(np.array(found[0]), before, row))
+                prediction = make_prediction(label, row.tolist(), label_words)
             elif found:
                 prediction = make_prediction(found[0], found[1:], label_words)
             summary.add(prediction)

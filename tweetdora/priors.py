@@ -44,3 +44,13 @@ def correct(probabilities: np.ndarray, train_shares: Sequence[float] | np.ndarra
     """Correct probabilities (N, C) from the training shares to `shares`."""
     weighted = probabilities * (shares / np.asarray(train_shares))
     return weighted / weighted.sum(-1, keepdims=True)
+
+
+def corrected_labels(labels: np.ndarray, probabilities: np.ndarray, corrected: np.ndarray) -> np.ndarray:
+    """The label ids (N,) after correction: those of before, unless another label has become the most likely.
+
+    `labels` are ids from before, of which some are the choice between labels that rounding made equally likely
+    (scoring.choose_labels).
+    """
+    now = corrected.argmax(-1)
+    return np.where(now == probabilities.argmax(-1), labels, now)
