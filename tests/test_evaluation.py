@@ -339,6 +339,14 @@ def test_a_published_task_tells_no_folder_of_this_machine(tmp_path):
     assert '"dataset_name": "rows.csv"' in text and str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(("name", "revision"), [("owner/base", "some-branch"), ("owner/other", None)])
+def test_a_base_is_measured_at_the_revision_of_its_recipe(results_dir, tmp_path, monkeypatch, name, revision):
+    monkeypatch.setattr("tweetdora.targets.read_adapter_config", lambda name: None)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model_name_or_path: owner/base\nmodel_revision: some-branch\n")
+    assert find_eval_target(name, EvaluateConfig(config=str(path))).base_revision == revision
+
+
 def test_a_model_without_a_task_is_asked_the_published_question_and_that_is_said(results_dir, tmp_path):
     target = find_eval_target(model_folder(str(tmp_path / "model")), EvaluateConfig())
     (note,) = target.notes

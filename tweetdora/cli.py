@@ -94,12 +94,23 @@ def read_task(recipe_path: str | None) -> TaskConfig:
     """Return the task of a recipe, or the published task without one."""
     if recipe_path is None:
         return TaskConfig()
+    found = _read_recipe(recipe_path)
+    return TaskConfig(**{item.name: getattr(found, item.name) for item in dataclasses.fields(TaskConfig)})
+
+
+def read_revision(recipe_path: str | None, name: str) -> str | None:
+    """Return the revision that a recipe gives for this base model; None if it gives none, or names another model."""
+    if recipe_path is None:
+        return None
+    found = _read_recipe(recipe_path)
+    return found.model_revision if found.model_name_or_path == name else None
+
+
+def _read_recipe(path: str) -> argparse.Namespace:
     from tweetdora.train_config import TrainConfig  # as above
 
     parser = _parser([TaskConfig, ModelConfig, TrainConfig], "")
-    argv = with_recipe(parser, ["--config", recipe_path])
-    namespace = parser.parse_args(argv)
-    return TaskConfig(**{item.name: getattr(namespace, item.name) for item in dataclasses.fields(TaskConfig)})
+    return parser.parse_args(with_recipe(parser, ["--config", path]))
 
 
 def with_recipe(parser: HfArgumentParser, argv: Sequence[str]) -> list[str]:

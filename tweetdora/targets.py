@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tweetdora.cli import read_task
+from tweetdora.cli import read_revision, read_task
 from tweetdora.config import MAX_NEW_TOKENS, RUNS_DIR, EvaluateConfig, Precision, TaskConfig
 from tweetdora.device import can_compute, decide_precision
 from tweetdora.errors import InputError
@@ -121,7 +121,7 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
         name=name,
         kind="model",
         base=name,
-        base_revision=None,
+        base_revision=read_revision(config.config, name),
         adapter_dir=None,
         tokenizer=None,
         task=published.task if published else read_task(config.config),
