@@ -230,9 +230,9 @@ def test_the_table_of_the_experiment_is_the_records():
     found = find_runs([str(ROOT / "results/best/lora-r16-1e-3-2epochs-*")], "validation")
     assert cells_of("all 45,615 rows, every linear layer")[1:] == [expected[0], f"{expected[1]} ({len(found)} seeds)"]
     best = find_runs([str(ROOT / "results/best/lora-r16-1e-3-2epochs-*")], "test")
-    summary = summarise(Group({}, best))
+    summary, numbers = summarise(Group({}, best)), [str(run.seed) for run in best]
     said = (
-        f"LoRA reached {summary.mean:.3f} (mean of seeds {' and '.join(str(run.seed) for run in best)}, 95 % interval "
+        f"LoRA reached {summary.mean:.3f} (mean of seeds {', '.join(numbers[:-1])} and {numbers[-1]}, 95 % interval "
         f"over tweets and seeds [{summary.interval[0]:.3f}, {summary.interval[1]:.3f}]"
     )
     assert said in README.replace("\n", " ")

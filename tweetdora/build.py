@@ -59,7 +59,7 @@ def check_output_dir(folder: str, run_dir: str) -> None:
     """Refuse a folder that a build must not replace, because everything in it would be lost.
 
     Raises:
-        InputError: It is a file, holds the run or the working folder, or holds anything but an earlier build.
+        InputError: It is a file, holds the run or the working folder, or holds files without being an earlier build.
     """
     path = os.path.realpath(folder)
     for kept, what in ((run_dir, "the run folder"), (os.getcwd(), "the working folder")):
