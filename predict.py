@@ -70,9 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     of_the_model = classifier.target.task.text_column
     if table is not None and config.output is not None:
         column = find_text_column(table.columns, config, of_the_model, table.path)
-        if column in table.no_text:
+        if column in table.no_text and not config.skip_bad_rows:
             raise InputError(
-                f"{table.path}, {table.no_text[column]}; expected text. --text_column names another column."
+                f"{table.path}, {table.no_text[column]}; expected text. --text_column names another column; "
+                "--skip_bad_rows true leaves such rows unlabelled."
             )
         summary = predict_file(classifier, table, config, column)
     else:

@@ -355,7 +355,7 @@ def test_label_words_that_are_digits_are_words(make_task):
     [
         ([True, False], ["true", "false"], [0, 1]),
         ([True, False], ["False", "True"], [1, 0]),
-        ([1, 0], ["1", "0"], [0, 1]),
+        ([0, 1], ["0", "1"], [0, 1]),
         ([3.0, 1.0], ["1", "2", "3"], [2, 0]),
         ([1, 0], ["no", "yes"], [1, 0]),
     ],
@@ -364,6 +364,16 @@ def test_labels_with_a_type_are_words_where_they_are_spelled_like_them(make_task
     frame = pandas.DataFrame({"text": ["a", "b"], "label": labels})
     task = make_task("rows.parquet", frame.to_parquet(), label_words=words)
     assert load_examples(task, "train", None).labels == expected
+
+
+def test_numbers_that_could_be_words_or_ids_need_to_be_told(make_task):
+    """Another split of the same data, with a 5 or a 0, would decide."""
+    content = pandas.DataFrame({"text": ["a", "b"], "label": [1.0, 2.0]}).to_parquet()
+    words = ["1", "2", "3", "4", "5"]
+    with pytest.raises(InputError, match=r"label holds 1, 2, which could be label words \(1 2 3 4 5\) or label ids"):
+        load_examples(make_task("rows.parquet", content, label_words=words), "train", None)
+    task = make_task("rows.parquet", content, label_words=words, label_values=words)
+    assert load_examples(task, "train", None).labels == [0, 1], "1.0 is 1"
 
 
 def test_booleans_need_to_be_told_which_is_which(make_task):

@@ -94,6 +94,9 @@ def test_passes_of_batches_that_do_not_fill_the_last_one_are_whole(records):
     for steps, passes in ((21, "3.00 passes"), (24, "3.48 passes"), (7, "one pass")):
         records["run"]["result"]["steps"] = steps
         assert f"16 examples each: {passes} over the training examples" in render(records)
+    records["run"]["training"]["dataloader_drop_last"] = True
+    records["run"]["result"]["steps"] = 18
+    assert "16 examples each: 2.88 passes" in render(records)
 
 
 def test_the_settings_that_change_the_scale_or_the_clipping_are_on_the_card(records):

@@ -270,10 +270,13 @@ def test_what_is_no_text_is_not_classified_by_its_spelling(model, tmp_path):
     said = refused(model, tmp_path / "list.jsonl", "--output", tmp_path / "out2.jsonl")
     assert "list.jsonl, line 2: column 'text' holds ['b']; expected text" in said
     assert not (tmp_path / "out2.jsonl.part").exists()
+    main(model, tmp_path / "list.jsonl", "--output", tmp_path / "out2.jsonl", "--skip_bad_rows", "true")
+    labels = [json.loads(line)["label"] for line in (tmp_path / "out2.jsonl").read_text().splitlines()]
+    assert labels[0] in WORDS and labels[1] is None
 
 
 def test_half_of_a_surrogate_pair_is_a_row_that_cannot_be_read(model, tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_text('{"text": "a day"}\n{"text": "b", "by": "\\ud83d"}\n')
+    (tmp_path / "in.jsonl").write_text('{"text": "a day"}\n{"text": "b", "by": ["\\ud83d"]}\n')
     words = (model, tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     assert "line 2: holds half of a surrogate pair in 'by'" in refused(*words)
     main(*words, "--skip_bad_rows", "true")

@@ -23,13 +23,12 @@ def test_the_shares_of_training_change_nothing():
 
 
 def test_a_label_that_won_a_tie_stays_unless_the_correction_decides():
-    """Row 0 is a tie that greedy generation decides for label 1; in row 1 the correction makes label 1 likelier."""
-    probabilities = np.array([[0.4, 0.4, 0.2], [0.6, 0.4, 0.0]])
-    labels = np.array([1, 0])
-    same = correct(probabilities, [0.5, 0.3, 0.2], np.array([0.5, 0.3, 0.2]))
-    assert corrected_labels(labels, probabilities, same).tolist() == [1, 0]
-    other = correct(probabilities, [0.5, 0.3, 0.2], np.array([0.2, 0.6, 0.2]))
-    assert corrected_labels(labels, probabilities, other).tolist() == [1, 1]
+    """Greedy generation decides the tie of row 0 for label 1. In row 1, the correction can make label 1 likelier."""
+    probabilities = np.array([[0.41, 0.4, 0.19], [0.6, 0.4, 0.0]])
+    labels, train = np.array([1, 0]), [0.5, 0.3, 0.2]
+    assert corrected_labels(labels, probabilities, train, np.array(train)).tolist() == [1, 0]
+    assert corrected_labels(labels, probabilities, train, np.array([0.2, 0.6, 0.2])).tolist() == [1, 1]
+    assert corrected_labels(labels, probabilities, train, np.array([0.8, 0.1, 0.1])).tolist() == [0, 0]
 
 
 def test_certain_probabilities_are_counted():

@@ -112,7 +112,7 @@ def test_likelihoods_that_are_no_numbers_are_refused(packed_model, prompt_tokeni
     """They would all be the first label."""
     with torch.no_grad():
         packed_model.lm_head.weight[5] = float("inf")
-    with pytest.raises(ResourceError, match=r"are not numbers \(nan\) in torch.float32; use --precision fp32"):
+    with pytest.raises(ResourceError, match=r"are not numbers \(nan\) in torch.float32; the model is broken"):
         score_all(packed_model, prompt_tokenizer, TEXTS, batch_size=2)
 
 

@@ -454,7 +454,7 @@ def test_a_finished_run_is_measured_on_other_data_and_the_card_says_so(finished,
     assert "note: measured with another text_column: was 'text', now 'tweet'\n" in said
     assert "note: test: no example has the label neutral" in said and "note: test: only 8 examples" in said
     record = read(folder / "evaluation/test.json")
-    truncated = "1 texts were truncated to fit 512 tokens"
+    truncated = "texts truncated to fit 512 tokens: 1"
     assert f"note: test: {truncated}\n" in said and {"split": "test", "text": truncated} in record["notes"]
     assert (record["data"]["num_examples"], record["data"]["skipped"]) == (8, {"no label": 1})
     assert [line.partition(":")[0] for line in record["corrections"]] == [

@@ -14,7 +14,7 @@ from tweetdora import seeds
 from tweetdora.errors import InputError
 from tweetdora.metrics import confusion_matrix
 from tweetdora.record_files import read_record, write_record
-from tweetdora.records import CompactPredictions, EvaluationRecord, number_line
+from tweetdora.records import CompactPredictions, EvaluationRecord, RunRecord, number_line
 from tweetdora.seeds import (
     all_pairs,
     difference,
@@ -230,6 +230,14 @@ def test_runs_that_were_measured_otherwise_are_refused(kept, change, said):
     write_record(path, replace(read_record(EvaluationRecord, path), **change))
     with pytest.raises(InputError, match=f"were measured differently .*{said}.*Measure one again"):
         find_runs([str(kept)], "test")
+
+
+def test_runs_that_were_measured_as_they_were_trained_may_differ_in_that(kept):
+    for path in kept.glob("lora-*"):
+        run, evaluation = read_record(RunRecord, str(path / "run.json")), str(path / "test.json")
+        write_record(str(path / "run.json"), replace(run, training=replace(run.training, precision="fp32")))
+        write_record(evaluation, replace(read_record(EvaluationRecord, evaluation), precision="fp32"))
+    assert len(find_runs([str(kept)], "test")) == 6
 
 
 def test_the_same_seed_twice_is_refused(kept):

@@ -71,7 +71,10 @@ def test_a_recipe_is_what_all_runs_begin_with(write, tmp_path):
         ({"seeds": []}, "seeds is []; expected one or more different values"),
         ({"grid": {"r": [4, 4]}}, "r is [4, 4]; expected one or more different values"),
         ({"splits": ["tset"]}, "splits is ['tset']; expected some of train, validation, test"),
-        ({"variants": {"owner/model": {}}}, "the variant 'owner/model' names a folder; expected letters, digits"),
+        (
+            {"variants": {"owner/model": {}}},
+            "'owner/model' is the name of a folder, so it may not be empty or contain a slash. Call it owner_model",
+        ),
         ({"seeds": 3}, "sweep.yaml.seeds is 3; expected list[int]"),
         ({"settings": {"learning_rat": 1}}, "run seed=1: unknown key 'learning_rat'. Did you mean learning_rate?"),
         ({"settings": {"r": 0}}, "--r is 0 and --lora_alpha 16; both must be 1 or more"),

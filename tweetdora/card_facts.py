@@ -365,7 +365,7 @@ def _training_facts(run: RunRecord, result: TrainingResult) -> dict[str, Any]:
         "trainable_parameters": f"{trainable:,}",
         "trainable_share": f"{trainable / run.base_model.parameters:.3%}",
         "steps": f"{result.steps:,}",
-        "epochs": _epochs(_passes(result.steps, training.global_batch_size, run.train_data.num_examples)),
+        "epochs": _epochs(_passes(result.steps, training, run.train_data.num_examples)),
         "learning_rate": f"{training.learning_rate:g}",
         "warmup": _warmup(training.warmup_steps),
         "train_loss": f"{result.train_loss:.3f}",
@@ -526,14 +526,13 @@ def _citations(run: RunRecord) -> str:
     return "\n\n".join(entries)
 
 
-def _passes(steps: int, batch_size: int, num_examples: int) -> float:
-    """Passes over the examples; the last batch of each may be smaller.
-
-    >>> _passes(21, 16, 100)
-    3.0
-    """
-    full, rest = divmod(steps, math.ceil(num_examples / batch_size))
-    return full + rest * batch_size / num_examples
+def _passes(steps: int, training: Any, num_examples: int) -> float:
+    """Passes over the examples. The last batch of each is smaller, or left out."""
+    size = training.global_batch_size
+    if training.dataloader_drop_last:
+        return steps * size / num_examples
+    full, rest = divmod(steps, math.ceil(num_examples / size))
+    return full + rest * size / num_examples
 
 
 def _epochs(passes: float) -> str:

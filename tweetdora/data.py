@@ -334,7 +334,9 @@ def _usable_examples(split: _Split, task: TaskConfig, source: DataSource) -> Exa
     rows = array("q")
     bad: list[_BadRow] = []
     for row, (text, label) in enumerate(zip(split.texts, split.labels, strict=True)):
-        key = str(label) if task.label_values is not None and label is not None else label
+        key = label
+        if task.label_values is not None and label is not None:
+            key = str(label) if str(label) in known else _spelled(label)
         fault = (
             ("a row that cannot be read", split.problems[row])
             if row in split.problems
@@ -404,7 +406,7 @@ def _known_labels(split: _Split, task: TaskConfig) -> dict[Any, int]:
         if any(label in by_word for label in split.labels if isinstance(label, str)):
             return by_word
         if any(label in map(str, range(len(words))) for label in split.labels):  # CSV files contain only text
-            numbers = {int(label) for label in split.labels if isinstance(label, str) and label.strip().isdigit()}
+            numbers = {int(label) for label in split.labels if isinstance(label, str) and label.strip().isdecimal()}
             what = f"{task.dataset_name}, split {split.name!r}: --label_column {task.label_column} holds"
             _check_first_id(numbers, what, task)
             return {str(number): number for number in range(len(words))}
@@ -420,11 +422,17 @@ def _known_ids(split: _Split, task: TaskConfig) -> dict[Any, int]:
     """
     words = task.label_words
     found = {label for label in split.labels if isinstance(label, (int, float)) and label == label}
-    spelled = {str(label if isinstance(label, bool) or label % 1 else int(label)): label for label in found}
     by_word = {word.strip().casefold(): number for number, word in enumerate(words)}
-    if found and all(text.casefold() in by_word for text in spelled):
-        return {label: by_word[text.casefold()] for text, label in spelled.items()}
+    as_words = {label: by_word.get(_spelled(label).casefold()) for label in found}
+    as_ids = {label: int(label) if label in range(len(words)) else None for label in found}
     what = f"{task.dataset_name}, split {split.name!r}: --label_column {task.label_column} holds"
+    if found and None not in as_words.values():
+        if any(isinstance(label, bool) for label in found) or None in as_ids.values() or as_words == as_ids:
+            return as_words  # type: ignore[return-value]  # it holds no None
+        raise InputError(
+            f"{what} {', '.join(sorted(map(_spelled, found)))}, which could be label words ({' '.join(words)}) or "
+            f"label ids (0 to {len(words) - 1}). Say which with --label_values, in the order of --label_words."
+        )
     if any(isinstance(label, bool) for label in found):
         raise InputError(
             f"{what} booleans, and --label_words is {' '.join(words)}. Say which is which with --label_values, in the "
@@ -432,6 +440,11 @@ def _known_ids(split: _Split, task: TaskConfig) -> dict[Any, int]:
         )
     _check_first_id(found, what, task)
     return {number: number for number in range(len(words))}
+
+
+def _spelled(label: Any) -> str:
+    """A label as text; a whole number without a point, because columns with gaps often hold 1.0 for 1."""
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
 def _check_first_id(found: set[Any], what: str, task: TaskConfig) -> None:

@@ -322,9 +322,7 @@ def evaluation_record(
     others, missing = other_classifiers(data.train, examples, words, bootstrap)
     notes = list(data.notes)
     if truncated := next(iter(measured.answers.values())).scores.truncated:
-        notes.append(
-            DataNote(config.split, f"{truncated:,} texts were truncated to fit {target.task.max_length} tokens")
-        )
+        notes.append(DataNote(config.split, f"texts truncated to fit {target.task.max_length} tokens: {truncated:,}"))
         missing = [*missing, f"{config.split}: {notes[-1].text}"]
     record = EvaluationRecord(
         created=utc_now(),
@@ -365,7 +363,7 @@ def _prior_corrected(
     shares = estimate_shares(probabilities, train)
     corrected = correct(probabilities, train, shares)
     likeliest = scores.labels.tolist()
-    predicted = corrected_labels(scores.labels.numpy(), probabilities, corrected).tolist()
+    predicted = corrected_labels(scores.labels.numpy(), probabilities, train, shares).tolist()
     return PriorCorrected(
         train_shares=dict(zip(words, train, strict=True)),
         estimated_shares=dict(zip(words, shares.tolist(), strict=True)),

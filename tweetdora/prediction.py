@@ -103,8 +103,15 @@ def rows_of(path: str, config: PredictConfig) -> Iterator[Row]:
 
 
 def _checked(row: Row) -> Row:
-    half = next((name for name, value in row.values.items() if isinstance(value, str) and not is_text(value)), None)
-    return row if half is None else Row(row.line, problem=f"holds half of a surrogate pair in {half!r}")
+    if is_text(_as_json(row.values)):
+        return row
+    half = next((name for name, value in row.values.items() if not is_text(_as_json(value))), "a column's name")
+    problem = f"holds half of a surrogate pair in {half!r}"
+    return Row(row.line, dict.fromkeys(filter(is_text, row.values)), problem)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def scan(path: str, config: PredictConfig) -> Table:
@@ -123,7 +130,7 @@ def scan(path: str, config: PredictConfig) -> Table:
             count += 1
             for name, value in row.values.items():
                 if name not in no_text and not isinstance(value, (str, int, float, type(None))):
-                    no_text[name] = f"line {row.line}: column {name!r} holds {value!r:.60}"
+                    no_text[name] = _no_text(row, name)
         else:
             bad[row.line] = row.problem
     if not columns and not bad:
@@ -184,18 +191,24 @@ def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
         yield chunk
 
 
-def text_of(row: Row, column: str) -> str:
+def text_of(row: Row, column: str, config: PredictConfig) -> str:
     """A row's text; empty if it has none. A number is taken as it would be written.
 
     Raises:
-        InputError: it holds something else, such as a list.
+        InputError: it holds something else, such as a list, and bad rows are not skipped.
     """
     value = row.values.get(column)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, (str, int, float)):
-        raise InputError(f"line {row.line}: column {column!r} holds {value!r:.60}; expected text (--text_column).")
+        if config.skip_bad_rows:
+            return ""
+        raise InputError(f"{_no_text(row, column)}; expected text. --skip_bad_rows true leaves such rows unlabelled.")
     return str(value)
+
+
+def _no_text(row: Row, column: str) -> str:
+    return f"line {row.line}: column {column!r} holds {row.values[column]!r:.60}"
 
 
 # To a file
@@ -221,8 +234,9 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
         "input": [os.path.basename(table.path), file_sha256(table.path)],
         "text_column": column,
         "skipped": sorted(table.bad),
-        "read_as": [config.encoding, config.csv_delimiter],
     }
+    if config.encoding or config.csv_delimiter:
+        command["read_as"] = [config.encoding, config.csv_delimiter]
     check_same(command)
     done = _begin_part(part, command) if state.is_main_process else 0
     done = _from_main_process(done)
@@ -232,7 +246,7 @@ def predict_file(classifier: Classifier, table: Table, config: PredictConfig, co
     bar = tqdm(total=table.num_rows, initial=done, unit="row", disable=not state.is_main_process)
     with bar:
         for chunk in chunks(rest, size):
-            predictions, truncated = classifier.predict([text_of(row, column) for row in chunk])
+            predictions, truncated = classifier.predict([text_of(row, column, config) for row in chunk])
             bar.update(len(chunk))
             lines = [_as_line(found, classifier.label_words) for found in predictions]
             if state.is_main_process:
@@ -315,10 +329,9 @@ def _read_part(
                 continue
             prediction = Prediction(None, {}, None)
             if found and correction is not None:
-                before = np.array(found[1:])
-                row = correct(before, correction.train_shares, correction.shares)
-                label = int(corrected_labels(np.array(found[0]), before, row))
-                prediction = make_prediction(label, row.tolist(), label_words)
+                before, priors = np.array([found[1:]]), (correction.train_shares, correction.shares)
+                (label,) = corrected_labels(np.array(found[:1]), before, *priors).tolist()
+                prediction = make_prediction(label, correct(before, *priors)[0].tolist(), label_words)
             elif found:
                 prediction = make_prediction(found[0], found[1:], label_words)
             summary.add(prediction)
@@ -390,7 +403,7 @@ def predict_stream(
                     f"line {row.line} has a column {taken[0]!r}, which the first line lacks, so the prediction would "
                     "replace it. Name it in the first line too, or use a file."
                 )
-        predictions, truncated = classifier.predict([text_of(row, column) for row in good])
+        predictions, truncated = classifier.predict([text_of(row, column, config) for row in good])
         summary.truncated += truncated
         for prediction in predictions:
             summary.add(prediction)
@@ -407,8 +420,8 @@ def read_input(config: PredictConfig) -> tuple[Iterator[Row], list[str]]:
     Raises:
         InputError: standard input is empty or in another encoding.
     """
-    if config.encoding is not None and isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding=config.encoding)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # in some locales, it would take other encodings without an error
+        sys.stdin.reconfigure(encoding=config.encoding or sys.stdin.encoding, errors="strict")
     stream = read_stream(sys.stdin, config.input_format, config.csv_delimiter)
     rows = map(_checked, _decoded(stream, config.encoding))
     first = next(rows, None)

@@ -46,11 +46,16 @@ def correct(probabilities: np.ndarray, train_shares: Sequence[float] | np.ndarra
     return weighted / weighted.sum(-1, keepdims=True)
 
 
-def corrected_labels(labels: np.ndarray, probabilities: np.ndarray, corrected: np.ndarray) -> np.ndarray:
-    """The label ids (N,) after correction: those of before, unless another label has become the most likely.
+def corrected_labels(
+    labels: np.ndarray, probabilities: np.ndarray, train_shares: Sequence[float] | np.ndarray, shares: np.ndarray
+) -> np.ndarray:
+    """The most likely label ids (N,) after correction of probabilities (N, C).
 
-    `labels` are ids from before, of which some are the choice between labels that rounding made equally likely
-    (scoring.choose_labels).
+    `labels` are the ids before it. Some are the choice between labels that rounding made equally likely
+    (scoring.choose_labels), so each counts as the most likely of its row, and stays unless another is now likelier.
     """
-    now = corrected.argmax(-1)
-    return np.where(now == probabilities.argmax(-1), labels, now)
+    rows, raised = np.arange(len(labels)), probabilities.copy()
+    raised[rows, labels] = probabilities.max(-1)
+    found = correct(raised, train_shares, shares)
+    now = found.argmax(-1)
+    return np.where(found[rows, labels] >= found[rows, now], labels, now)

@@ -225,9 +225,9 @@ def score_all(
     labels = choose_labels(sums, firsts, [completion[0] for completion in completions])
     gathered = gather_object([(sums, labels, truncated)])
     if any(part.isnan().any() for part, _, _ in gathered):
-        raise ResourceError(
-            f"the model's likelihoods are not numbers (nan) in {next(inner.parameters()).dtype}; use --precision fp32."
-        )
+        dtype = next(inner.parameters()).dtype
+        cure = "the model is broken" if dtype == torch.float32 else "use --precision fp32"
+        raise ResourceError(f"the model's likelihoods are not numbers (nan) in {dtype}; {cure}.")
     return Scores(
         log_likelihoods=torch.cat([part for part, _, _ in gathered]),
         labels=torch.cat([part for _, part, _ in gathered]),

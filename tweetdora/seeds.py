@@ -266,6 +266,12 @@ def _measured_alike(first: EvaluationRecord, second: EvaluationRecord) -> bool:
     return what(first) == what(second)
 
 
+def _measured_as_trained(found: MeasuredRun) -> bool:
+    """True if it was measured in the precision and with the token budget of its training, which may be compared."""
+    measured = found.evaluation.precision, found.evaluation.max_new_tokens
+    return measured == (found.run.training.precision, found.run.max_new_tokens)
+
+
 def _numbers(line: str) -> np.ndarray:
     return np.array([int(word) for word in line.split()], dtype=np.int64)
 
@@ -289,7 +295,8 @@ def _check_same_rows(runs: Sequence[MeasuredRun]) -> None:
                     f"{counts[1]:,} examples), so their scores cannot be compared. Leave one of them out, or measure "
                     "both on the same split and --max_eval_samples."
                 )
-        if not _measured_alike(first.evaluation, other.evaluation):
+        as_trained = all(_measured_as_trained(found) for found in (first, other))
+        if not as_trained and not _measured_alike(first.evaluation, other.evaluation):
             how = [
                 f"{found.precision} and max_new_tokens {found.max_new_tokens}"
                 for found in (first.evaluation, other.evaluation)

@@ -216,10 +216,10 @@ def plan_runs(sweep: Sweep) -> list[Run]:
     common = (read_yaml(sweep.config, f"config {sweep.config}") if sweep.config else {}) | sweep.settings
     runs = []
     for variant in sweep.variants:
-        if not variant or _word(variant) != variant:
+        if variant in ("", ".", "..") or {"/", "\\"} & set(variant):
             raise InputError(
-                f"the variant {variant!r} names a folder; expected letters, digits, '.', '_' and '-', such as "
-                f"{_word(variant) or 'dora'}."
+                f"the variant {variant!r} is the name of a folder, so it may not be empty or contain a slash. Call it "
+                f"{_word(variant).strip('.') or 'dora'}, for example."
             )
     for seed in sweep.seeds:
         for variant, settings in (sweep.variants or {"": {}}).items():
@@ -247,8 +247,11 @@ def _join(planned: tuple[Sweep, Run] | None, sweep: Sweep, run: Run) -> tuple[Sw
         raise InputError(
             f"two sweeps have different runs in {run.run_dir}. Give one of them another output_dir and records_dir."
         )
-    for name in ("launcher", "evaluate"):
-        if getattr(other, name) != getattr(sweep, name):
+    for name, (before, now) in {
+        "launcher": (other.launcher, sweep.launcher),
+        "evaluate": ({**other.evaluate, "batch_size": 0}, {**sweep.evaluate, "batch_size": 0}),  # changes no result
+    }.items():
+        if before != now:
             raise InputError(
                 f"two sweeps have the run {run.run_dir}, but another {name}: {getattr(other, name)} and "
                 f"{getattr(sweep, name)}. Give both the same, or one of them another output_dir and records_dir."
@@ -344,7 +347,7 @@ def _check_measured(run: Run, path: str, evaluate: Mapping[str, Any]) -> None:
     planned = {
         "max_eval_samples": evaluate.get("max_eval_samples", "all"),
         "bootstrap_samples": evaluate.get("bootstrap_samples", EvaluateConfig().bootstrap_samples),
-        "precision": found["precision"] if run.training.precision == "auto" else run.training.precision,
+        "precision": found["precision"] if run.recipe.get("precision", "auto") == "auto" else run.training.precision,
         "max_new_tokens": run.training.max_new_tokens,
     }
     if differ := [f"{name}: was {found[name]}, now {planned[name]}" for name in found if found[name] != planned[name]]:

@@ -146,7 +146,8 @@ def _csv_rows(stream: TextIO, path: str, delimiter: str) -> Iterator[Row]:
             if reader.line_num > line and "end of data" in str(error):  # skipping it would skip all that follows
                 raise InputError(
                     f"{path}, line {line}: a quote is opened and not closed until the end of the file, line "
-                    f"{reader.line_num:,}. Close it, or double it if it is part of the text."
+                    f"{reader.line_num:,}. Close it. If it is part of the text, put the field in quotes and double "
+                    "the quotes in it."
                 ) from error
             yield Row(line, problem=_csv_problem(line, reader.line_num, error))
             continue

@@ -76,7 +76,8 @@ def correct_task(task: TaskConfig, given: dict[str, Any]) -> tuple[TaskConfig, l
     changes = dict(given)
     if given.get("dataset_name", task.dataset_name) != task.dataset_name:  # these belong to the old data set
         changes = {"dataset_config": None, "dataset_revision": None, **changes}
-        changes |= {"validation_share": 0.0, "test_share": 0.0}
+        if not _is_moved(task.dataset_name, given["dataset_name"]):
+            changes |= {"validation_share": 0.0, "test_share": 0.0}
     for split in ("validation", "test"):
         if f"{split}_split" in given:
             changes[f"{split}_share"] = 0.0
@@ -87,6 +88,13 @@ def correct_task(task: TaskConfig, given: dict[str, Any]) -> tuple[TaskConfig, l
         for found in (task, corrected)
     )
     return corrected, [f"{name}: was {before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
+
+
+def _is_moved(before: str, now: str) -> bool:
+    """True if two names seem to be of one folder or file in two places."""
+    is_file = bool(os.path.splitext(now)[1])  # a relative path to a file can look like a Hub id
+    names = (os.path.basename(before), os.path.basename(now))
+    return without_folders(before) == without_folders(now) or (is_file and names[0] == names[1])
 
 
 def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
