@@ -238,6 +238,11 @@ def test_runs_that_were_measured_as_they_were_trained_may_differ_in_that(kept):
         write_record(str(path / "run.json"), replace(run, training=replace(run.training, precision="fp32")))
         write_record(evaluation, replace(read_record(EvaluationRecord, evaluation), precision="fp32"))
     assert len(find_runs([str(kept)], "test")) == 6
+    path = str(kept / "dora-44/run.json")  # trained in float32, measured in bf16
+    run = read_record(RunRecord, path)
+    write_record(path, replace(run, training=replace(run.training, precision="fp32")))
+    with pytest.raises(InputError, match="were measured differently"):
+        find_runs([str(kept)], "test")
 
 
 def test_the_same_seed_twice_is_refused(kept):

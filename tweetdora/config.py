@@ -435,7 +435,10 @@ class PredictConfig:
         default="txt", metadata={"help": "Format of standard input; txt: one text per line."}
     )
     skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Skip and count rows that cannot be read. If false, refuse them."}
+        default=False,
+        metadata={
+            "help": "Skip and count rows that cannot be read, and label none whose text is no text. If false, refuse both."
+        },
     )
     prior_correction: Literal["none", "em"] = field(
         default="none",

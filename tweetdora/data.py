@@ -423,7 +423,7 @@ def _known_ids(split: _Split, task: TaskConfig) -> dict[Any, int]:
     words = task.label_words
     found = {label for label in split.labels if isinstance(label, (int, float)) and label == label}
     by_word = {word.strip().casefold(): number for number, word in enumerate(words)}
-    as_words = {label: by_word.get(_spelled(label).casefold()) for label in found}
+    as_words = {label: by_word.get(str(label).casefold(), by_word.get(_spelled(label))) for label in found}
     as_ids = {label: int(label) if label in range(len(words)) else None for label in found}
     what = f"{task.dataset_name}, split {split.name!r}: --label_column {task.label_column} holds"
     if found and None not in as_words.values():

@@ -423,7 +423,7 @@ def read_input(config: PredictConfig) -> tuple[Iterator[Row], list[str]]:
     if isinstance(sys.stdin, io.TextIOWrapper):  # in some locales, it would take other encodings without an error
         sys.stdin.reconfigure(encoding=config.encoding or sys.stdin.encoding, errors="strict")
     stream = read_stream(sys.stdin, config.input_format, config.csv_delimiter)
-    rows = map(_checked, _decoded(stream, config.encoding))
+    rows = map(_checked, _decoded(stream, config.encoding or getattr(sys.stdin, "encoding", None)))
     first = next(rows, None)
     if first is None:
         raise InputError("standard input is empty; expected one text per line (--input_format for other formats).")

@@ -282,7 +282,7 @@ def _check_same_rows(runs: Sequence[MeasuredRun]) -> None:
     Raises:
         InputError: two runs differ; the message names the first two.
     """
-    first = runs[0]
+    first, as_trained = runs[0], all(map(_measured_as_trained, runs))
     for other in runs[1:]:
         for what, before, now in (
             ("label words", first.evaluation.label_words, other.evaluation.label_words),
@@ -295,7 +295,6 @@ def _check_same_rows(runs: Sequence[MeasuredRun]) -> None:
                     f"{counts[1]:,} examples), so their scores cannot be compared. Leave one of them out, or measure "
                     "both on the same split and --max_eval_samples."
                 )
-        as_trained = all(_measured_as_trained(found) for found in (first, other))
         if not as_trained and not _measured_alike(first.evaluation, other.evaluation):
             how = [
                 f"{found.precision} and max_new_tokens {found.max_new_tokens}"
