@@ -77,9 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         say("\nfirst example, supervised tokens in 【】:\n%s", example)
         return 0
     if resume.saved is not None:
-        run, mismatches = continue_record(
-            resume.saved, run, training.allow_mismatch, training.hub_model_id, resume.is_fork
-        )
+        given = training.allow_mismatch, training.hub_model_id
+        run, mismatches = continue_record(resume.saved, run, *given, is_fork=resume.is_fork)
         for mismatch in mismatches:
             say("note: resumed with %s", mismatch)
     with only_training_in(training.output_dir, state.is_main_process):

@@ -320,10 +320,7 @@ def evaluation_record(
             examples.labels, predicted["base"], predicted["finetuned"], len(words), bootstrap
         )
     others, missing = other_classifiers(data.train, examples, words, bootstrap)
-    notes = list(data.notes)
-    if truncated := next(iter(measured.answers.values())).scores.truncated:
-        notes.append(DataNote(config.split, f"texts truncated to fit {target.task.max_length} tokens: {truncated:,}"))
-        missing = [*missing, f"{config.split}: {notes[-1].text}"]
+    truncated = _truncation_notes(measured, config.split, target.task.max_length)
     record = EvaluationRecord(
         created=utc_now(),
         command=command_line(),
@@ -342,13 +339,18 @@ def evaluation_record(
         difference=difference,
         baselines=replace(baselines(examples.labels, words), others=others),
         environment=environment(),
-        notes=notes,
+        notes=[*data.notes, *truncated],
         corrections=target.corrections,
         base_measured=earlier.record.created if earlier else None,
         prior_corrected=_prior_corrected(target, measured, examples, bootstrap),
         max_length=target.task.max_length,
     )
-    return record, missing
+    return record, [*missing, *(f"{note.split}: {note.text}" for note in truncated)]
+
+
+def _truncation_notes(measured: Measured, split: str, max_length: int) -> list[DataNote]:
+    count = next(iter(measured.answers.values())).scores.truncated
+    return [DataNote(split, f"texts truncated to fit {max_length} tokens: {count:,}")] if count else []
 
 
 def _prior_corrected(

@@ -224,6 +224,7 @@ class _UnixLines:
         self._stream = stream
 
     def write(self, row: str) -> int:
+        """Write a row."""
         return self._stream.write(row.removesuffix("\r\n") + "\n")
 
 
