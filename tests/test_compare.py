@@ -7,12 +7,13 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
+from sample_records import sample_evaluation
 from test_seeds import flipped, write_diverged, write_kept
 
 from tweetdora import seeds
-from tweetdora.compare import CompareConfig, difference_text, format_spent, main, render_page, share_text
+from tweetdora.compare import CompareConfig, difference_text, format_spent, format_table, main, render_page, share_text
 from tweetdora.errors import InputError
-from tweetdora.seeds import SeedDifference, find_runs
+from tweetdora.seeds import SeedDifference, find_runs, group_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +61,17 @@ def test_what_runs_took_is_summed_by_machine(kept):
     long = replace(first, run=replace(first.run, result=replace(first.run.result, seconds=5400)))
     assert "| 1.5 h |" in format_spent({"test": [long]})
     assert len(lines) == 3
+
+
+def test_a_mean_is_over_all_runs_of_a_group_or_not_shown(kept):
+    """Records of an early version have no likelihoods; here one of three has some."""
+    (group, *_) = group_runs(find_runs([str(kept / "dora-*")], "test"))
+    likelihood = sample_evaluation().finetuned.likelihood
+    first = replace(group.runs[0], finetuned_metrics=replace(group.runs[0].finetuned_metrics, likelihood=likelihood))
+    one, mixed = (replace(group, runs=runs) for runs in ([first], [first, *group.runs[1:]]))
+    for shown, found in ((True, one), (False, mixed)):
+        cells = [cell.strip() for cell in format_table([found], CompareConfig()).splitlines()[2].strip("|").split("|")]
+        assert bool(cells[10]) == bool(cells[11]) == shown
 
 
 def test_differences_are_told_in_words(kept, capsys):

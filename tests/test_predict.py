@@ -278,7 +278,7 @@ def test_what_is_no_text_is_not_classified_by_its_spelling(model, tmp_path):
 def test_half_of_a_surrogate_pair_is_a_row_that_cannot_be_read(model, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"text": "a day"}\n{"text": "b", "by": ["\\ud83d"]}\n')
     words = (model, tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-    assert "line 2: holds half of a surrogate pair in 'by'" in refused(*words)
+    assert "line 2: holds half of a surrogate pair" in refused(*words)
     main(*words, "--skip_bad_rows", "true")
     assert "unreadable rows skipped: 1" in capsys.readouterr().err
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1

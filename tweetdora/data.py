@@ -407,8 +407,7 @@ def _known_labels(split: _Split, task: TaskConfig) -> dict[Any, int]:
             return by_word
         if any(label in map(str, range(len(words))) for label in split.labels):  # CSV files contain only text
             numbers = {int(label) for label in split.labels if isinstance(label, str) and label.strip().isdecimal()}
-            what = f"{task.dataset_name}, split {split.name!r}: --label_column {task.label_column} holds"
-            _check_first_id(numbers, what, task)
+            _check_first_id(numbers, _holds(split, task), task)
             return {str(number): number for number in range(len(words))}
         return by_word
     return _known_ids(split, task) if names is None else {number: number for number in range(len(words))}
@@ -418,14 +417,14 @@ def _known_ids(split: _Split, task: TaskConfig) -> dict[Any, int]:
     """Return what numbers and booleans mean: label words if all are spelled like one, otherwise ids from 0.
 
     Raises:
-        InputError: they are booleans, or seem to be counted from 1.
+        InputError: they are booleans, could be words as well as ids, or seem to be counted from 1.
     """
     words = task.label_words
     found = {label for label in split.labels if isinstance(label, (int, float)) and label == label}
     by_word = {word.strip().casefold(): number for number, word in enumerate(words)}
     as_words = {label: by_word.get(str(label).casefold(), by_word.get(_spelled(label))) for label in found}
     as_ids = {label: int(label) if label in range(len(words)) else None for label in found}
-    what = f"{task.dataset_name}, split {split.name!r}: --label_column {task.label_column} holds"
+    what = _holds(split, task)
     if found and None not in as_words.values():
         if any(isinstance(label, bool) for label in found) or None in as_ids.values() or as_words == as_ids:
             return as_words  # type: ignore[return-value]  # it holds no None
@@ -440,6 +439,10 @@ def _known_ids(split: _Split, task: TaskConfig) -> dict[Any, int]:
         )
     _check_first_id(found, what, task)
     return {number: number for number in range(len(words))}
+
+
+def _holds(split: _Split, task: TaskConfig) -> str:
+    return f"{task.dataset_name}, split {split.name!r}: --label_column {task.label_column} holds"
 
 
 def _spelled(label: Any) -> str:

@@ -287,7 +287,8 @@ def evaluation_record(
 ) -> tuple[EvaluationRecord, list[str]]:
     """Score the answers, with intervals and, for two models, their difference.
 
-    Also returns a sentence for each of the other classifiers that could not be measured.
+    Also returns sentences to be logged: which other classifiers could not be measured, and how many texts were
+    truncated.
     """
     examples = data.examples
     words, bootstrap, earlier = target.task.label_words, _bootstrap(config), measured.earlier
@@ -296,20 +297,7 @@ def evaluation_record(
         for name, answers in measured.answers.items()
     }
     metrics = {
-        name: ModelMetrics(
-            **vars(compute_metrics(examples.labels, answers.generations, words)),
-            intervals=bootstrap_intervals(examples.labels, predicted[name], len(words), bootstrap),
-            by_length=accuracy_by_length(examples.texts, examples.labels, predicted[name]),
-            seconds=round(answers.seconds, 2),
-            samples_per_second=round(len(examples) / answers.seconds, 2),
-            likelihood=likelihood_metrics(
-                examples.labels,
-                answers.scores.labels.tolist(),
-                answers.scores.probabilities.numpy(),
-                bootstrap,
-                answers.scores.seconds,
-            ),
-        )
+        name: _model_metrics(examples, answers, predicted[name], words, bootstrap)
         for name, answers in measured.answers.items()
     }
     if earlier is not None:
@@ -346,6 +334,24 @@ def evaluation_record(
         max_length=target.task.max_length,
     )
     return record, [*missing, *(f"{note.split}: {note.text}" for note in truncated)]
+
+
+def _model_metrics(
+    examples: Examples, answers: Answers, predicted: list[int], words: list[str], bootstrap: Bootstrap
+) -> ModelMetrics:
+    """Score a model's answers, `predicted` among them, and its likelihoods."""
+    scores = answers.scores
+    probabilities = scores.probabilities.numpy()
+    return ModelMetrics(
+        **vars(compute_metrics(examples.labels, answers.generations, words)),
+        intervals=bootstrap_intervals(examples.labels, predicted, len(words), bootstrap),
+        by_length=accuracy_by_length(examples.texts, examples.labels, predicted),
+        seconds=round(answers.seconds, 2),
+        samples_per_second=round(len(examples) / answers.seconds, 2),
+        likelihood=likelihood_metrics(
+            examples.labels, scores.labels.tolist(), probabilities, bootstrap, scores.seconds
+        ),
+    )
 
 
 def _truncation_notes(measured: Measured, split: str, max_length: int) -> list[DataNote]:

@@ -99,19 +99,15 @@ def rows_of(path: str, config: PredictConfig) -> Iterator[Row]:
     Raises:
         InputError: the file cannot be read.
     """
-    return map(_checked, read_any_rows(path, config.csv_delimiter, config.encoding))
+    rows = read_any_rows(path, config.csv_delimiter, config.encoding)
+    return map(_checked, rows) if path.lower().endswith(".jsonl") else rows
 
 
 def _checked(row: Row) -> Row:
-    if is_text(_as_json(row.values)):
+    """The row, with a problem if it holds half of a surrogate pair, which only JSON can."""
+    if is_text(json.dumps(row.values, ensure_ascii=False)):
         return row
-    half = next((name for name, value in row.values.items() if not is_text(_as_json(value))), "a column's name")
-    problem = f"holds half of a surrogate pair in {half!r}"
-    return Row(row.line, dict.fromkeys(filter(is_text, row.values)), problem)
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return Row(row.line, dict.fromkeys(filter(is_text, row.values)), "holds half of a surrogate pair")
 
 
 def scan(path: str, config: PredictConfig) -> Table:
@@ -423,7 +419,8 @@ def read_input(config: PredictConfig) -> tuple[Iterator[Row], list[str]]:
     if isinstance(sys.stdin, io.TextIOWrapper):  # in some locales, it would take other encodings without an error
         sys.stdin.reconfigure(encoding=config.encoding or sys.stdin.encoding, errors="strict")
     stream = read_stream(sys.stdin, config.input_format, config.csv_delimiter)
-    rows = map(_checked, _decoded(stream, config.encoding or getattr(sys.stdin, "encoding", None)))
+    rows = _decoded(stream, config.encoding or getattr(sys.stdin, "encoding", None))
+    rows = map(_checked, rows) if config.input_format == "jsonl" else rows
     first = next(rows, None)
     if first is None:
         raise InputError("standard input is empty; expected one text per line (--input_format for other formats).")
