@@ -196,12 +196,16 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def check_flags(run_as: str, parse: Callable[[None], Any], name: str) -> None:
+def check_flags(run_as: str, parse: Callable[[None], Any], name: str, without: Sequence[str] = ()) -> None:
     """Answer --help and refuse wrong flags at once, before a script's other imports, which take seconds.
 
     run_as: the script's __name__; a script that is imported does not read the flags of whoever imports it.
+    without: packages that are imported with the flags' own modules but that flags do not need. They count as not
+        installed until the process ends, so give them only for --help.
     """
     if run_as == "__main__" or command:
+        for package in without:
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # Python's way to block an import
         with _errors_in_words(command or name):
             parse(None)
 
