@@ -81,26 +81,47 @@ def test_a_file_of_another_kind_is_refused(folder, name):
 
 
 def test_the_values_of_this_machine_are_found_whatever_their_form(folder, tmp_path, monkeypatch):
-    (tmp_path / ".env").write_text("# comment\nexport DATABASE='correct horse'\nSHORT=word\n")
+    (tmp_path / ".env").write_text("# comment\nexport DATABASE='correct horse'\nSHORT=word\nPIN=13572468 # of mine\n")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password abcdef0123456789\n")
     monkeypatch.setattr(leaks, "get_token", lambda: "an-odd-token")
     for value, what in (
         ("correct horse", "the value of DATABASE in .env"),
+        ("13572468", "the value of PIN in .env"),
         ("abcdef0123456789", "the password for api.wandb.ai in .netrc"),
         ("an-odd-token", "the Hub token of this machine"),
     ):
         (folder / "config.json").write_text(json.dumps({"name": value}, indent=1))
         assert refused(folder).startswith(f"config.json, line 2, holds {what}.")
     (folder / "config.json").write_text(json.dumps({"name": "word"}))
-    check_contents(str(folder), "acme/model")
+    (folder / "tokenizer.json").write_text(json.dumps({"\u0120correct horse": 7}))
+    check_contents(str(folder), "acme/model")  # a vocabulary may hold any word
 
 
-def test_the_login_name_is_found_as_a_word_unless_it_is_the_owner_of_the_repository(folder, monkeypatch):
-    monkeypatch.setattr(leaks.getpass, "getuser", lambda: "somebody")
-    (folder / "README.md").write_text("trained by somebody\n")
-    assert "README.md, line 1, holds the login name of this machine" in refused(folder)
-    check_contents(str(folder), "somebody/model")
-    (folder / "README.md").write_text("somebodys and some-somebody-else\n")
+def test_the_login_name_is_found_in_a_path_unless_it_is_the_owner_of_the_repository(folder, monkeypatch):
+    monkeypatch.setattr(leaks.getpass, "getuser", lambda: "mark")
+    for path in ("/scratch/mark", '"/mnt/data/mark/runs"', "(/scratch/mark)"):
+        (folder / "README.md").write_text(f"trained in {path}\n")
+        assert "README.md, line 1, holds the login name of this machine" in refused(folder)
+    check_contents(str(folder), "mark/model")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/marks",
+        "and/or/mark",
+        "https://x.com/a/mark",
+        "data/mark",
+        "a mark",
+        '"\u0120mark": 4260',
+        "/mark",
+        "~/a/mark",
+    ],
+)
+def test_a_login_name_that_is_a_word_may_stand_in_a_text_and_in_a_vocabulary(folder, monkeypatch, text):
+    """Or nobody whose login is a common word could publish."""
+    monkeypatch.setattr(leaks.getpass, "getuser", lambda: "mark")
+    (folder / "README.md").write_text(f"{text}\n", encoding="utf-8")
     check_contents(str(folder), "acme/model")
 
 

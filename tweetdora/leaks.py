@@ -25,6 +25,7 @@ _FORMS = {
     "an API key": r"\bsk-[A-Za-z0-9_-]{32,}",
     "a home folder": r"(?<![A-Za-z0-9.])(/home/|/Users/|[A-Za-z]:\\\\?Users\\\\?)[A-Za-z0-9._-]+",
 }
+_VOCABULARIES = ("tokenizer.json", "vocab.json")
 _SHORTEST_VALUE = 8  # shorter values in .env are words that may occur anywhere
 _COMMON_USERS = (
     "root",
@@ -58,8 +59,10 @@ def check_contents(folder: str, repo_id: str | None, kinds: tuple[str, ...] = _K
                     f"{path} is not of a kind that is published ({', '.join(kinds)}, "
                     f"{', '.join(_BY_NAME)}). Remove it, or rebuild the folder."
                 )
+            # A vocabulary holds words, which a value in .env may be as well (ENVIRONMENT=production).
+            own = {} if file in _VOCABULARIES else values
             for line, text in _lines(path):
-                if what := find_secret(text, values, names):
+                if what := find_secret(text, own, names):
                     raise InputError(
                         f"{name}, line {line}, holds {what}. Nothing was published. Remove it from the settings, the "
                         "prompt or the data that it comes from, and rebuild the folder."
@@ -67,7 +70,7 @@ def check_contents(folder: str, repo_id: str | None, kinds: tuple[str, ...] = _K
 
 
 def find_secret(text: str, values: Mapping[str, str], names: Mapping[str, str]) -> str | None:
-    """Say what in a line should not be published; None if nothing.
+    """Say what in a line should not be published; None if nothing. `values` are texts, `names` are patterns.
 
     >>> find_secret("token: hf_" + "x" * 34, {}, {})
     'a Hugging Face token'
@@ -80,7 +83,7 @@ def find_secret(text: str, values: Mapping[str, str], names: Mapping[str, str]) 
         if value in text:
             return what
     for what, name in names.items():
-        if re.search(rf"(?<![A-Za-z0-9_-]){re.escape(name)}(?![A-Za-z0-9_-])", text):
+        if re.search(name, text):
             return what
     return None
 
@@ -102,14 +105,29 @@ def known_secrets(environment: Mapping[str, str], folder: str) -> dict[str, str]
             for line in stream:
                 name, sign, value = line.partition("=")
                 if sign:
-                    found[f"the value of {name.strip().removeprefix('export ')} in .env"] = value.strip().strip("'\"")
+                    found[f"the value of {name.strip().removeprefix('export ')} in .env"] = _unquoted(value.strip())
     except (OSError, UnicodeDecodeError):
         pass
     return {what: value for what, value in found.items() if len(value) >= _SHORTEST_VALUE}
 
 
+def _unquoted(value: str) -> str:
+    """A value of .env without quotes, or without the comment behind it.
+
+    >>> _unquoted('"a # b"'), _unquoted("abc123 # a comment")
+    ('a # b', 'abc123')
+    """
+    if value[:1] in ("'", '"') and value.find(value[0], 1) > 0:
+        return value[1 : value.find(value[0], 1)]
+    return re.split(r"\s#", value)[0].strip()
+
+
 def _names_of_the_machine(repo_id: str | None) -> dict[str, str]:
-    """Return login name and home folder, unless too common to identify anyone, or public as the repository's owner."""
+    """Return patterns of login name and home folder, unless too common to identify anyone, or public as the owner.
+
+    The login name is looked for in absolute paths only: many are words, such as mark or will, which a tokenizer's
+    vocabulary and any text may hold.
+    """
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # in a container, the user may have no name
@@ -117,9 +135,9 @@ def _names_of_the_machine(repo_id: str | None) -> dict[str, str]:
     home = os.path.expanduser("~")
     names = {}
     if len(user) > 3 and user not in _COMMON_USERS and user not in (repo_id or "").split("/"):
-        names["the login name of this machine"] = user
+        names["the login name of this machine"] = rf"(?<![\w.:/~-])(/[\w.+-]+)+/{re.escape(user)}(?![\w-])"
     if home.count(os.sep) > 1:
-        names["the home folder of this machine"] = home
+        names["the home folder of this machine"] = rf"(?<![\w-]){re.escape(home)}(?![\w-])"
     return names
 
 
