@@ -45,6 +45,15 @@ def test_mistakes_come_by_the_probability_of_the_wrong_label():
     ]
 
 
+def test_of_words_that_rounding_made_equally_likely_the_one_that_the_scores_count_is_the_label():
+    tied = line(0, "bad", 0.5)
+    assert tied.finetuned is not None
+    assert find_mistakes([tied], WORDS, label_probabilities([tied])) == []
+    other = dataclasses.replace(tied, finetuned=dataclasses.replace(tied.finetuned, likeliest="good"))
+    (found,) = find_mistakes([other], WORDS, label_probabilities([other]))
+    assert (found.predicted, found.probability) == ("good", 0.5)
+
+
 def test_the_summary_counts_by_label_and_length_and_the_file_has_the_texts(run, capsys):
     assert main([str(run), "--count", "2", "--output", str(run / "m.csv")]) == 0
     said = capsys.readouterr().out

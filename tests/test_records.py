@@ -341,7 +341,7 @@ def test_an_unfinished_run_is_refused_with_its_status_and_the_way_on(status, run
 @pytest.mark.parametrize("version", [0, 1, RECORD_VERSION + 1, None, "4"])
 def test_a_record_of_another_version_is_refused(version, run_dir):
     change(run_dir, record_version=version)
-    known = "2, 3, 4, 5, 6, 7, 8, 9 and 10"
+    known = "2, 3, 4, 5, 6, 7, 8, 9, 10 and 11"
     message = f"^{run_dir}/run.json has record version {version}; this code reads version {known}. Use the version of"
     with pytest.raises(InputError, match=message):
         read_run(str(run_dir))
@@ -494,6 +494,8 @@ def test_compact_predictions_hold_ids_and_no_text(tmp_path):
     found = compact_predictions(sample_predictions(), sample_evaluation())
     assert (found.labels, found.base, found.finetuned) == ("0 1 0 1 1", "-1 -1 -1 -1 -1", "1 1 0 0 -1")
     assert (found.base_likeliest, found.finetuned_likeliest) == ("0 0 0 0 0", "0 0 0 0 0")
+    tied = [replace(line, base=replace(line.base, likeliest=line.label)) for line in sample_predictions()]
+    assert compact_predictions(tied, sample_evaluation()).base_likeliest == "0 1 0 1 1"
     alone = [replace(line, finetuned=None) for line in sample_predictions()]
     assert compact_predictions(alone, sample_evaluation()).finetuned == ""
 
@@ -531,3 +533,13 @@ def test_predictions_of_version_3_are_read(tmp_path):
     found = read_predictions(str(tmp_path / "predictions.jsonl"))
     assert [line.finetuned.text for line in found] == [line.finetuned.text for line in sample_predictions()]
     assert {line.base.log_likelihoods for line in found} == {None}
+
+
+def test_predictions_of_version_10_are_read(tmp_path):
+    """They do not say which of the most likely label words counted."""
+    lines = [plain(line) for line in sample_predictions()]
+    for line in lines:
+        for model in ("base", "finetuned"):
+            assert line[model].pop("likeliest") is None
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_predictions(str(tmp_path / "predictions.jsonl")) == sample_predictions()

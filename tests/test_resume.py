@@ -15,7 +15,15 @@ from sample_records import sample_run, write_run
 from tweetdora.checkpoints import CHECKSUMS, SAVING_DIR, publish_checkpoint
 from tweetdora.errors import InputError
 from tweetdora.records import GitState, RunRecord, TrackerRecord
-from tweetdora.resume import ResumePlan, check_same_run, continue_record, only_training_in, plan_resume
+from tweetdora.resume import (
+    ResumePlan,
+    check_same_run,
+    check_unchanged,
+    continue_record,
+    only_training_in,
+    plan_resume,
+    set_aside_newer,
+)
 from tweetdora.train_config import TrainConfig
 
 
@@ -345,6 +353,43 @@ def test_a_checkpoint_of_the_record_version_before_is_refused(training, tmp_path
     make_checkpoint(tmp_path / "run", 10)
     with pytest.raises(
         InputError,
-        match="has record version 2; this code reads version 3, 4, 5, 6, 7, 8, 9 and 10. Use the version of",
+        match="has record version 2; this code reads version 3, 4, 5, 6, 7, 8, 9, 10 and 11. Use the version of",
     ):
         plan_resume(training(resume_from_checkpoint="true"))
+
+
+# Between planning and training
+
+
+def test_a_run_that_another_process_has_changed_meanwhile_is_not_gone_on_with(training, tmp_path):
+    """The process that was stopped still wrote its checkpoint, or its end, while this one was loading."""
+    make_record(tmp_path / "run", "interrupted")
+    make_checkpoint(tmp_path / "run", 10)
+    settings = training(resume_from_checkpoint="true")
+    planned = plan_resume(settings)
+    check_unchanged(settings, planned)
+    make_checkpoint(tmp_path / "run", 20)
+    with pytest.raises(InputError, match=f"has changed the run in {tmp_path}/run since this command started. Repeat"):
+        check_unchanged(settings, planned)
+    make_record(tmp_path / "run", "finished")
+    with pytest.raises(InputError, match="is finished; there is nothing to resume"):
+        check_unchanged(settings, planned)
+
+
+def test_a_new_run_whose_folder_another_process_has_taken_meanwhile_is_refused(training, tmp_path):
+    make_record(tmp_path / "run", "started")
+    with pytest.raises(InputError, match=r"already holds a run \(started\)"):
+        check_unchanged(training(), ResumePlan())
+
+
+def test_checkpoints_newer_than_the_one_that_is_named_are_set_aside(training, tmp_path):
+    """Otherwise the next `true` would go on from them, with the steps that were given up."""
+    make_record(tmp_path / "run", "interrupted")
+    for _ in range(2):
+        old, new = (make_checkpoint(tmp_path / "run", step) for step in (10, 20))
+        notes = set_aside_newer(str(tmp_path / "run"), old)
+        assert len(notes) == 1 and notes[0].startswith(f"note: {new} is newer than {old}; it was renamed to {new}.set")
+        assert plan_resume(training(resume_from_checkpoint="true")).checkpoint == old
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint*"))
+    assert names == ["checkpoint-10", "checkpoint-20.set-aside-1", "checkpoint-20.set-aside-2"]
+    assert set_aside_newer(str(tmp_path / "fork"), old) == [], "a fork leaves the other run's alone"

@@ -402,8 +402,11 @@ def predictions_of(examples: Examples, measured: Measured, label_words: list[str
                 predicted=None if generation.predicted == UNPARSED else label_words[generation.predicted],
                 stopped=generation.stopped,
                 log_likelihoods=[round(score, 4) for score in scores],
+                likeliest=label_words[label],
             )
-            for generation, scores in zip(found.generations, found.scores.log_likelihoods.tolist(), strict=True)
+            for generation, scores, label in zip(
+                found.generations, found.scores.log_likelihoods.tolist(), found.scores.labels.tolist(), strict=True
+            )
         ]
 
     answers = measured.answers

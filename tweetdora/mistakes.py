@@ -22,7 +22,7 @@ from tweetdora.config import AT_LEAST_1, Flag, check_ranges
 from tweetdora.errors import InputError
 from tweetdora.metrics import accuracy_by_length
 from tweetdora.record_files import read_predictions, read_record
-from tweetdora.records import PREDICTIONS, EvaluationRecord, LengthBand, PredictionRecord
+from tweetdora.records import PREDICTIONS, EvaluationRecord, GenerationRecord, LengthBand, PredictionRecord
 from tweetdora.tables import ENDINGS, RowWriter
 
 log = logging.getLogger("tweetdora.mistakes")
@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     probabilities = label_probabilities(lines)
     found = find_mistakes(lines, record.label_words, probabilities)
     labels = [record.label_words.index(line.label) for line in lines]
-    bands = accuracy_by_length([line.text for line in lines], labels, probabilities.argmax(-1).tolist())
+    likeliest = [measured_answer(line).likeliest_id(record.label_words) for line in lines]
+    bands = accuracy_by_length([line.text for line in lines], labels, likeliest)
     log.info("%s", format_mistakes(found, len(lines), found[: config.count], bands))
 
     # save
@@ -95,21 +96,25 @@ def find_mistakes(
     """Find all mistakes, given the label words' probabilities (N, C); most confident first."""
     found = []
     for line, row in zip(lines, probabilities, strict=True):
-        predicted = label_words[int(row.argmax())]
+        number = measured_answer(line).likeliest_id(label_words)
+        predicted, probability = label_words[number], round(float(row[number]), 4)
         if predicted != line.label:
-            found.append(
-                Mistake(line.example_id, line.label, predicted, round(float(row.max()), 4), len(line.text), line.text)
-            )
+            found.append(Mistake(line.example_id, line.label, predicted, probability, len(line.text), line.text))
     return sorted(found, key=lambda one: (-one.probability, one.example_id))
 
 
+def measured_answer(line: PredictionRecord) -> GenerationRecord:
+    """What the fine-tuned model said if it was measured, else what the base said."""
+    return line.finetuned or line.base
+
+
 def label_probabilities(lines: Sequence[PredictionRecord]) -> np.ndarray:
-    """The label words' probabilities (N, C): the fine-tuned model's if it was measured, else the base's.
+    """The label words' probabilities (N, C).
 
     Raises:
         InputError: the likelihoods were not measured.
     """
-    rows = [(line.finetuned or line.base).log_likelihoods for line in lines]
+    rows = [measured_answer(line).log_likelihoods for line in lines]
     if any(row is None for row in rows):
         raise InputError(
             "these predictions have no likelihoods, because they are of record version 3. Measure the run again."

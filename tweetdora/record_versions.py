@@ -49,7 +49,9 @@ def to_current_prediction(line: Any, where: str) -> Any:
         return to_current_version(PredictionRecord, line, 2, where)
     if isinstance(line.get("base"), dict) and "log_likelihoods" not in line["base"]:
         return to_current_version(PredictionRecord, line, 3, where)
-    return line  # predictions have not changed since version 4
+    if isinstance(line.get("base"), dict) and "likeliest" not in line["base"]:
+        return to_current_version(PredictionRecord, line, 10, where)
+    return line  # predictions have not changed since version 11
 
 
 # Names of record version 2 that have been renamed.
@@ -187,6 +189,13 @@ def _from_version_9(kind: type, value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _from_version_10(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """Convert a record of version 10 to version 11: add the new field."""
+    if kind is PredictionRecord:
+        return value | {name: value[name] and {"likeliest": None, **value[name]} for name in ("base", "finetuned")}
+    return value
+
+
 # From OLDEST_VERSION on.
 _CONVERSIONS: tuple[Callable[[type, dict[str, Any]], dict[str, Any]], ...] = (
     _from_version_2,
@@ -197,6 +206,7 @@ _CONVERSIONS: tuple[Callable[[type, dict[str, Any]], dict[str, Any]], ...] = (
     _from_version_7,
     _from_version_8,
     _from_version_9,
+    _from_version_10,
 )
 
 RECORD_VERSION = OLDEST_VERSION + len(_CONVERSIONS)

@@ -12,7 +12,7 @@ record_files.py writes and reads these files, and record_versions.py converts th
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -493,13 +493,22 @@ class GenerationRecord:
     """A generation: its text, the label word found in it, and whether it ended with a stop token.
 
     `log_likelihoods` are those of each label word with its stop token, in the order of the label words; None if they
-    were not measured.
+    were not measured. `likeliest` is the most likely label word as the scores count it: of words that rounding made
+    equally likely, it is greedy generation's choice (scoring.choose_labels). None in records older than version 11.
     """
 
     text: str
     predicted: str | None
     stopped: bool
     log_likelihoods: list[float] | None
+    likeliest: str | None = None
+
+    def likeliest_id(self, label_words: Sequence[str]) -> int:
+        """The number of the most likely label word; without `likeliest`, the first one of highest likelihood."""
+        if self.likeliest is not None:
+            return label_words.index(self.likeliest)
+        assert self.log_likelihoods is not None
+        return self.log_likelihoods.index(max(self.log_likelihoods))
 
 
 @dataclass(frozen=True)
@@ -518,8 +527,8 @@ class CompactPredictions:
     """The predictions for all examples without texts, kept with the records as <split>.predictions.json.
 
     Each of the last five fields is a line of numbers separated by spaces, one per example and in their order: ids of
-    `label_words`, or -1 for an unparsed answer. The `likeliest` fields hold the labels of highest likelihood, and are
-    empty if likelihoods were not measured. `finetuned` is empty if a model was measured alone.
+    `label_words`, or -1 for an unparsed answer. The `likeliest` fields hold the most likely labels, and are empty if
+    likelihoods were not measured. `finetuned` is empty if a model was measured alone.
     """
 
     split: str
@@ -543,9 +552,9 @@ def compact_predictions(lines: list[PredictionRecord], record: EvaluationRecord)
         return number_line(-1 if answer.predicted is None else ids[answer.predicted] for answer in known)
 
     def likeliest(found: list[GenerationRecord | None]) -> str:
-        """The ids of the labels of highest likelihood."""
-        known = [answer.log_likelihoods for answer in found if answer is not None and answer.log_likelihoods]
-        return number_line(scores.index(max(scores)) for scores in known)
+        """The ids of the most likely labels."""
+        known = [answer for answer in found if answer is not None and answer.log_likelihoods]
+        return number_line(answer.likeliest_id(record.label_words) for answer in known)
 
     base: list[GenerationRecord | None] = [line.base for line in lines]
     finetuned = [line.finetuned for line in lines]
