@@ -24,6 +24,45 @@ def test_tfidf_learns_from_the_training_examples():
     assert one.macro_f1_interval[0] <= one.macro_f1 <= one.macro_f1_interval[1]
 
 
+@pytest.mark.parametrize(
+    ("bad", "good", "others"),
+    [
+        ("\u7cdf\u7cd5", "\u5f88\u597d", "\u4eca\u5929\u7684\u7535\u5f71\u98df\u7269\u670b\u53cb"),
+        ("\u0e41\u0e22\u0e48", "\u0e14\u0e35\u0e21\u0e32\u0e01", "\u0e27\u0e31\u0e19\u0e19\u0e35\u0e49"),
+    ],
+    ids=["Chinese", "Thai"],
+)
+def test_tfidf_finds_words_where_no_space_is_between_them(bad, good, others):
+    """Taken as one token, no text of the second half has been seen before."""
+    texts = [others[start:] + word + others[:start] for start in range(4) for word in (bad, good)]
+    train, test = (make_examples(part, [0, 1] * 2) for part in (texts[:4], texts[4:]))
+    (one,), _ = other_classifiers(train, test, ["a", "b"], BOOTSTRAP)
+    assert one.accuracy == 1.0
+
+
+def test_in_other_scripts_tokens_are_those_of_scikit_learn():
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    for text in [
+        "It's 20 below, @user_1!",
+        "d\u00e9j\u00e0-vu \u00e9t\u00e9",
+        "\u043d\u043e\u0432\u044b\u0439 \u0434\u0435\u043d\u044c",
+        "\uc88b\uc740 \ub0a0",
+        "\u064a\u0648\u0645 \u062c\u0645\u064a\u0644",
+    ]:
+        ours = TfidfVectorizer(token_pattern=module._TOKEN).build_tokenizer()
+        assert ours(text) == TfidfVectorizer().build_tokenizer()(text)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "why"),
+    [(["a bad day"] * 4, [1] * 4, "at least 2 classes"), (["!", "?"] * 2, [0, 1] * 2, "empty vocabulary")],
+)
+def test_what_cannot_be_learned_is_left_out_with_the_reason(texts, labels, why):
+    found, (said,) = other_classifiers(make_examples(texts, labels), TEST, ["a", "b", "c"], BOOTSTRAP)
+    assert found == [] and said.startswith(f"{TFIDF} was not measured for comparison: ") and why in said
+
+
 def test_vader_is_asked_for_sentiment_in_whatever_order_the_words_come():
     pytest.importorskip("vaderSentiment")
     texts = ["I love this great day", "the table is brown", "this is horrible"]

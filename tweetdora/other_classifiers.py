@@ -15,12 +15,18 @@ from tweetdora.records import Bootstrap, OtherClassifier
 TFIDF, VADER = "TF-IDF and logistic regression", "VADER"
 _PACKAGES = {TFIDF: ("sklearn", "scikit-learn"), VADER: ("vaderSentiment", "vaderSentiment")}  # module, distribution
 _VADER_NEUTRAL = 0.05  # the thresholds of its README
+# Scripts that put no space between words: Thai to Myanmar, Khmer, kana, Chinese characters.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+# Two or more letters or digits, as in scikit-learn, but each letter of such a script by itself: pairs stand for words.
+_TOKEN = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]{{2,}}"
 
 
 def other_classifiers(
     train: Examples | None, examples: Examples, label_words: Sequence[str], bootstrap: Bootstrap
 ) -> tuple[list[OtherClassifier], list[str]]:
-    """Score the classifiers that fit the task and are installed; for the others, return what to install, as sentences.
+    """Score the classifiers that fit the task and are installed; for the others, return why they are missing.
 
     `train` holds the run's training examples; None if they are unknown.
     """
@@ -31,7 +37,13 @@ def other_classifiers(
         if importlib.util.find_spec(module) is None:
             missing.append(f"{name} was not measured for comparison; to add it: pip install {distribution}")
             continue
-        predictions = _tfidf(train, examples) if name == TFIDF and train is not None else _vader(examples, label_words)
+        try:
+            predictions = (
+                _tfidf(train, examples) if name == TFIDF and train is not None else _vader(examples, label_words)
+            )
+        except ValueError as error:  # such as training examples of one label, or without words
+            missing.append(f"{name} was not measured for comparison: {error}")
+            continue
         matrix = confusion_matrix(examples.labels, predictions, len(label_words))
         intervals = bootstrap_intervals(examples.labels, predictions, len(label_words), bootstrap)
         found.append(
@@ -59,7 +71,7 @@ def _tfidf(train: Examples, examples: Examples) -> list[int]:
     from sklearn.pipeline import make_pipeline
 
     pipeline = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_TOKEN),
         LogisticRegression(C=10, max_iter=1000, class_weight="balanced"),
     )
     pipeline.fit(train.texts, train.labels)
