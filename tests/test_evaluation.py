@@ -335,6 +335,16 @@ def test_a_published_model_is_asked_its_own_question(results_dir, monkeypatch, t
     assert (target.task.label_words, target.prompt_format, target.max_new_tokens) == (["x", "y"], None, None)
 
 
+def test_a_base_is_asked_as_a_run_was_trained_on_whatever_day(results_dir, tmp_path, monkeypatch):
+    """A chat template may write the date: measured with today's, the base would not be comparable with the run."""
+    run = sample_run()
+    monkeypatch.setattr(targets, "read_run", lambda folder: {"runs/mine": run}[folder])
+    target = find_eval_target(model_folder(str(tmp_path / "model")), EvaluateConfig(prompt_of="runs/mine"))
+    assert (target.prompt_format, target.run) == (run.prompt_format, None)
+    with pytest.raises(InputError, match="--prompt_of runs/mine: runs/mine has its own prompt; leave the flag out"):
+        find_eval_target("runs/mine", EvaluateConfig(prompt_of="runs/mine"))
+
+
 def test_a_published_task_tells_no_folder_of_this_machine(tmp_path):
     write_task(str(tmp_path), sample_run(task=TaskConfig(dataset_name=str(tmp_path / "secret" / "rows.csv"))))
     text = (tmp_path / "task.json").read_text()

@@ -276,6 +276,11 @@ def test_a_stop_reaches_what_a_launcher_started(tiny, tmp_path):
         ({"evaluate": {}}, "bootstrap_samples: was 50, now 10000"),
         ({"precision": "bf16"}, "precision: was fp32, now bf16"),
         ({"max_new_tokens": 4}, "max_new_tokens: was 3, now 4"),
+        ({"evaluate": {"bootstrap_samples": 50, "seed": 1}}, "seed: was 0, now 1"),
+        (
+            {"evaluate": {"bootstrap_samples": 50, "label_values": ["a", "b", "c"], "dataset_name": None}},
+            r"replaced data settings: was none, now \(label_values: was None, now \['a', 'b', 'c'\]\)",
+        ),
     ],
 )
 def test_a_split_that_was_measured_otherwise_is_refused(tiny, tmp_path, change, said):

@@ -372,6 +372,12 @@ class EvaluateConfig:
             "task.json, otherwise tweet_eval."
         },
     )
+    prompt_of: str | None = field(
+        default=None,
+        metadata={
+            "help": "Run folder whose prompt a model is asked with. It matters for chat templates that write the date."
+        },
+    )
     # For data that moved, or other data with the same labels.
     dataset_name: str | None = _correction("data set")
     dataset_config: str | None = _correction("data-set configuration")

@@ -61,6 +61,7 @@ from tweetdora.records import (
     compact_predictions,
     training_settings,
 )
+from tweetdora.targets import correct_task
 from tweetdora.train_config import RECIPE_ARGUMENTS, TrainConfig
 
 log = logging.getLogger("tweetdora.sweep")
@@ -78,7 +79,9 @@ _ADVICE = (
 )
 _SET_HERE = ("seed", "output_dir", "report_to")  # settings of a run that the sweep itself sets
 # Flags of evaluate.py that a sweep file may not set: the sweep sets them, or the base must share them with the run.
-_MEASURED_SO = ("split", "output_dir", "report_to", "base_results", "config", "precision", "max_new_tokens")
+_MEASURED_SO = (
+    *("split", "output_dir", "report_to", "base_results", "config", "prompt_of", "precision", "max_new_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -199,12 +202,23 @@ def read_sweep(path: str) -> Sweep:
             raise InputError(f"{path}: {', '.join(taken)} is set by the sweep for each run; list seeds under `seeds`.")
     if taken := sorted(set(sweep.evaluate) & set(_MEASURED_SO)):
         raise InputError(f"{path}: evaluate sets {', '.join(taken)}, which the sweep sets for each run. Leave it out.")
-    parse_with_target(_flags(sweep.evaluate), EvaluateConfig, "", "")
+    _evaluate_config(sweep.evaluate)
     return sweep
 
 
-def _flags(settings: dict[str, Any]) -> list[str]:
-    return [f"--{name}={value}" for name, value in settings.items()]
+def _evaluate_config(settings: Mapping[str, Any]) -> EvaluateConfig:
+    return parse_with_target(_flags(settings), EvaluateConfig, "", "")[0]
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags. A list takes all words that follow it, so the target of a script comes before them."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def plan_runs(sweep: Sweep) -> list[Run]:
@@ -336,25 +350,30 @@ def _check_measured(run: Run, path: str, evaluate: Mapping[str, Any]) -> None:
     Raises:
         InputError: it was not; the message names the differences.
     """
-    record = read_record(EvaluationRecord, path)
+    record, config = read_record(EvaluationRecord, path), _evaluate_config(evaluate)
     asked = re.search(r"--max_eval_samples[= ](\d+)", record.command)
-    found = {
-        "max_eval_samples": int(asked[1]) if asked else "all",
-        "bootstrap_samples": record.bootstrap.samples,
-        "precision": record.precision,
-        "max_new_tokens": record.max_new_tokens,
+    precision = record.precision if run.recipe.get("precision", "auto") == "auto" else run.training.precision
+    _, corrections = correct_task(run.task, config.corrections)
+    pairs: dict[str, tuple[Any, Any]] = {
+        "max_eval_samples": (int(asked[1]) if asked else "all", config.max_eval_samples or "all"),
+        "bootstrap_samples": (record.bootstrap.samples, config.bootstrap_samples),
+        "seed": (record.bootstrap.seed, config.seed),
+        "precision": (record.precision, precision),
+        "max_new_tokens": (record.max_new_tokens, run.training.max_new_tokens),
+        "replaced data settings": (_listed(record.corrections), _listed(corrections)),
     }
-    planned = {
-        "max_eval_samples": evaluate.get("max_eval_samples", "all"),
-        "bootstrap_samples": evaluate.get("bootstrap_samples", EvaluateConfig().bootstrap_samples),
-        "precision": found["precision"] if run.recipe.get("precision", "auto") == "auto" else run.training.precision,
-        "max_new_tokens": run.training.max_new_tokens,
-    }
-    if differ := [f"{name}: was {found[name]}, now {planned[name]}" for name in found if found[name] != planned[name]]:
+    if differ := [
+        f"{name}: was {found}, now {planned}" for name, (found, planned) in pairs.items() if found != planned
+    ]:
         raise InputError(
             f"{path} was measured differently: {'; '.join(differ)}. Remove it and the run's evaluation to measure "
             "again, or choose another output_dir and records_dir."
         )
+
+
+def _listed(corrections: Sequence[str]) -> str:
+    """Replaced data settings in words."""
+    return f"({'; '.join(corrections)})" if corrections else "none"
 
 
 def _check_still_there(run: Run, kept: RunRecord) -> None:
@@ -475,7 +494,7 @@ class Runner:
         if self._stopped_by is None and not _is_measured(
             run, base, split
         ):  # it is if the sweep was killed just after measuring
-            self._call(run, [*_evaluate_words(sweep, split), run.run_dir, "--base_results", base])
+            self._call(run, [*_evaluate_words(sweep, split, run.run_dir), "--base_results", base])
         if self._stopped_by is None:
             keep_records(run, split)
 
@@ -485,6 +504,9 @@ class Runner:
         name, revision = run.model.model_name_or_path, run.model.model_revision
         asked: dict[str, Any] = {**vars(run.task), **sweep.evaluate, **how, "model": name, "revision": revision}
         asked |= {package: version(package) for package in ("torch", "transformers")}
+        # A chat template may write the date: the base is asked as the run was trained, on whatever day.
+        trained = read_record(RunRecord, os.path.join(run.run_dir, RUN_FILE))
+        asked["prompt"] = dataclasses.asdict(trained.prompt_format)
         asked = {name: value for name, value in asked.items() if split == "train" or name not in _TRAINING_ONLY}
         key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:8]
         folder = os.path.join(sweep.output_dir, f"base-{key}")
@@ -492,8 +514,9 @@ class Runner:
             lock = self._base_locks.setdefault(f"{key} {split}", threading.Lock())
         with lock:
             if self._stopped_by is None and not os.path.isfile(os.path.join(folder, f"{split}.json")):
-                flags = _flags({"config": f"{run.run_dir}.yaml", "output_dir": folder, **how})
-                self._call(run, [*_evaluate_words(sweep, split), name, *flags])
+                own = {"config": f"{run.run_dir}.yaml", "prompt_of": run.run_dir, "output_dir": folder}
+                flags = _flags({**own, **how})
+                self._call(run, [*_evaluate_words(sweep, split, name), *flags])
         return folder
 
     def _call(self, run: Run, words: list[str]) -> None:
@@ -552,9 +575,9 @@ def _is_measured(run: Run, base: str, split: str) -> bool:
     return (found.adapter_sha256, found.base_measured) == (adapter, measured)
 
 
-def _evaluate_words(sweep: Sweep, split: str) -> list[str]:
+def _evaluate_words(sweep: Sweep, split: str, target: str) -> list[str]:
     script = os.path.join(_ROOT, "evaluate.py")
-    return [*sweep.launcher, script, f"--split={split}", "--report_to=none", *_flags(sweep.evaluate)]
+    return [*sweep.launcher, script, target, f"--split={split}", "--report_to=none", *_flags(sweep.evaluate)]
 
 
 def keep_records(run: Run, split: str) -> None:

@@ -102,6 +102,8 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
         run = read_run(name)
         if config.config is not None:
             raise InputError(f"--config {config.config}: the task of {name} is in its {RUN_FILE}; leave the flag out.")
+        if config.prompt_of is not None:
+            raise InputError(f"--prompt_of {config.prompt_of}: {name} has its own prompt; leave the flag out.")
         return EvalTarget(
             name=name,
             kind="run",
@@ -125,6 +127,9 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
                 f"note: no {TASK_FILE} was found with {name}, so the published run's task is used, on "
                 f"{default.dataset_name}. --config names a recipe with another task."
             ]
+    prompt_format = published.prompt_format if published else None
+    if config.prompt_of is not None:
+        prompt_format = read_run(config.prompt_of).prompt_format
     target = EvalTarget(
         name=name,
         kind="model",
@@ -133,7 +138,7 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
         adapter_dir=None,
         tokenizer=None,
         task=published.task if published else read_task(config.config),
-        prompt_format=published.prompt_format if published else None,
+        prompt_format=prompt_format,
         max_new_tokens=published.max_new_tokens if published else None,
         run=None,
         label_shares=published.label_shares if published else None,
