@@ -36,7 +36,14 @@ from tweetdora.memory import plan_memory
 from tweetdora.plan import check_disk, format_plan
 from tweetdora.processes import check_shared_folder
 from tweetdora.progress import print_summary
-from tweetdora.resume import continue_record, only_training_in, pin_commits, plan_resume
+from tweetdora.resume import (
+    check_unchanged,
+    continue_record,
+    only_training_in,
+    pin_commits,
+    plan_resume,
+    set_aside_newer,
+)
 from tweetdora.tokenized import show_example
 from tweetdora.tracking import finish_wandb, wandb_mode
 from tweetdora.training import (
@@ -84,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             say("note: resumed with %s", mismatch)
     with only_training_in(training.output_dir, state.is_main_process):
         if state.is_main_process:
+            check_unchanged(training, resume)
             clear_unfinished(training.output_dir)
         check_disk(training, run.adapter.trainable_parameters)
         check_shared_folder(training.output_dir, "--output_dir")
@@ -92,6 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         stop = StopOnSignal()
         trainer = make_trainer(task, training, loaded, stop)
         if state.is_main_process:
+            if resume.checkpoint is not None:
+                for note in set_aside_newer(training.output_dir, resume.checkpoint):
+                    say(note)
             run = begin_record(run, training)
         run_trainer(trainer, resume.checkpoint, run, state)
 

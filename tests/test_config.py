@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from tweetdora import cli, config, device, train_config
 from tweetdora.cli import parse_train, parse_with_target, read_task, run_script
 from tweetdora.config import CORRECTIONS, SYSTEM_PROMPT, EvaluateConfig, ModelConfig, PushConfig, TaskConfig
-from tweetdora.device import decide_precision
+from tweetdora.device import decide_precision, uses_gpu
 from tweetdora.errors import DivergedError, HubError, InputError, ResourceError, UserError, VerificationError
 from tweetdora.records import training_settings
 from tweetdora.seeds import find_runs
@@ -491,15 +491,39 @@ def test_rows_of_a_pass_follow_from_the_global_batch_size(global_batch_size, acc
     assert parse(*argv, "--per_device_train_batch_size", str(rows))[2].per_device_train_batch_size == rows
 
 
-def test_an_order_that_depends_on_the_number_of_processes_is_refused_with_several(monkeypatch):
-    """transformers groups within the batches of a process."""
-    for strategy in ("group_by_length", "batch_rebalance", "sequential"):
-        parse("--train_sampling_strategy", strategy)
-    monkeypatch.setattr(TrainConfig, "world_size", 2)
+def test_an_order_that_depends_on_the_number_of_processes_or_on_a_resume_is_refused():
+    """transformers groups within the batches of a process, by a random state that a resume does not restore."""
     parse("--train_sampling_strategy", "sequential")
     for strategy in ("group_by_length", "batch_rebalance"):
-        with pytest.raises(InputError, match=f"--train_sampling_strategy {strategy} orders the examples differently"):
+        with pytest.raises(InputError, match=f"--train_sampling_strategy {strategy} is not supported: a resumed run"):
             parse("--train_sampling_strategy", strategy)
+
+
+def test_checkpoints_without_limit_are_0_and_not_a_negative_number():
+    """transformers takes both for no limit; here, -1 would keep the newest one only."""
+    assert parse("--save_total_limit", "0")[2].save_total_limit == 0
+    with pytest.raises(InputError, match="--save_total_limit is -1; expected 0 or more"):
+        parse("--save_total_limit", "-1")
+
+
+@pytest.mark.parametrize("flag", ["weight_decay", "max_grad_norm"])
+def test_what_would_make_weights_or_gradients_grow_is_refused(flag):
+    """torch checks neither."""
+    with pytest.raises(InputError, match=f"--{flag} is -0.1; expected 0 or more"):
+        parse(f"--{flag}", "-0.1")
+
+
+@pytest.mark.parametrize("flag", ["torch_compile_backend", "torch_compile_mode"])
+def test_what_turns_torch_compile_on_is_refused_as_well(flag):
+    with pytest.raises(InputError, match=f"--{flag} is 'x', which is not supported: every batch has another shape"):
+        parse(f"--{flag}", "x")
+
+
+def test_a_launch_for_the_cpu_uses_no_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert uses_gpu()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not uses_gpu()
 
 
 def test_rows_of_a_pass_shrink_as_processes_are_added(monkeypatch):

@@ -11,7 +11,7 @@ from tweetdora import device, plan
 from tweetdora.block import LayerCount
 from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.data import load_examples
-from tweetdora.errors import ResourceError
+from tweetdora.errors import InputError, ResourceError
 from tweetdora.plan import check_disk, count_steps, default_hub_model_id, format_plan
 from tweetdora.records import RunRecord, training_settings
 from tweetdora.train_config import TrainConfig
@@ -84,13 +84,20 @@ def test_a_folder_that_cannot_be_made_is_refused(training, tmp_path):
         (48, {"num_train_epochs": 2.5}, 8),  # seven and a half
         (47, {"dataloader_drop_last": True}, 2),  # the last 15 rows are left out
         (40, {"dataloader_drop_last": True, "gradient_accumulation_steps": 4}, 3),  # in fours: ten
-        (1, {"dataloader_drop_last": True}, 1),
+        (16, {"dataloader_drop_last": True, "gradient_accumulation_steps": 4}, 1),
         (48, {"max_steps": 7}, 7),
         (48, {"max_steps": 7, "num_train_epochs": 9}, 7),
     ],
 )
 def test_the_number_of_steps_is_the_one_worked_out_by_hand(examples, settings, steps, training):
     assert count_steps(training(**settings), examples) == steps
+
+
+@pytest.mark.parametrize("max_steps", [-1, 5])
+def test_a_plan_without_a_whole_batch_is_refused(max_steps, training):
+    settings = training(dataloader_drop_last=True, max_steps=max_steps)
+    with pytest.raises(InputError, match="--dataloader_drop_last true leaves no batch of the 15 training examples"):
+        count_steps(settings, 15)
 
 
 def test_the_examples_are_counted_by_label(planned):

@@ -100,8 +100,29 @@ def test_a_login_for_another_host_is_no_login():
 
 def test_a_login_for_ones_own_server_is_looked_up_by_its_name(monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
-    write_netrc("machine wandb.example.org login user password x")
-    assert wandb_mode() == ("online", "there is a login for wandb.example.org")
+    write_netrc("machine wandb.example.org:8080 login user password x")  # as `wandb login` writes it
+    assert wandb_mode() == ("online", "there is a login for wandb.example.org:8080")
+
+
+def test_the_server_that_wandb_login_has_stored_is_the_one_of_the_login(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "settings").write_text("[default]\nbase_url = http://localhost:8080\n")
+    write_netrc("machine localhost:8080 login user password x")
+    assert wandb_mode() == ("online", "there is a login for localhost:8080")
+    (tmp_path / "settings").write_text("no settings\n")
+    assert wandb_mode()[0] == "offline"
+
+
+def test_a_disabled_session_leaves_the_tracker_of_a_run_as_it_was(monkeypatch, tmp_path):
+    """W&B calls the entity of a disabled run "dummy", for which the next session would ask the server."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    try:
+        assert start_wandb(str(tmp_path), "run", {}).entity is None
+    finally:
+        finish_wandb()
+    known = TrackerRecord("abc", "online", "https://wandb.test/abc", "tweetdora", "me")
+    assert start_wandb(str(tmp_path), "run", {}, known) is known
 
 
 def test_an_unreadable_netrc_is_no_login():

@@ -637,6 +637,16 @@ def goes_on_to_the_same_end(stopped, laboratory, validation_examples) -> None:
     assert_close(adapter(resumed), adapter(straight), 0)
 
 
+def test_of_several_processes_only_the_first_is_the_first_after_a_finished_run_is_restored(laboratory, monkeypatch):
+    """A checkpoint says that it was written by the first; each process would open a W&B run of its own."""
+    done = laboratory.train(save_strategy="steps", save_steps=4, **VALIDATED)
+    restored = laboratory.trainer(**VALIDATED)
+    monkeypatch.setattr(restored, "is_world_process_zero", lambda: False)
+    monkeypatch.setattr(restored, "is_local_process_zero", lambda: False)
+    restored.restore_finished(str(Path(done.args.output_dir) / f"checkpoint-{done.state.global_step}"))
+    assert (restored.state.is_world_process_zero, restored.state.is_local_process_zero) == (False, False)
+
+
 @pytest.mark.parametrize("time", [1, 2], ids=["in the middle", "at the end"])
 def test_a_signal_during_a_validation_ends_it_with_a_checkpoint_and_it_is_made_up_for(
     time, laboratory, validation_examples, monkeypatch

@@ -179,9 +179,36 @@ def test_train_py_hands_the_interrupted_runs_record_on(monkeypatch, tmp_path):
 def test_an_optimizer_that_cannot_be_made_is_refused_by_its_flag(optim, load_with):
     loaded, _ = load_with()
     settings = TrainConfig(output_dir="x", precision="fp32", report_to=[], optim=optim)
-    with pytest.raises(InputError, match=f"^--optim {optim}: [A-Za-z]+: "):
-        check_optimizer(settings, loaded.model)
-    check_optimizer(TrainConfig(output_dir="x", precision="fp32", report_to=[]), loaded.model)
+    with pytest.raises(InputError, match=f"^--optim {optim} and its settings: [A-Za-z]+: "):
+        check_optimizer(settings, loaded.model, 10)
+    check_optimizer(TrainConfig(output_dir="x", precision="fp32", report_to=[]), loaded.model, 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"adam_epsilon": -0.1}, "--optim adamw_torch(_fused)? and its settings: ValueError: Invalid epsilon"),
+        ({"adam_beta1": 1.5}, "--optim adamw_torch(_fused)? and its settings: ValueError: Invalid beta parameter"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "--lr_scheduler_type cosine_with_min_lr with --lr_scheduler_kwargs None: ValueError: ",
+        ),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 2}},
+            "--lr_scheduler_type cosine with --lr_scheduler_kwargs {'num_cycle': 2}: TypeError: ",
+        ),
+    ],
+)
+def test_settings_with_which_no_training_can_begin_are_refused_by_their_flags(settings, said, load_with):
+    loaded, _ = load_with()
+    with pytest.raises(InputError, match=f"^{said}"):
+        check_optimizer(TrainConfig(output_dir="x", precision="fp32", report_to=[], **settings), loaded.model, 10)
+    right = {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "optim": "adafactor",
+    }
+    check_optimizer(TrainConfig(output_dir="x", precision="fp32", report_to=[], **right), loaded.model, 10)
 
 
 def test_the_model_folder_of_the_tests_is_left_as_it_was(model_dir):

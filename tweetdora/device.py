@@ -11,7 +11,7 @@ from typing import cast
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from tweetdora.config import Precision
 from tweetdora.errors import InputError
@@ -37,7 +37,12 @@ def compute_state() -> PartialState:
         InputError: the launch was meant to have several processes and has one.
     """
     check_launch()
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not uses_gpu())
+
+
+def uses_gpu() -> bool:
+    """True if there is a CUDA GPU, unless the launch is for the CPU (`accelerate launch --cpu`)."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def decide_precision(

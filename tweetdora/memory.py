@@ -100,7 +100,8 @@ def plan_memory(
         head = inner.get_output_embeddings().weight
         step += int(2 * sum(map(_whole_bytes, frozen)) / layers) + _whole_bytes(head)
     if training.device.type == "cuda":
-        return MemoryPlan(base, adapter, step, 0, 0, torch.cuda.mem_get_info(training.device)[1])
+        free = torch.cuda.mem_get_info(training.device)[0] + torch.cuda.memory_reserved(training.device)
+        return MemoryPlan(base, adapter, step, 0, 0, free)
     step = int(step * _HEAP)
     _return_free_memory()
     process = psutil.Process().memory_info().rss

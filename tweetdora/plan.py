@@ -8,7 +8,7 @@ import torch
 
 from tweetdora.block import LayerCount
 from tweetdora.config import PUBLISHED_REPO, ModelConfig, TaskConfig, normalize_label
-from tweetdora.errors import ResourceError
+from tweetdora.errors import InputError, ResourceError
 from tweetdora.records import BaseModelRecord, RunRecord
 from tweetdora.tracking import wandb_mode
 from tweetdora.train_config import TrainConfig, is_published_run
@@ -54,14 +54,22 @@ def default_hub_model_id(task: TaskConfig, model: ModelConfig, training: TrainCo
 def count_steps(training: TrainConfig, num_examples: int) -> int:
     """Number of optimizer steps of a run, as the Trainer counts them.
 
+    Raises:
+        InputError: --dataloader_drop_last leaves no batch.
+
     The Trainer itself reports this number only once it trains. The plan is shown before that, and the record of a run
     that is killed in its first step needs the number too.
     """
-    if training.max_steps > 0:
-        return training.max_steps
     # Each process gets a share of the examples; a last, partial batch counts as a batch.
     batches = num_examples / (training.world_size * training.per_device_train_batch_size)
     batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
+    if not batches:
+        raise InputError(
+            f"--dataloader_drop_last true leaves no batch of the {num_examples} training examples. Leave it out, or "
+            "lower --global_batch_size."
+        )
+    if training.max_steps > 0:
+        return training.max_steps
     # The last passes of an epoch form one step, however few they are.
     steps_per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
     return math.ceil(training.num_train_epochs * steps_per_epoch)

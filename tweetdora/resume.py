@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,37 @@ def only_training_in(folder: str, is_main_process: bool) -> Iterator[None]:
     found = f"another process is training in {folder}"
     with held_lock(f"run-{name}", found, "Wait for it, stop it, or give another --output_dir."):
         yield
+
+
+def check_unchanged(training: TrainConfig, planned: ResumePlan) -> None:
+    """Check, once the lock on the run folder is held, that the folder is as it was when the resume was planned.
+
+    Another process may have held the lock until now: a stopped training finishes its step and writes a checkpoint.
+
+    Raises:
+        InputError: it is not.
+    """
+    if plan_resume(training) != planned:
+        raise InputError(
+            f"another process has changed the run in {training.output_dir} since this command started. Repeat it."
+        )
+
+
+def set_aside_newer(folder: str, checkpoint: str) -> list[str]:
+    """Rename the checkpoints of a run that are newer than the one that is resumed by name; return notes on them.
+
+    Otherwise a later --resume_from_checkpoint true would take one of them, which belongs to what is now given up.
+    """
+    if _is_elsewhere(checkpoint, folder):
+        return []
+    notes = []
+    for path in all_checkpoints(folder):
+        if os.path.abspath(path) == os.path.abspath(checkpoint):
+            break
+        away = next(name for number in itertools.count(1) if not os.path.exists(name := f"{path}.set-aside-{number}"))
+        os.rename(path, away)
+        notes.append(f"note: {path} is newer than {checkpoint}; it was renamed to {away}.")
+    return notes
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Weights & Biases: one run per training, offline if there is no login, and never a login prompt."""
 
+import configparser
+import contextlib
 import logging
 import netrc
 import os
@@ -39,7 +41,7 @@ def wandb_mode() -> tuple[str, str]:
         return mode, "WANDB_MODE is set"
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "online", "the environment holds a W&B login"
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlsplit(_wandb_server()).netloc  # with its port, as W&B writes it
     try:
         login = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
         if login is not None and login[2]:
@@ -47,6 +49,17 @@ def wandb_mode() -> tuple[str, str]:
     except (OSError, netrc.NetrcParseError):
         pass  # without a readable netrc file there is no login
     return "offline", "no W&B login was found (wandb login, or WANDB_API_KEY)"
+
+
+def _wandb_server() -> str:
+    """The server's address: from the environment, or as `wandb login --host` has stored it."""
+    if found := os.environ.get("WANDB_BASE_URL"):
+        return found
+    folder = os.environ.get("WANDB_CONFIG_DIR", os.path.join(os.path.expanduser("~"), ".config", "wandb"))
+    stored = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
+        stored.read(os.path.join(folder, "settings"), encoding="utf-8")
+    return stored.get("default", "base_url", fallback="https://api.wandb.ai")
 
 
 def is_wandb_disabled() -> bool:
@@ -66,6 +79,8 @@ def start_wandb(
     import wandb  # takes a second, which evaluate.py and predict.py need not wait for
 
     mode, _ = wandb_mode()
+    if mode == "disabled" and tracker is not None:
+        return tracker  # the run can be gone on with later
     settings: dict[str, Any] = {
         "project": tracker.project if tracker else os.environ.get("WANDB_PROJECT", "tweetdora"),
         "entity": tracker.entity if tracker else None,
@@ -90,7 +105,9 @@ def start_wandb(
             "note: W&B cannot start the run (%s). It is stored locally; upload it with %s.", reason, _sync(run)
         )
     url = run.url if mode == "online" else None
-    return TrackerRecord(id=run.id, mode=mode, url=url, project=run.project, entity=run.entity or None)
+    # A disabled run has a made-up entity, which a later session would ask the server for.
+    entity = None if mode == "disabled" else run.entity or None
+    return TrackerRecord(id=run.id, mode=mode, url=url, project=run.project, entity=entity)
 
 
 def open_run() -> Any:

@@ -6,7 +6,6 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
@@ -27,7 +26,7 @@ from tweetdora.config import (
     check_ranges,
     flags_of,
 )
-from tweetdora.device import decide_precision
+from tweetdora.device import decide_precision, uses_gpu
 from tweetdora.errors import InputError
 from tweetdora.processes import check_launch, take_over_fsdp
 
@@ -55,7 +54,10 @@ _REFUSED_ARGUMENTS = {
     "fp16_full_eval": "validation uses --precision, like training",
     "deepspeed": _USE_FSDP2,
     "parallelism_config": _USE_FSDP2,
-    "torch_compile": "every batch has another shape and would be compiled anew",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "every batch has another shape and would be compiled anew",
+    ),
 }
 
 # Variables that `accelerate launch` sets, often from a forgotten config file of the machine.
@@ -134,7 +136,9 @@ class TrainConfig(TrainingArguments):
     save_steps: Annotated[float, Flag(range=ABOVE_0)] = field(
         default=100, metadata={"help": "Write a checkpoint every N steps; if below 1, a fraction of all steps."}
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+    save_total_limit: Annotated[int | None, Flag(range=AT_LEAST_0)] = field(
+        default=2, metadata={"help": "Number of checkpoints to keep; 0: all."}
+    )
     per_device_eval_batch_size: Annotated[int, Flag(range=AT_LEAST_1)] = field(
         default=128, metadata={"help": "Validation batch size."}
     )
@@ -184,8 +188,8 @@ class TrainConfig(TrainingArguments):
     # Redeclared unchanged, to carry a Flag.
     lr_scheduler_type: Annotated[SchedulerType | str, Flag(affects="recipe")] = inherited("lr_scheduler_type")
     warmup_steps: Annotated[float, Flag(affects="recipe")] = inherited("warmup_steps")
-    weight_decay: Annotated[float, Flag(affects="recipe")] = inherited("weight_decay")
-    max_grad_norm: Annotated[float, Flag(affects="recipe")] = inherited("max_grad_norm")
+    weight_decay: Annotated[float, Flag("recipe", AT_LEAST_0)] = inherited("weight_decay")
+    max_grad_norm: Annotated[float, Flag("recipe", AT_LEAST_0)] = inherited("max_grad_norm")
     seed: Annotated[int, Flag(affects="recipe", range=SEED)] = inherited("seed")
     lr_scheduler_kwargs: Annotated[dict | str | None, Flag("recipe", shown=False)] = inherited("lr_scheduler_kwargs")
     adam_beta1: Annotated[float, Flag("recipe", shown=False)] = inherited("adam_beta1")
@@ -219,7 +223,7 @@ class TrainConfig(TrainingArguments):
             self._check_noise_goes_with_the_batching,
         ):
             check()
-        if not torch.cuda.is_available():
+        if not uses_gpu():
             self.use_cpu = True
         chosen, self.precision_reason = decide_precision(
             requested=self.precision,
@@ -261,6 +265,11 @@ class TrainConfig(TrainingArguments):
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) not in ("no", "steps"):
             raise InputError(
                 "--eval_strategy is set by --max_eval_samples (0: no validation) and --eval_steps; leave it out."
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise InputError(
+                f"--train_sampling_strategy {self.train_sampling_strategy} is not supported: a resumed run, or one "
+                "with several processes, would see the examples in another order. Choose random or sequential."
             )
         optimizer = str(getattr(self.optim, "value", self.optim))
         if optimizer.startswith("schedule_free"):
@@ -358,11 +367,6 @@ class TrainConfig(TrainingArguments):
             raise InputError(
                 f"--global_batch_size {self.global_batch_size} cannot be divided evenly among {self.world_size} "
                 f"processes x {self.gradient_accumulation_steps} accumulation steps; expected a multiple of {parts}."
-            )
-        if self.world_size > 1 and self.train_sampling_strategy not in ("random", "sequential"):
-            raise InputError(
-                f"--train_sampling_strategy {self.train_sampling_strategy} orders the examples differently for each "
-                "number of processes. With several, choose random or sequential."
             )
         if requested not in (None, examples):
             raise InputError(

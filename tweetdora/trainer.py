@@ -270,6 +270,9 @@ class ClassificationTrainer(Trainer):
         """Load adapter and history of a checkpoint that has no training steps left."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        # The checkpoint has those of the process that wrote it; with them, each process would start a W&B run.
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
         if self.evaluation_is_due():
             self.evaluate()
         # The Trainer's last line, which it logs after the last checkpoint.

@@ -5,12 +5,15 @@ import dataclasses
 import datetime
 import os
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from tweetdora.block import write_out
 from tweetdora.callbacks import EvaluationStopped, LogGenerations, StopOnSignal
@@ -174,7 +177,10 @@ def check_4bit(model_config: ModelConfig, training: TrainConfig) -> None:
 
 
 # Settings that may differ between machines, or are objects of the process.
-_OF_A_PROCESS = ("cpu_threads", "disable_tqdm", "local_rank", "deepspeed_plugin", "distributed_state")
+_OF_A_PROCESS = (
+    *("cpu_threads", "disable_tqdm", "local_rank", "deepspeed_plugin", "distributed_state"),
+    "precision_reason",  # it may name the GPU; the precision itself is compared
+)
 
 
 def check_processes(run: RunRecord, training: TrainConfig, checkpoint: str | None) -> None:
@@ -286,22 +292,41 @@ def trained_format(
     return saved.prompt_format if same else None
 
 
-def check_optimizer(training: TrainConfig, model: PeftModel) -> None:
-    """Refuse an optimizer that cannot be created, before the tracker starts and the run is recorded.
+def check_optimizer(training: TrainConfig, model: PeftModel, steps: int) -> None:
+    """Refuse an optimizer or a schedule that cannot be created, before the tracker starts and the run is recorded.
 
     Raises:
-        InputError: names the flag and quotes the Trainer's error.
+        InputError: names the flag and quotes the library's error.
     """
+    name = getattr(training.optim, "value", training.optim)
+    with _errors_of(f"--optim {name} and its settings"):
+        kind, settings = ClassificationTrainer.get_optimizer_cls_and_kwargs(training, cast(PreTrainedModel, model))
+        optimizer: torch.optim.Optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+        if kind.__module__.startswith("torch.optim"):  # others may need the model itself, or a GPU
+            group = {"params": [nn.Parameter(torch.zeros(1))], "weight_decay": training.weight_decay}
+            optimizer = kind([group], **settings)
+    schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    with _errors_of(f"--lr_scheduler_type {schedule} with --lr_scheduler_kwargs {training.lr_scheduler_kwargs}"):
+        get_scheduler(  # as the Trainer does it
+            training.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=training.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=cast(dict[str, Any] | None, training.lr_scheduler_kwargs),
+        )
+
+
+@contextlib.contextmanager
+def _errors_of(what: str) -> Iterator[None]:
     try:
-        ClassificationTrainer.get_optimizer_cls_and_kwargs(training, cast(PreTrainedModel, model))
-    except Exception as error:  # most likely a missing package
-        name = getattr(training.optim, "value", training.optim)
-        raise InputError(f"--optim {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        yield
+    except Exception as error:  # such as a missing package, or a value out of range
+        raise InputError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def make_trainer(task: TaskConfig, training: TrainConfig, loaded: Loaded, stop: StopOnSignal) -> ClassificationTrainer:
     """Create the trainer with its callbacks."""
-    check_optimizer(training, loaded.model)
+    check_optimizer(training, loaded.model, count_steps(training, len(loaded.tokenized.features)))
     trainer = ClassificationTrainer(
         task=task,
         args=training,
