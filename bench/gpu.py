@@ -31,7 +31,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import send_to_device
@@ -120,24 +120,25 @@ class Job:
     def adapted(self, kind: str, dtype: torch.dtype, targets: str = "k_v", start: Any = None) -> Any:
         """Build a model with an adapter, copied from the model `start` if given.
 
-        `ours` is our layer on our base; `peft` and `lora` are PEFT's layers on our base; `plain` is PEFT's DoRA on
-        transformers' base.
+        `ours` is our layer on our base; `lora` the same with LoRA; `peft` is PEFT's DoRA on our base; `plain` is
+        PEFT's DoRA on transformers' base.
         """
         base = self.load(kind == "plain", dtype)
         torch.manual_seed(42)
-        if kind == "ours":
-            config = ModelConfig(model_name_or_path=self.model, target_modules=TARGETS[targets])
+        if kind in ("ours", "lora"):
+            method: Literal["dora", "lora"] = "dora" if kind == "ours" else "lora"
+            config = ModelConfig(model_name_or_path=self.model, target_modules=TARGETS[targets], method=method)
             model = attach_adapter(base, config)
             write_out(model)
         else:
-            model = get_peft_model(base, lora_config(targets, use_dora=kind != "lora"))
+            model = get_peft_model(base, lora_config(targets))
         return (copy_adapter(start, model) if start else model).train()
 
 
-def lora_config(targets: str, use_dora: bool = True) -> LoraConfig:
+def lora_config(targets: str) -> LoraConfig:
     """Return the recipe's adapter as a PEFT config."""
     modules = targets if targets == "all-linear" else TARGETS[targets]
-    return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=modules, use_dora=use_dora)
+    return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=modules, use_dora=True)
 
 
 def adapter_of(model: Any) -> dict[str, torch.Tensor]:
@@ -321,7 +322,7 @@ def in_turn(sides: dict[str, Side], batches: list[Any], block: int) -> dict[str,
 
 
 def measure_methods(job: Job) -> dict[str, dict[str, list[float]]]:
-    """Time steps on packed batches with our DoRA layer, PEFT's DoRA and LoRA."""
+    """Time steps on packed batches with our DoRA, our LoRA, both with layers as one function, and PEFT's DoRA."""
     batches, record = job.batches(job.rounds + 3), {}
     for targets in TARGETS:
         sides = {k: Side(job, job.adapted(k, BF16, targets), PackedCollator()) for k in ("ours", "peft", "lora")}
@@ -431,7 +432,7 @@ def table(parts: dict[str, Any]) -> str:
             lines.append([f"{name}: peak GPU memory", f"{peak / 2**30:.2f} GiB" if peak else "no GPU", ""])
         lines += [[f"{name}: left out", why.splitlines()[-1][:80], ""] for name, why in training["left_out"].items()]
     for targets, seconds in parts.get("methods", {}).items():
-        for other, name in (("peft", "PEFT's DoRA"), ("lora", "LoRA")):
+        for other, name in (("peft", "PEFT's DoRA"), ("lora", "our LoRA")):
             found = format_spread(ratios(seconds["ours"], seconds[other]))
             lines.append([f"{targets}: step of our DoRA / step of {name}", found, ""])
     if answers := parts.get("answers"):

@@ -28,7 +28,8 @@ def measure_prediction(settings: Settings, precision: str) -> dict[str, Any]:
         losses = save_tuned(settings, folder)
         ours = load_base(folder, None, DTYPES[precision], CPU)
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).eval()
-    answer, chats = make_pipeline(plain, prompt_tokenizer, settings, examples)
+    answer, chats, order = make_pipeline(plain, prompt_tokenizer, settings, examples)
+    answer(chats[:_TRIED], 1)  # a warm-up
     tried = {}
     for size in PIPELINE_BATCHES:
         started = time.perf_counter()
@@ -47,7 +48,7 @@ def measure_prediction(settings: Settings, precision: str) -> dict[str, Any]:
     labels = [words[number] for number in measured["scores"]["results"][-1].labels.tolist()]
     generations = measured["generation"]["results"][-1]
     exact = [place for place, found in enumerate(generations) if found.text.strip(" ") in words]
-    written = measured["pipeline"]["results"][-1]
+    written = dict(zip(order, measured["pipeline"]["results"][-1], strict=True))
     return {
         "tuning_losses": losses,
         "num_examples": len(examples),
@@ -61,14 +62,18 @@ def measure_prediction(settings: Settings, precision: str) -> dict[str, Any]:
 
 
 def make_pipeline(model: Any, prompt_tokenizer: PromptTokenizer, settings: Settings, examples: Examples) -> Any:
-    """Build transformers' text-generation pipeline as a user would call it, and the conversations to pass to it."""
+    """Build transformers' text-generation pipeline as a user would call it; the conversations, longest first, and
+    the places of their texts among the examples."""
     task, tokenizer = settings.task(), prompt_tokenizer.tokenizer
     freeze_template(tokenizer, prompt_tokenizer.format, task)
     tokenizer.padding_side = "left"
     stop = prompt_tokenizer.stop_token_id
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = stop
     made: Any = pipeline("text-generation", model=model, tokenizer=cast(Any, tokenizer))
-    chats = [prompt_tokenizer.format.messages(task.system_prompt, text) for text in examples.texts]
+    # By length, as score_all and generate_all batch by themselves: it is the faster order here too.
+    prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    chats = [prompt_tokenizer.format.messages(task.system_prompt, examples.texts[place]) for place in order]
 
     @torch.no_grad()
     def answer(chats: list[Any], size: int) -> list[str]:
@@ -76,4 +81,4 @@ def make_pipeline(model: Any, prompt_tokenizer: PromptTokenizer, settings: Setti
         found = made(chats, batch_size=size, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_full_text=False)
         return [one[0]["generated_text"] for one in found]
 
-    return answer, chats
+    return answer, chats, order

@@ -48,7 +48,8 @@ def step_operations(
     and `own_lengths` of the rows), P that of weights in the decoder's linear layers, K that of supervised tokens:
 
         linear     forward 2 P T; backward 2 P T for the gradient of the inputs. The weights are frozen and need no
-                   gradient; neither do the inputs of the first layer's q, k and v, which are embeddings
+                   gradient; neither do the inputs of the first layer's q, k and v, which are embeddings. In the last
+                   layer, what follows attention is computed for the K supervised tokens only
         attention  for a query and a key that it sees, 2 * heads * head_width for the score and as much for the values;
                    backward twice that. Counts only visible pairs: causal, and no row sees another
         head       2 K hidden vocabulary forward, as much backward; only the supervised tokens have logits
@@ -62,11 +63,12 @@ def step_operations(
     tokens = prefix + sum(own_lengths)
     query_width, key_width = shape.heads * shape.head_width, shape.key_value_heads * shape.head_width
     qkv = shape.hidden * (query_width + 2 * key_width)
-    weights = shape.layers * (qkv + query_width * shape.hidden + 3 * shape.hidden * shape.intermediate)
+    last = query_width * shape.hidden + 3 * shape.hidden * shape.intermediate  # behind attention
+    weights = shape.layers * (qkv + last)
     pairs = prefix * (prefix + 1) // 2 + sum(own * prefix + own * (own + 1) // 2 for own in own_lengths)
     adapters = 2 * tokens * rank * 2 * (shape.hidden + key_width)  # k and v of one layer, one way
     return {
-        "linear": 2 * tokens * weights + 2 * tokens * (weights - qkv),
+        "linear": 2 * tokens * weights + 2 * tokens * (weights - qkv) - 2 * 2 * (tokens - supervised) * last,
         "attention": shape.layers * 3 * 4 * query_width * pairs,
         "head": 2 * 2 * supervised * shape.hidden * shape.vocabulary,
         "adapter": adapters * (3 * shape.layers - 1),
