@@ -63,8 +63,6 @@ def main(argv: list[str] | None = None) -> int:
     # load
     classifier = Classifier(model, precision=config.precision, batch_size=config.batch_size)
     say = log.info if PartialState().is_main_process else log.debug
-    for note in (*classifier.target.notes, *classifier.decoding.notes):
-        say("%s", note)
 
     # work and save
     of_the_model = classifier.target.task.text_column

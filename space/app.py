@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE if (HERE / "tweetdora").is_dir() else HERE.parent))
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-from tweetdora import Classifier  # noqa: E402
+from tweetdora import Classifier, Prediction  # noqa: E402
 from tweetdora.config import PredictConfig  # noqa: E402
 from tweetdora.errors import UserError  # noqa: E402
 from tweetdora.prediction import find_text_column, predict_file, scan  # noqa: E402
@@ -80,11 +80,23 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
     """Build the page, which classifies one text or a file."""
     import gradio
 
-    def classify_text(text: str) -> dict[str, float]:
-        """Return the probability of each label."""
+    class Answer(gradio.Label):
+        """A label and all probabilities. Rounding can make labels equally likely, so it need not be the first one."""
+
+        is_template = True  # it looks as its parent does
+
+        def postprocess(self, value: Any) -> Any:
+            """Turn a Prediction into what the page shows."""
+            shown = super().postprocess(value.probabilities if isinstance(value, Prediction) else value)
+            if isinstance(value, Prediction):
+                shown.label = value.label
+            return shown
+
+    def classify_text(text: str) -> Prediction:
+        """Return the label and the probability of each."""
         if not text.strip():
             raise gradio.Error("Type a text first.", print_exception=False)
-        return classifier(text)[0].probabilities
+        return classifier(text)[0]
 
     def classify_file(
         path: str | None, column: str | None, delimiter: str, encoding: str | None
@@ -106,7 +118,7 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
         with gradio.Tab("One text"):
             text = gradio.Textbox(label="Text", lines=3, placeholder="Type a text", autofocus=True)
             button = gradio.Button("Classify", variant="primary")
-            answer = gradio.Label(label="Label", num_top_classes=len(words))
+            answer = Answer(label="Label", num_top_classes=len(words))
             if about["examples"]:
                 texts = [[one["text"]] for one in about["examples"]]
                 gradio.Examples(texts, text, answer, classify_text, run_on_click=True, cache_examples=False)

@@ -309,6 +309,7 @@ UNPACKABLE = {
         | {"head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 2},
         "its values have another width than its keys",
     ),
+    "diffllama": ({}, "its layers call attention more than once"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "it has layers of type conv"),
     "falcon": ({}, "its code does not accept attention functions"),
 }

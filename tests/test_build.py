@@ -1,12 +1,14 @@
 """The publishable folder: what a build may replace."""
 
+import math
 import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from tweetdora.build import check_output_dir, staged_folder
+from tweetdora.build import Outputs, check_output_dir, compare_outputs, staged_folder
 from tweetdora.errors import InputError
 
 
@@ -113,3 +115,14 @@ def test_the_old_build_is_there_until_the_new_one_is_in_its_place(tmp_path, monk
     with pytest.raises(PermissionError), staged_folder(str(folder)) as beside:
         fill(Path(beside), "new")
     assert [Path(name).name for name in files_of(tmp_path)] == ["old", "new"]
+
+
+# What is compared
+
+
+def test_embeddings_that_peft_adds_are_left_out_of_a_comparison():
+    """AutoPeftModel adds some if a tokenizer has more tokens than the base."""
+    expected = Outputs([torch.tensor([1.0, 2.0])], ["good"])
+    found = compare_outputs(expected, Outputs([torch.tensor([1.0, 2.5, 9.0])], ["good"]))
+    assert (found.max_logit_difference, found.equal_generations) == (0.5, 1)
+    assert compare_outputs(expected, Outputs([torch.tensor([1.0, math.nan])], ["bad"])).equal_generations == 0

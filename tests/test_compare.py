@@ -118,6 +118,10 @@ def test_two_columns_of_a_file_are_counted_together(tmp_path):
         "| y | 0 | 1 |",
         "| all | 1 | 3 |",
     ]
+    (tmp_path / "empty.csv").write_text("a,b\n")
+    (tmp_path / "page.md").write_text("{{ cross_table('empty.csv', 'a', 'b') }}")
+    with pytest.raises(InputError, match="empty.csv has no rows; expected the columns a and b"):
+        render_page(str(tmp_path / "page.md"), CompareConfig())
     (tmp_path / "page.md").write_text("{{ cross_table('m.csv', 'a', 'c') }}")
     with pytest.raises(InputError, match=r"m\.csv has no column 'c'; its columns are a, b"):
         render_page(str(tmp_path / "page.md"), CompareConfig())

@@ -401,6 +401,25 @@ def test_labels_that_are_counted_from_1_are_refused_also_if_rows_may_be_skipped(
     assert load_examples(task, "train", None).labels == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("labels", [[0, 2, 4], [-1, 0, 1], [10, 20, 30]])
+def test_labels_that_are_counted_in_another_way_are_refused_also_if_rows_may_be_skipped(make_task, name, labels):
+    """Sentiment140 has 0, 2 and 4: neutral would be positive, and positive would be skipped."""
+    frame = pandas.DataFrame({"text": ["a", "b", "c", "d"], "label": [*labels, labels[0]]})
+    content = {
+        "rows.csv": lambda: frame.to_csv(index=False),
+        "rows.jsonl": lambda: frame.to_json(orient="records", lines=True),
+        "rows.parquet": frame.to_parquet,
+    }[name]()
+    shown = " ".join(map(str, labels))
+    message = f"but label ids are 0 to 2. Give the values with --label_values, .*for example: --label_values {shown}"
+    if 0 in labels or name == "rows.parquet":
+        with pytest.raises(InputError, match=message):
+            load_examples(make_task(name, content, skip_bad_rows=True), "train", None)
+    task = make_task(name, content, skip_bad_rows=True, label_values=[str(label) for label in labels])
+    assert load_examples(task, "train", None).labels == [0, 1, 2, 0]
+
+
 def test_a_quote_that_is_never_closed_is_refused_also_if_rows_may_be_skipped(make_task):
     """Skipping it would skip all that follows."""
     content = 'text,label\na,0\n"b,1\n' + "c,0\n" * 50

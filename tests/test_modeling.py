@@ -17,7 +17,12 @@ import httpx2
 import pytest
 import torch
 import transformers
-from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -35,6 +40,7 @@ from tweetdora.modeling import (
     load_tokenizer,
     merge,
     read_adapter_config,
+    read_published_task,
     save_adapter,
     save_merged,
     trainable_parameters,
@@ -504,9 +510,19 @@ def test_saved_in_bf16_the_weights_are_those_of_float32_rounded(published, contr
     assert all(torch.equal(weight, exact[name].bfloat16()) for name, weight in rounded.items())
 
 
-def test_a_tokenizer_without_a_pad_token_leaves_a_stop_id_to_pad_with(model_dir, make_tokenizer, tmp_path):
+def test_a_tokenizer_without_a_pad_token_pads_with_a_special_stop_token(model_dir, make_tokenizer, tmp_path):
+    """</s>, 2, is not special in the tiny tokenizer; as a pad token, it would be. Batches need a pad token."""
     save_merged(base_of(model_dir), make_tokenizer(pad_token=None), [2, 4], str(tmp_path))
-    assert json.loads((tmp_path / "generation_config.json").read_text())["pad_token_id"] == 2
+    assert json.loads((tmp_path / "generation_config.json").read_text())["pad_token_id"] == 4
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert (saved.pad_token, saved("a</s>b").input_ids) == ("<|im_end|>", make_tokenizer()("a</s>b").input_ids)
+    assert saved(["a", "a b"], padding=True)["input_ids"]
+
+
+def test_a_model_without_a_special_stop_token_pads_with_a_stop_id(model_dir, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer(pad_token=None, eos_token=None)
+    save_merged(base_of(model_dir), tokenizer, [7], str(tmp_path))
+    assert json.loads((tmp_path / "generation_config.json").read_text())["pad_token_id"] == 7
 
 
 # Which base
@@ -827,9 +843,21 @@ def test_a_model_in_the_cache_has_no_adapter_settings_without_the_hub(monkeypatc
     assert read_adapter_config("someone/tiny") is None
 
 
+def test_whether_a_model_in_the_cache_has_a_task_of_its_own_is_known_only_if_it_was_asked_for(monkeypatch, tmp_path):
+    """transformers asks for no task.json. Without one, the published run's labels would be given to any model."""
+    kept = {"config.json": str(tmp_path / "config.json")}
+    monkeypatch.setattr(modeling, "try_to_load_from_cache", lambda repo_id, name: kept.get(name))
+    with pytest.raises(HubError, match="^someone/tiny is in the cache, but not whether it has a task.json"):
+        read_published_task("someone/tiny")
+    kept["task.json"] = modeling._CACHED_NO_EXIST
+    assert read_published_task("someone/tiny") is None
+
+
 def hub_answer(kind: type[Exception]) -> Exception:
-    """What the Hub's client raises for a 404."""
-    return kind("404", response=httpx2.Response(404, request=httpx2.Request("HEAD", "https://huggingface.co")))
+    """What the Hub's client raises for a 404; the address holds a word that also tells of a lost connection."""
+    address = "https://huggingface.co/someone/tiny/resolve/main/adapter_config.json"
+    response = httpx2.Response(404, request=httpx2.Request("HEAD", address))
+    return kind(f"404 Client Error. Entry Not Found for url: {address}.", response=response)
 
 
 def test_only_a_repository_that_has_no_adapter_config_has_no_adapter(monkeypatch):
@@ -841,7 +869,8 @@ def test_only_a_repository_that_has_no_adapter_config_has_no_adapter(monkeypatch
 
     answer(hub_answer(RemoteEntryNotFoundError))
     assert read_adapter_config("someone/tiny") is None
-    for error, kind in ((hub_answer(RepositoryNotFoundError), InputError), (httpx2.ProxyError("refused"), HubError)):
+    unknown = [hub_answer(kind) for kind in (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError)]
+    for error, kind in [*((error, InputError) for error in unknown), (httpx2.ProxyError("refused"), HubError)]:
         answer(error)
         with pytest.raises(kind, match="^model or adapter someone/tiny: "):
             read_adapter_config("someone/tiny")

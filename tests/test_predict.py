@@ -231,6 +231,20 @@ def test_standard_input_is_read_in_its_encoding(model, monkeypatch, capsys):
     assert "standard input is not in the encoding ascii" in refused(*words, "ascii")
 
 
+def test_a_byte_order_mark_at_the_start_of_standard_input_is_no_text(model, monkeypatch, capsys):
+    """Excel writes one."""
+    given = "\ufefftext\nschön\n".encode()
+    for flags in (
+        ["--input_format", "csv"],
+        ["--input_format", "csv", "--encoding", "UTF8"],
+        ["--input_format", "txt"],
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+        assert main(model, *flags) == 0
+        rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+        assert [row["text"] for row in rows] == (["schön"] if "csv" in flags else ["text", "schön"])
+
+
 def test_an_output_needs_an_input_file(model, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.stdin", io.StringIO("a good day\n"))
     said = refused(model, "--output", tmp_path / "out.csv")

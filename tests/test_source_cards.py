@@ -52,6 +52,20 @@ def test_the_columns_own_values_are_looked_for_before_the_label_words(folder):
     assert read_dataset_card(folder, None, ["bad", "good"], None).labels is None
 
 
+def test_values_that_are_numbers_say_nothing_about_a_sentence(tmp_path):
+    (tmp_path / "README.md").write_text("# Reviews\n\nVersion 1.5 has 2,000 rows.\n")
+    assert read_dataset_card(str(tmp_path), None, ["bad", "good"], ["1", "5"]).labels is None
+
+
+@pytest.mark.parametrize(
+    ("written", "found"), [("[no, en]", ["no", "en"]), ("no", "no"), ("en", "en"), ("[]", None), ("", None)]
+)
+def test_norwegian_is_a_language(written, found, tmp_path):
+    """YAML 1.1, which Python reads, takes an unquoted `no` for false."""
+    (tmp_path / "README.md").write_text(f"---\nlanguage: {written}\n---\n# A model\n")
+    assert read_base_card(str(tmp_path), None).language == found
+
+
 def test_a_base_models_card_has_paper_and_citation_too(folder):
     card = read_base_card(folder, None)
     assert (card.license, card.license_name, card.paper) == (["cc-by-4.0"], "x", "https://arxiv.org/abs/2010.12421")

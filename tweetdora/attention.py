@@ -83,6 +83,8 @@ def attention(
             return _attention_with_tree(query, key, value, packing, **kwargs), None
         output, keys, values = _packed_attention(query, key, value, packing, **kwargs)
         if "cache" in packing:
+            if layer in packing["cache"].prompts:  # such as DiffLlama's: the cache holds one pair per layer
+                raise NotPackable("its layers call attention more than once")
             packing["cache"].prompts[layer] = keys, values
         return output, None
     dtype = query.dtype
@@ -360,11 +362,12 @@ def _why_not_packable(model: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def _try_packed_batch(model: PreTrainedModel) -> str | None:
-    """Run two rows of one token after a prefix of one; return why the attention function refuses them, or None."""
+    """Run two rows of one token after a prefix of one, as generation does; return why attention refuses, or None."""
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
         batch, _ = pack([[0, 1], [0, 2]], prefix=1)
+        batch["packing"]["cache"] = PackedKVCache()
         model(**send_to_device(batch, model.device), use_cache=False)
     except NotPackable as reason:
         return str(reason)

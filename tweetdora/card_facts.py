@@ -147,8 +147,8 @@ class Publication:
 
     @property
     def model_id(self) -> str:
-        """The id that a user loads; the folder if nothing is published."""
-        return self.hub_model_id or self.folder
+        """The id that a user loads; the folder if nothing is published, without what is this machine's."""
+        return self.hub_model_id or without_folders(self.folder)
 
 
 def card_facts(
@@ -178,7 +178,7 @@ def card_facts(
         **_failure_facts(records, words),
         **_training_facts(run, records.result),
         **_data_facts(run, evaluation),
-        "example": _example(run, records.predictions, generations),
+        "example": _example(run, records.predictions, generations, publication.sample_ids),
         "samples_rule": _CHOSEN_SAMPLES_RULE if publication.sample_ids else _SAMPLES_RULE,
         "samples": chosen,
         "left_out": left_out,
@@ -245,7 +245,7 @@ def _task_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
         "label_list": ", ".join(f"`{word}`" for word in words),
         "label_words": words,
         "label_count": len(words),
-        "system_prompt": task.system_prompt.replace("\n", "\n> "),
+        "system_prompt": task.system_prompt,
         "system_in_user_turn": run.prompt_format.system_in_user_turn,
         "is_tweeteval_sentiment": is_sentiment,
         "published": _PUBLISHED if is_sentiment and is_whole_test else (),
@@ -336,6 +336,7 @@ def _failure_facts(records: Records, words: list[str]) -> dict[str, Any]:
             }
             for band in metrics.by_length
         ],
+        "some_unparsed": any(found.parse_rate < 1 for found in records.evaluation.models.values()),
         "unparsed_finetuned": f"{len(unparsed):,}" if unparsed else None,
         "unparsed_answers": [answer for answer in unparsed if not unsuitable(answer)][:_SHOWN_UNPARSED],
     }
@@ -379,9 +380,9 @@ def _training_facts(run: RunRecord, result: TrainingResult) -> dict[str, Any]:
 def _data_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
     """Return facts about the training, validation and evaluation data."""
     train = run.train_data
-    validation = [run.validation_data] if run.validation_data else []
+    own = [data for data in (train, run.validation_data) if data is not None and data.split != evaluation.split]
     return {
-        "data": [_data_row(data) for data in (train, *validation, evaluation.data)],
+        "data": [_data_row(data) for data in (*own, evaluation.data)],
         "dataset_link": _dataset_link(train),
         "dataset_url": f"https://huggingface.co/datasets/{train.hub_id}" if train.hub_id else None,
         "dataset_config": train.config,
@@ -489,13 +490,20 @@ def widget_examples(
     return examples
 
 
-def _example(run: RunRecord, predictions: list[PredictionRecord], generations: Sequence[str]) -> dict[str, Any]:
+def _example(
+    run: RunRecord, predictions: list[PredictionRecord], generations: Sequence[str], sample_ids: Sequence[int]
+) -> dict[str, Any]:
     """Return the first example that may be shown and that the saved model answers exactly right, else the first shown.
 
-    If none may be shown, a placeholder takes the place of its text, and the answer is None.
+    If none may be shown, a placeholder takes the place of its text, and the answer is None. If the user named samples,
+    only these may be shown.
     """
     answered = zip(predictions, generations, strict=False)  # only the first examples have answers
-    shown = [(row.label, row.text, answer) for row, answer in answered if not unsuitable(row.text, answer)]
+    shown = [
+        (row.label, row.text, answer)
+        for row, answer in answered
+        if (row.example_id in sample_ids if sample_ids else not unsuitable(row.text, answer))
+    ]
     exact = (one for one in shown if one[0] == one[2])
     _, text, answer = next(exact, shown[0] if shown else ("", _PLACEHOLDER, None))
     return {"messages": run.prompt_format.messages(run.task.system_prompt, text), "answer": answer}

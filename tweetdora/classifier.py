@@ -6,6 +6,7 @@
 [Prediction(label='positive', probabilities={'negative': 0.01, 'neutral': 0.03, 'positive': 0.96}, margin=0.93)]
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -20,6 +21,7 @@ from tweetdora.provenance import environment
 from tweetdora.scoring import score_all
 from tweetdora.targets import adapter_sha256, decide_decoding, find_eval_target, load_finetuned, load_prompts
 
+log = logging.getLogger("tweetdora.classifier")
 _DIGITS = 6
 
 
@@ -54,6 +56,9 @@ class Classifier:
         self.target = find_eval_target(name_or_path, config)
         self.decoding = decide_decoding(self.target, config, state.device.type)
         use_cache_if_unreachable(self.target.base)
+        if state.is_main_process:
+            for note in (*self.target.notes, *self.decoding.notes):
+                log.warning("%s", note)
         revision = pin_revision(self.target.base, self.target.base_revision)
         tokenizer, self._prompt_tokenizer = load_prompts(self.target, revision)
         self._model, identity = load_finetuned(self.target, revision, self.decoding.precision, state.device)

@@ -385,8 +385,10 @@ def cross_table(path: str, rows: str, columns: str) -> str:
         InputError: a column does not exist.
     """
     found = list(read_rows(path))
+    if not found:
+        raise InputError(f"{path} has no rows; expected the columns {rows} and {columns}.")
     for name in (rows, columns):
-        if not found or name not in found[0].values:
+        if name not in found[0].values:
             raise InputError(f"{path} has no column {name!r}; its columns are {', '.join(found[0].values)}.")
     counts = Counter((str(row.values[rows]), str(row.values[columns])) for row in found)
     names, across = ([*dict.fromkeys(pair[place] for pair in sorted(counts))] for place in (0, 1))

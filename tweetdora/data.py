@@ -406,8 +406,9 @@ def _known_labels(split: _Split, task: TaskConfig) -> dict[Any, int]:
         if any(label in by_word for label in split.labels if isinstance(label, str)):
             return by_word
         if any(label in map(str, range(len(words))) for label in split.labels):  # CSV files contain only text
-            numbers = {int(label) for label in split.labels if isinstance(label, str) and label.strip().isdecimal()}
-            _check_first_id(numbers, _holds(split, task), task)
+            texts = {label.strip() for label in split.labels if isinstance(label, str)}
+            numbers = {int(text) for text in texts if text.removeprefix("-").isdecimal()}
+            _check_ids(numbers, _holds(split, task), task)
             return {str(number): number for number in range(len(words))}
         return by_word
     return _known_ids(split, task) if names is None else {number: number for number in range(len(words))}
@@ -417,7 +418,7 @@ def _known_ids(split: _Split, task: TaskConfig) -> dict[Any, int]:
     """Return what numbers and booleans mean: label words if all are spelled like one, otherwise ids from 0.
 
     Raises:
-        InputError: they are booleans, could be words as well as ids, or seem to be counted from 1.
+        InputError: they are booleans, could be words as well as ids, or seem to be counted in another way.
     """
     words = task.label_words
     found = {label for label in split.labels if isinstance(label, (int, float)) and label == label}
@@ -437,7 +438,7 @@ def _known_ids(split: _Split, task: TaskConfig) -> dict[Any, int]:
             f"{what} booleans, and --label_words is {' '.join(words)}. Say which is which with --label_values, in the "
             "order of --label_words (for example: --label_values False True)."
         )
-    _check_first_id(found, what, task)
+    _check_ids(found, what, task)
     return {number: number for number in range(len(words))}
 
 
@@ -450,14 +451,20 @@ def _spelled(label: Any) -> str:
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
-def _check_first_id(found: set[Any], what: str, task: TaskConfig) -> None:
-    """Refuse label ids that are counted from 1: each would be taken for the next label."""
-    count = len(task.label_words)
-    if count in found and 0 not in found:
+def _check_ids(found: set[Any], what: str, task: TaskConfig) -> None:
+    """Refuse numbers that seem to be labels by another count: 1 2 3, or evenly spaced ones such as -1 0 1 and 0 2 4.
+
+    Some would be taken for other labels, and with --skip_bad_rows the others would be skipped.
+    """
+    count, numbers = len(task.label_words), sorted(found)
+    steps = {after - before for before, after in itertools.pairwise(numbers)}
+    spaced = len(numbers) == count and len(steps) == 1 and found != set(range(count))
+    if spaced or (count in found and 0 not in found):
+        numbers = numbers if spaced else [*range(1, count + 1)]
         raise InputError(
             f"{what} numbers from {min(found):g} to {max(found):g}, but label ids are 0 to {count - 1}. Give the "
             f"values with --label_values, in the order of --label_words (for example: --label_values "
-            f"{' '.join(str(number) for number in range(1, count + 1))})."
+            f"{' '.join(map(_spelled, numbers))})."
         )
 
 

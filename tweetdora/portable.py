@@ -46,6 +46,8 @@ def _version_4_rope(config: dict[str, Any]) -> dict[str, Any]:
         return {}
     by_layer = {name: part for name, part in found.items() if isinstance(part, dict)}
     main = by_layer.get("full_attention", found) if by_layer else found
+    if "rope_theta" not in main:  # other kinds of layers, in models that version 4 does not have
+        return {}
     fields: dict[str, Any] = {"rope_theta": main["rope_theta"]}
     if "sliding_attention" in by_layer:
         fields["rope_local_base_freq"] = by_layer["sliding_attention"]["rope_theta"]
@@ -93,7 +95,7 @@ def check_portable(folder: str) -> None:
             wrong.append(f"{_TOKENIZER} has no {name}")
     for place, _, files in os.walk(folder):
         for name in files:
-            if os.stat(os.path.join(place, name)).st_mode & 0o777 != 0o644:
+            if os.stat(os.path.join(place, name)).st_mode & 0o444 != 0o444:
                 wrong.append(f"{name} is not readable by all users")
     if wrong:
         raise VerificationError(

@@ -10,6 +10,7 @@ a command is interrupted, running it again resumes after the last complete chunk
     {"rows": 2, "truncated": 0}                  the end of a chunk, which is now complete
 """
 
+import codecs
 import io
 import json
 import math
@@ -417,7 +418,10 @@ def read_input(config: PredictConfig) -> tuple[Iterator[Row], list[str]]:
         InputError: standard input is empty or in another encoding.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):  # in some locales, it would take other encodings without an error
-        sys.stdin.reconfigure(encoding=config.encoding or sys.stdin.encoding, errors="strict")
+        encoding = config.encoding or sys.stdin.encoding
+        # As for files, a byte order mark, which Excel writes, is no text.
+        marked = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+        sys.stdin.reconfigure(encoding=marked, errors="strict")
     stream = read_stream(sys.stdin, config.input_format, config.csv_delimiter)
     rows = _decoded(stream, config.encoding or getattr(sys.stdin, "encoding", None))
     rows = map(_checked, rows) if config.input_format == "jsonl" else rows

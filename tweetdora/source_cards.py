@@ -24,6 +24,8 @@ def read_base_card(name_or_path: str, revision: str | None) -> BaseModelCard:
     """Read the base model's own card; empty if there is no readable card."""
     metadata, text = _read_card(name_or_path, revision, ModelCard)
     named = [item.name for item in dataclasses.fields(BaseModelCard)]
+    if "language" in metadata:
+        metadata["language"] = _languages(metadata["language"])
     found = {name: _as_words(metadata.get(name) or None) for name in named}
     return BaseModelCard(**{**found, "paper": find_paper(text), "citation": find_citation(text)})
 
@@ -33,7 +35,9 @@ def read_dataset_card(
 ) -> DatasetCard:
     """Read the data set's own card; empty if there is no readable card."""
     metadata, text = _read_card(name_or_path, revision, HubDatasetCard)
-    values = find_labels(text, label_values) if label_values else None
+    # Numbers alone would be found in any sentence.
+    are_words = label_values and all(any(map(str.isalpha, value)) for value in label_values)
+    values = find_labels(text, label_values) if label_values and are_words else None
     return DatasetCard(
         license=_as_words(metadata.get("license") or None),
         paper=find_paper(text),
@@ -54,6 +58,13 @@ def _read_card(name_or_path: str, revision: str | None, kind: type[Any]) -> tupl
     except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError, LocalEntryNotFoundError):
         return {}, ""
     return card.data.to_dict(), card.text
+
+
+def _languages(value: Any) -> Any:
+    """Return a card's languages with Norwegian's code, `no`, which YAML 1.1 reads as False and the Hub as a word."""
+    if isinstance(value, list):
+        return [_languages(item) for item in value]
+    return "no" if value is False else value
 
 
 def _as_words(value: Any) -> Any:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -87,7 +88,7 @@ def build_space(folder: str, model: str, records: Records, publication: Publicat
     `model` is the published model's id or, in a dry run, its folder's name.
     """
     name = title(records.run, publication.hub_model_id)
-    about = _about(model, name, records)
+    about = _about(model, name, records, publication.sample_ids)
     write_json(os.path.join(folder, ABOUT), about)
     shutil.copy2(os.path.join(SOURCES, "space", "app.py"), folder)
     package = os.path.join(folder, "tweetdora")
@@ -110,8 +111,8 @@ def about_run(run_dir: str, split: str = "test") -> dict[str, Any]:
     return _about(run_dir, run.name, read_records(run, run_dir, split))
 
 
-def _about(model: str, name: str, records: Records) -> dict[str, Any]:
-    samples = choose_samples(records.predictions, records.run.task.label_words)[0]
+def _about(model: str, name: str, records: Records, sample_ids: Sequence[int] = ()) -> dict[str, Any]:
+    samples = choose_samples(records.predictions, records.run.task.label_words, sample_ids)[0]
     examples = [{"text": row["text"]} for row in samples]
     return {"model": model, "title": name, "notes": _notes(records), "examples": examples}
 
