@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
                 *(trainer.state.global_step, run.steps, training.output_dir),
             )
             return status
-        peak_memory = peak_memory_bytes()  # collective: every process calls it
+        peak_memory = peak_memory_bytes(trainer.kept_memory.earlier_peak_memory)  # collective: every process calls it
         if state.is_main_process:
             run = save_run(trainer, run, peak_memory)
             finish_wandb({"adapter_sha256": run.adapter.sha256})

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE if (HERE / "tweetdora").is_dir() else HERE.parent))
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-from tweetdora import Classifier, Prediction  # noqa: E402
+from tweetdora import Classifier  # noqa: E402
 from tweetdora.config import PredictConfig  # noqa: E402
 from tweetdora.errors import UserError  # noqa: E402
 from tweetdora.prediction import find_text_column, predict_file, scan  # noqa: E402
@@ -80,23 +80,11 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
     """Build the page, which classifies one text or a file."""
     import gradio
 
-    class Answer(gradio.Label):
-        """A label and all probabilities. Rounding can make labels equally likely, so it need not be the first one."""
-
-        is_template = True  # it looks as its parent does
-
-        def postprocess(self, value: Any) -> Any:
-            """Turn a Prediction into what the page shows."""
-            shown = super().postprocess(value.probabilities if isinstance(value, Prediction) else value)
-            if isinstance(value, Prediction):
-                shown.label = value.label
-            return shown
-
-    def classify_text(text: str) -> Prediction:
-        """Return the label and the probability of each."""
+    def classify_text(text: str) -> tuple[str, dict[str, float]]:
+        """Answer as label_text does."""
         if not text.strip():
             raise gradio.Error("Type a text first.", print_exception=False)
-        return classifier(text)[0]
+        return label_text(classifier, text)
 
     def classify_file(
         path: str | None, column: str | None, delimiter: str, encoding: str | None
@@ -118,11 +106,12 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
         with gradio.Tab("One text"):
             text = gradio.Textbox(label="Text", lines=3, placeholder="Type a text", autofocus=True)
             button = gradio.Button("Classify", variant="primary")
-            answer = Answer(label="Label", num_top_classes=len(words))
+            answer = gradio.Label(label="Label")
+            shares = gradio.Label(label="Probabilities", num_top_classes=len(words), show_heading=False)
             if about["examples"]:
                 texts = [[one["text"]] for one in about["examples"]]
-                gradio.Examples(texts, text, answer, classify_text, run_on_click=True, cache_examples=False)
-            gradio.on([button.click, text.submit], classify_text, text, answer, api_name="classify")
+                gradio.Examples(texts, text, [answer, shares], classify_text, run_on_click=True, cache_examples=False)
+            gradio.on([button.click, text.submit], classify_text, text, [answer, shares], api_name="classify")
         with gradio.Tab("A file"):
             gradio.Markdown(
                 "A .csv, .tsv, .jsonl, .parquet or .txt file. Each row gets a label, its probabilities and a margin."
@@ -140,6 +129,12 @@ def make_page(classifier: Classifier, about: dict[str, Any]) -> Any:
             start.click(classify_file, given, shown, api_name="classify_file")
         gradio.Markdown("\n".join(f"- {note}" for note in notes))
     return page
+
+
+def label_text(classifier: Classifier, text: str) -> tuple[str, dict[str, float]]:
+    """Return the label and all probabilities. If rounding made some equal, the label's need not be the largest."""
+    (found,) = classifier(text)
+    return str(found.label), found.probabilities
 
 
 def for_the_page(message: str, path: str) -> str:

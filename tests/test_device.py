@@ -23,7 +23,7 @@ def test_hardware_is_this_machines():
 def test_peak_memory_is_at_least_what_was_used():
     held = bytearray(300_000_000)
     held[::4096] = b"x" * len(held[::4096])
-    assert peak_memory_bytes()["process"] > 300_000_000
+    assert peak_memory_bytes({})["process"] > 300_000_000
 
 
 def test_peak_memory_is_the_largest_of_all_processes(monkeypatch):
@@ -32,7 +32,8 @@ def test_peak_memory_is_the_largest_of_all_processes(monkeypatch):
         "gather_object",
         lambda own: [{"process": 5, "gpu0": 7, "gpu1": 0}, {"process": 6, "gpu0": 0, "gpu1": 8}],
     )
-    assert peak_memory_bytes() == {"process": 6, "gpu0": 7, "gpu1": 8}
+    assert peak_memory_bytes({}) == {"process": 6, "gpu0": 7, "gpu1": 8}
+    assert peak_memory_bytes({"process": 9, "gpu0": 1}) == {"process": 9, "gpu0": 7, "gpu1": 8}
 
 
 # Threads

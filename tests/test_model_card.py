@@ -528,6 +528,33 @@ def test_insults_and_personal_data_are_passed_over_and_counted(records):
     assert [example["messages"][1]["content"] for example in widget] == ["grand"]
 
 
+def test_a_system_prompt_with_markup_is_shown_as_it_is(records):
+    prompt = 'Classify the text inside <review>: "bad" or *good*.\n- Write one word.'
+    records["run"]["task"]["system_prompt"] = prompt
+    assert f"was trained with:\n\n```text\n{prompt}\n```\n" in render(records)
+
+
+@pytest.mark.parametrize(("rate", "said"), [(0.5, "Some answers contain no label word. Taking"), (1.0, "\nTaking")])
+def test_that_some_answers_contain_no_label_word_is_said_only_if_it_is_so(rate, said, records):
+    for name in ("base", "finetuned"):
+        records["evaluation"][name]["parse_rate"] = rate
+    assert f"{said} the most likely label word instead gives a label" in render(records)
+
+
+def test_the_split_that_was_evaluated_is_in_the_data_table_once(records):
+    """It was evaluated on all of it, and trained with some of it as validation."""
+    records["evaluation"]["split"] = records["evaluation"]["data"]["split"] = "validation"
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \|", render(records), re.MULTILINE)
+    assert rows == [("train", "10,000"), ("validation", "5")]
+
+
+def test_a_folder_that_is_not_published_is_named_without_its_place(records):
+    """Or the check for secrets would refuse a home folder that no setting holds."""
+    publication = Publication(None, "/home/someone/runs/demo/publish", None, ["train", "evaluate", "push"])
+    card = render_card(made(records), publication, "float32", CHECK, ["good"])
+    assert 'model_id = "publish"' in card and "/home/" not in card
+
+
 def test_the_user_can_name_the_samples(records):
     chosen, left_out = choose_samples(sample_predictions(), WORDS, [4, 1])
     assert ([row["text"] for row in chosen], left_out) == (["nice", "fine"], {})

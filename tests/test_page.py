@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from conftest import tweets
 
-from tweetdora import Classifier
+from tweetdora import Classifier, Prediction
 from tweetdora.errors import InputError
 from tweetdora.space import about_run
 
@@ -118,6 +118,14 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     yield found
     found.close()
     assert [url for url in refused if not url.startswith(address)] == [], "the page needs no other server"
+
+
+def test_of_labels_that_rounding_made_equally_likely_the_page_shows_the_models():
+    shares = {"negative": 0.4, "neutral": 0.39, "positive": 0.21}
+    assert load_app().label_text(lambda text: [Prediction("neutral", shares, 0.0)], "What a day") == (
+        "neutral",
+        shares,
+    )
 
 
 def test_a_text_is_typed_and_its_label_read(page, model):

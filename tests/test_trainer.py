@@ -637,6 +637,22 @@ def goes_on_to_the_same_end(stopped, laboratory, validation_examples) -> None:
     assert_close(adapter(resumed), adapter(straight), 0)
 
 
+@pytest.mark.parametrize("steps_left", [True, False])
+def test_the_peak_memory_of_earlier_sessions_counts_for_a_resumed_run(steps_left, laboratory, monkeypatch):
+    monkeypatch.setattr("tweetdora.callbacks.own_peak_memory_bytes", lambda: {"process": 5_000_000_000_000})
+    step = 2 if steps_left else 4
+    first = laboratory.train(save_strategy="steps", save_steps=step, **VALIDATED)
+    monkeypatch.setattr("tweetdora.callbacks.own_peak_memory_bytes", lambda: {"process": 7})
+    resumed = laboratory.trainer(save_strategy="steps", save_steps=4, **VALIDATED)
+    checkpoint = str(Path(first.args.output_dir) / f"checkpoint-{step}")
+    if steps_left:
+        resumed.train(resume_from_checkpoint=checkpoint)
+    else:
+        resumed.restore_finished(checkpoint)
+    assert resumed.kept_memory.earlier_peak_memory == {"process": 5_000_000_000_000}
+    assert resumed.kept_memory.state()["attributes"] == {"earlier_peak_memory": {"process": 5_000_000_000_000}}
+
+
 def test_of_several_processes_only_the_first_is_the_first_after_a_finished_run_is_restored(laboratory, monkeypatch):
     """A checkpoint says that it was written by the first; each process would open a W&B run of its own."""
     done = laboratory.train(save_strategy="steps", save_steps=4, **VALIDATED)

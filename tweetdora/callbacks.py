@@ -1,4 +1,4 @@
-"""Trainer callbacks: a log line per checkpoint, missed validations, stops on signals and NaN, generations to W&B."""
+"""Trainer callbacks: log lines, missed validations, stops on signals and NaN, peak memory, generations to W&B."""
 
 import signal
 import time
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from tweetdora.checkpoints import last_whole_checkpoint
+from tweetdora.device import largest, own_peak_memory_bytes
 from tweetdora.errors import DivergedError
 from tweetdora.packing import FILLER_ID
 from tweetdora.tracking import log_generations, open_run
@@ -55,6 +57,29 @@ class LogBeforeCheckpoint(TrainerCallback):
         return control
 
     on_epoch_end = on_step_end
+
+
+class KeepPeakMemory(TrainerCallback, ExportableState):
+    """Store the peak memory in each checkpoint, so that a resumed run has that of all its sessions."""
+
+    def __init__(self) -> None:
+        self.earlier_peak_memory: dict[str, int] = {}  # of earlier sessions, as own_peak_memory_bytes returns it
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over what the checkpoint has; also for a run that has no steps left."""
+        found = (
+            state.stateful_callbacks.get(type(self).__name__) if isinstance(state.stateful_callbacks, dict) else None
+        )
+        self.earlier_peak_memory = found["attributes"]["earlier_peak_memory"] if found else {}
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes to the checkpoint; of several processes, the first one's."""
+        return {
+            "args": {},
+            "attributes": {"earlier_peak_memory": largest([own_peak_memory_bytes(), self.earlier_peak_memory])},
+        }
 
 
 class RunMissedEvaluation(_TrainerCallback):

@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -162,12 +163,20 @@ def _number_in(folder: str, name: str) -> int:
         return int(stream.read())
 
 
-def peak_memory_bytes() -> dict[str, int]:
+def peak_memory_bytes(earlier: dict[str, int]) -> dict[str, int]:
     """Return the peak resident memory and each GPU's peak allocation, in bytes, as maxima over all processes.
 
-    Collective: every process must call it.
+    `earlier` are peaks of earlier sessions. Collective: every process must call it.
     """
-    peaks = gather_object([own_peak_memory_bytes()])
+    return largest([*gather_object([own_peak_memory_bytes()]), earlier])
+
+
+def largest(peaks: Sequence[dict[str, int]]) -> dict[str, int]:
+    """The largest of the values that have the same name in several dictionaries, for all names of the first.
+
+    >>> largest([{"process": 3, "gpu0": 2}, {"process": 4}])
+    {'process': 4, 'gpu0': 2}
+    """
     return {name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]}
 
 

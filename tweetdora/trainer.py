@@ -21,6 +21,7 @@ from tweetdora.attention import check_packable
 from tweetdora.batches import EvenBatches, WithFiller
 from tweetdora.callbacks import (
     EvaluationStopped,
+    KeepPeakMemory,
     LogBeforeCheckpoint,
     RunMissedEvaluation,
     StopOnNonFiniteGradient,
@@ -85,6 +86,7 @@ class ClassificationTrainer(Trainer):
         self.add_callback(ProgressLines())
         self.add_callback(StopOnNonFiniteGradient(self))
         self.add_callback(LogBeforeCheckpoint())
+        self.add_callback(KeepPeakMemory())
         self.add_callback(RunMissedEvaluation(self))
         # compute_loss divides by the supervised tokens of the whole step, so accumulation must not divide again.
         self.loss_is_scaled_for_ga = True
@@ -266,6 +268,11 @@ class ClassificationTrainer(Trainer):
         super().log(logs, start_time)
         self._window_started, self._window_examples, self._window_tokens = time.perf_counter(), 0, 0
 
+    @property
+    def kept_memory(self) -> KeepPeakMemory:
+        """The callback that knows the peak memory of earlier sessions; transformers may put another in its place."""
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, KeepPeakMemory))
+
     def restore_finished(self, checkpoint: str) -> None:
         """Load adapter and history of a checkpoint that has no training steps left."""
         self._load_from_checkpoint(checkpoint)
@@ -273,6 +280,7 @@ class ClassificationTrainer(Trainer):
         # The checkpoint has those of the process that wrote it; with them, each process would start a W&B run.
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
+        self.kept_memory.on_train_begin(self.args, self.state, self.control)
         if self.evaluation_is_due():
             self.evaluate()
         # The Trainer's last line, which it logs after the last checkpoint.
