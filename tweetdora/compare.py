@@ -5,7 +5,7 @@
     python -m tweetdora.compare results/rates --plot rates.png --x learning_rate
     python -m tweetdora.compare results/template.md --output results/README.md    # a page with tables and plots
 
-Runs that differ only in the seed form one row. A page is a Jinja template that can call table(), machines(),
+Runs that differ only in the seed form one row. A page is a Jinja template that can call table(), machines(), spent(),
 differences(), plot(), bars(), reliability(), evaluation() and cross_table(). Its paths are relative to the page.
 """
 
@@ -41,6 +41,7 @@ from tweetdora.seeds import (
 from tweetdora.tables import read_rows
 
 log = logging.getLogger("tweetdora.compare")
+_RUNS = "Run folder, folder of runs or of records, or pattern; or the template of a page, .md."
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class CompareConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
     # parse
-    config, paths = parse_with_paths(argv, CompareConfig, __doc__.partition("\n")[0], "RUN", "Run folder, or page.")
+    config, paths = parse_with_paths(argv, CompareConfig, __doc__.partition("\n")[0], "RUN", _RUNS)
 
     is_page = paths[0].endswith(".md")
     if is_page and (len(paths) > 1 or config.plot or config.x or config.split != "test"):

@@ -443,7 +443,7 @@ class PredictConfig:
     skip_bad_rows: bool = field(
         default=False,
         metadata={
-            "help": "Skip and count unreadable rows, and label none whose text is no text. If false, refuse both."
+            "help": "Skip and count unreadable rows; leave rows without usable text unlabelled. If false, refuse both."
         },
     )
     prior_correction: Literal["none", "em"] = field(

@@ -1,7 +1,9 @@
 """Run a sweep: train and evaluate every combination of settings and seed, one after the other.
 
-    python -m tweetdora.sweep results/rates/sweep.yaml --dry_run true    # list the runs, run nothing
-    python -m tweetdora.sweep results/rates/sweep.yaml                   # the same command resumes it after a stop
+    python -m tweetdora.sweep my-sweep.yaml --dry_run true    # list the runs, run nothing
+    python -m tweetdora.sweep my-sweep.yaml                   # the same command resumes it after a stop
+
+Those in results/ have been run, so their records exist.
 
 A sweep file; only `output_dir`, `records_dir` and `seeds` are required:
 
@@ -94,7 +96,7 @@ class SweepConfig:
         metadata={"help": "Runs at the same time. Use more than 1 only if a single run leaves the device idle."},
     )
     minutes: float | None = field(
-        default=None, metadata={"help": "Start no run after so many minutes. If unset, all runs are done."}
+        default=None, metadata={"help": "Start no new run after this many minutes. If unset, all runs are done."}
     )
 
     def __post_init__(self) -> None:
