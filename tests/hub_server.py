@@ -598,6 +598,7 @@ def _cdn(hub: Hub, request: Request, sha256: str) -> Generation:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer of several parts waits 0.04 s for an acknowledgement
     hub: Hub
 
     def _serve(self) -> None:

@@ -1,8 +1,8 @@
 """What a model is compared with: TF-IDF with logistic regression, and VADER."""
 
 import importlib.util
-import sys
 
+import forked
 import pytest
 
 from tweetdora import other_classifiers as module
@@ -88,8 +88,10 @@ def test_what_is_not_installed_is_said(monkeypatch):
     ]
 
 
-def test_nothing_is_imported_before_it_is_asked_for():
-    import subprocess
-
-    code = "import sys, tweetdora.other_classifiers; assert 'sklearn.linear_model' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+def test_nothing_is_imported_before_it_is_asked_for(tmp_path):
+    """The server of forked scripts has imported evaluate.py's modules, and nothing else."""
+    script = tmp_path / "look.py"
+    script.write_text(
+        "import sys; print('tweetdora.other_classifiers' in sys.modules, 'sklearn.linear_model' in sys.modules)\n"
+    )
+    assert forked.start([script], tmp_path).end() == "True False\n"

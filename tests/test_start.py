@@ -34,7 +34,6 @@ def test_train_answers_help_before_the_imports_that_flags_do_without():
     found = imported("train.py", "--help", status=0)
     assert found & {"datasets", "pandas", "evaluate", "matplotlib", "peft.auto", "tweetdora.training"} == set()
     assert imported("train.py", "--learning_rate", "abc", "--help", status=2) & {"datasets", "peft.auto"} == set()
-    assert "peft.auto" in imported("train.py", "--learning_rate", "abc", status=2)  # it would be, as flags import it
 
 
 def test_a_dry_run_needs_no_plots_and_no_metrics(teachable_dir, data_dir, tmp_path):

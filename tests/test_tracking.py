@@ -457,7 +457,7 @@ def holds_losses(folder: Path, *losses: str) -> bool:
 
 def test_a_server_that_is_down_at_the_start_leaves_an_offline_run_and_a_line(server, tmp_path, monkeypatch, capsys):
     server.state = "down"
-    monkeypatch.setattr("tweetdora.tracking._INIT_SECONDS", 3.0)
+    monkeypatch.setattr("tweetdora.tracking._INIT_SECONDS", 1.0)
     tracker = start_wandb(str(tmp_path), "a run", {})
     wandb.log({"loss": 1.5})
     finish_wandb()
@@ -469,7 +469,7 @@ def test_a_server_that_is_down_at_the_start_leaves_an_offline_run_and_a_line(ser
 
 
 def test_a_server_that_goes_down_in_the_middle_leaves_a_whole_run_and_a_line(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tweetdora.tracking._FINISH_SECONDS", 3.0)
+    monkeypatch.setattr("tweetdora.tracking._FINISH_SECONDS", 1.0)
     tracker = start_wandb(str(tmp_path), "a run", {})
     assert tracker.mode == "online" and tracker.url == f"{server.address}/me/tweetdora/runs/{tracker.id}"
     wandb.log({"loss": 1.5})
@@ -480,17 +480,17 @@ def test_a_server_that_goes_down_in_the_middle_leaves_a_whole_run_and_a_line(ser
     assert time.monotonic() - began < 20
     (folder,) = tmp_path.glob("wandb/run-*")
     assert (
-        "note: W&B did not upload the whole run in 3 s. It is complete locally; upload it with "
+        "note: W&B did not upload the whole run in 1 s. It is complete locally; upload it with "
         f"`wandb sync {folder}`." in capsys.readouterr().err
     )
     assert holds_losses(folder, "1.5", "2.5")
 
 
 def test_a_run_that_is_gone_on_with_while_the_server_is_down_keeps_its_id(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tweetdora.tracking._INIT_SECONDS", 3.0)
     first = start_wandb(str(tmp_path), "a run", {})
     finish_wandb(exit_code=130)
     server.state = "down"
+    monkeypatch.setattr("tweetdora.tracking._INIT_SECONDS", 1.0)
     again = start_wandb(str(tmp_path), "a run", {}, tracker=first)
     finish_wandb()
     assert (again.id, again.mode) == (first.id, "offline")
