@@ -100,9 +100,8 @@ def main(argv: list[str] | None = None) -> int:
         stop = StopOnSignal()
         trainer = make_trainer(task, training, loaded, stop)
         if state.is_main_process:
-            if resume.checkpoint is not None:
-                for note in set_aside_newer(training.output_dir, resume.checkpoint):
-                    say(note)
+            for note in set_aside_newer(training, resume.checkpoint):
+                say(note)
             run = begin_record(run, training)
         run_trainer(trainer, resume.checkpoint, run, state)
 

@@ -125,4 +125,7 @@ def test_embeddings_that_peft_adds_are_left_out_of_a_comparison():
     expected = Outputs([torch.tensor([1.0, 2.0])], ["good"])
     found = compare_outputs(expected, Outputs([torch.tensor([1.0, 2.5, 9.0])], ["good"]))
     assert (found.max_logit_difference, found.equal_generations) == (0.5, 1)
-    assert compare_outputs(expected, Outputs([torch.tensor([1.0, math.nan])], ["bad"])).equal_generations == 0
+    assert math.isnan(
+        compare_outputs(expected, Outputs([torch.tensor([1.0, math.nan])], ["bad"])).max_logit_difference
+    )
+    assert compare_outputs(expected, Outputs([torch.tensor([1.0])], ["good"])).max_logit_difference == math.inf

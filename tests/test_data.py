@@ -420,6 +420,22 @@ def test_labels_that_are_counted_in_another_way_are_refused_also_if_rows_may_be_
     assert load_examples(task, "train", None).labels == [0, 1, 2, 0]
 
 
+@pytest.mark.parametrize("labels", [[0, -1], [0, 2]])
+def test_of_two_numbers_one_may_mark_rows_without_a_label(make_task, labels):
+    content = "".join(f"{line}\n" for line in ["text,label", f"a,{labels[0]}", f"b,{labels[1]}"])
+    task = make_task("rows.csv", content, label_words=["no", "yes"], skip_bad_rows=True)
+    assert load_examples(task, "train", None).labels == [0]
+
+
+def test_labels_of_another_count_and_markers_are_told_apart_by_the_user(make_task):
+    """A split without the third label, and rows without a label: the ids are right."""
+    content = "text,label\na,0\nb,1\nc,-1\n"
+    with pytest.raises(InputError, match="if some of these mark rows without a label, --label_values 0 1 2"):
+        load_examples(make_task("rows.csv", content, skip_bad_rows=True), "train", None)
+    task = make_task("rows.csv", content, skip_bad_rows=True, label_values=["0", "1", "2"])
+    assert load_examples(task, "train", None).labels == [0, 1]
+
+
 def test_a_quote_that_is_never_closed_is_refused_also_if_rows_may_be_skipped(make_task):
     """Skipping it would skip all that follows."""
     content = 'text,label\na,0\n"b,1\n' + "c,0\n" * 50

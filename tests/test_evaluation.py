@@ -339,8 +339,13 @@ def test_a_base_is_asked_as_a_run_was_trained_on_whatever_day(results_dir, tmp_p
     """A chat template may write the date: measured with today's, the base would not be comparable with the run."""
     run = sample_run()
     monkeypatch.setattr(targets, "read_run", lambda folder: {"runs/mine": run}[folder])
-    target = find_eval_target(model_folder(str(tmp_path / "model")), EvaluateConfig(prompt_of="runs/mine"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"label_words": run.task.label_words, "system_prompt": run.task.system_prompt}))
+    config = EvaluateConfig(prompt_of="runs/mine", config=str(recipe))
+    target = find_eval_target(model_folder(str(tmp_path / "model")), config)
     assert (target.prompt_format, target.run) == (run.prompt_format, None)
+    with pytest.raises(InputError, match="--prompt_of runs/mine: that run has another system prompt or other label"):
+        find_eval_target(str(tmp_path / "model"), EvaluateConfig(prompt_of="runs/mine"))
     with pytest.raises(InputError, match="--prompt_of runs/mine: runs/mine has its own prompt; leave the flag out"):
         find_eval_target("runs/mine", EvaluateConfig(prompt_of="runs/mine"))
 

@@ -95,11 +95,13 @@ def test_the_values_of_this_machine_are_found_whatever_their_form(folder, tmp_pa
     (folder / "config.json").write_text(json.dumps({"name": "word"}))
     (folder / "tokenizer.json").write_text(json.dumps({"\u0120correct horse": 7}))
     check_contents(str(folder), "acme/model")  # a vocabulary may hold any word
+    (folder / "tokenizer.json").write_text(json.dumps({"an-odd-token": 7}))
+    assert "tokenizer.json, line 1, holds the Hub token of this machine" in refused(folder)
 
 
 def test_the_login_name_is_found_in_a_path_unless_it_is_the_owner_of_the_repository(folder, monkeypatch):
     monkeypatch.setattr(leaks.getpass, "getuser", lambda: "mark")
-    for path in ("/scratch/mark", '"/mnt/data/mark/runs"', "(/scratch/mark)"):
+    for path in ("/scratch/mark", '"/mnt/data/mark/runs"', "(/scratch/mark)", "/opt/x:/scratch/mark/lib", "D:/a/mark"):
         (folder / "README.md").write_text(f"trained in {path}\n")
         assert "README.md, line 1, holds the login name of this machine" in refused(folder)
     check_contents(str(folder), "mark/model")

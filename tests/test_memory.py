@@ -1,14 +1,12 @@
 """The memory that a training is expected to need: against a real forward pass, and a real process's peak."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -120,15 +118,16 @@ def test_the_plan_is_near_the_peak_of_a_process(batching, size, data_dir, tokeni
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    words = [sys.executable, str(ROOT / "train.py"), "--model_name_or_path", str(tmp_path / "base")]
+    words = [str(ROOT / "train.py"), "--model_name_or_path", str(tmp_path / "base")]
     words += ["--dataset_name", data_dir, "--output_dir", str(tmp_path / "run"), "--max_train_samples", "0"]
     words += ["--system_prompt", "Say how the day is: negative, neutral or positive. " + "And why. " * 20]
     words += ["--precision", "fp32", "--global_batch_size", str(size), "--max_steps", "1", "--batching", batching]
     words += ["--max_eval_samples", "0", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    plan = subprocess.run([*words, "--dry_run", "true"], capture_output=True, text=True, env=environment, timeout=200)
-    expected = float(re.search(r"^  memory +about ([\d.]+) GB at the peak", plan.stdout, re.M)[1])
-    subprocess.run(words, check=True, capture_output=True, env=environment, timeout=200)
+    plan = forked.start([*words, "--dry_run", "true"], tmp_path).end()
+    expected = float(re.search(r"^  memory +about ([\d.]+) GB at the peak", plan, re.M)[1])
+    training = forked.start(words, tmp_path)
+    said = training.end()
+    assert training.returncode == 0, said
     run = json.loads((tmp_path / "run/run.json").read_text())
     measured = run["result"]["peak_memory_bytes"]["process"] / 1e9
     print(f"expected {expected} GB, measured {measured:.2f} GB")

@@ -40,6 +40,23 @@ def test_tfidf_finds_words_where_no_space_is_between_them(bad, good, others):
     assert one.accuracy == 1.0
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("\u4eba\u3005\u30fb\u4eca\u3002AI", ["\u4eba", "\u3005", "\u4eca", "AI"]),
+        (
+            "\u0e41\u0e22\u0e48\u0e3f5",
+            ["\u0e41", "\u0e22\u0e48"],
+        ),  # a tone mark stays with its letter, a currency sign is none
+        ("\uff76\uff9e\uff77", ["\uff76\uff9e", "\uff77"]),  # narrow katakana
+    ],
+)
+def test_letters_are_tokens_with_their_marks_and_signs_are_none(text, tokens):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    assert TfidfVectorizer(token_pattern=module._TOKEN).build_tokenizer()(text) == tokens
+
+
 def test_in_other_scripts_tokens_are_those_of_scikit_learn():
     from sklearn.feature_extraction.text import TfidfVectorizer
 

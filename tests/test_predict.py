@@ -14,7 +14,6 @@ from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 
-import launchers
 import numpy as np
 import pandas
 import pytest
@@ -105,7 +104,7 @@ def test_the_package_offers_the_classifier_without_importing_torch():
     assert tweetdora.Classifier is Classifier
     with pytest.raises(AttributeError, match="has no attribute 'Clasifier'"):
         _ = tweetdora.Clasifier
-    code = "import sys, tweetdora; assert 'torch' not in sys.modules; from tweetdora import Classifier"
+    code = "import sys, tweetdora; assert 'torch' not in sys.modules and 'Classifier' in tweetdora.__all__"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
@@ -521,9 +520,9 @@ def test_a_text_of_a_megabyte_is_truncated_and_counted(model, tmp_path, capsys):
 def test_two_processes_share_the_rows_and_write_one_file(model, long_file, tmp_path):
     main(model, long_file, "--output", tmp_path / "one.csv", "--batch_size", 4)
     words = [long_file, "--output", tmp_path / "two.csv", "--batch_size", "4", "--precision", "fp32"]
-    process = launchers.start([*launchers.TORCHRUN, ROOT / "predict.py", model, *words], tmp_path)
-    (said,) = launchers.finish(process)
-    assert process.returncode == 0, said
+    processes = launch(2, [ROOT / "predict.py", model, *words], tmp_path)
+    said = "".join(finish(*processes))
+    assert [process.returncode for process in processes] == [0, 0], said
     assert said.count("90 rows: ") == 1, "one of them speaks"
     one, two = (read_table(tmp_path / name) for name in ("one.csv", "two.csv"))
     assert [row["label"] for row in one] == [row["label"] for row in two] and len(two) == 90

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sample_records import sample_run, write_run
 
-from tweetdora.checkpoints import CHECKSUMS, SAVING_DIR, publish_checkpoint
+from tweetdora.checkpoints import CHECKSUMS, SAVING_DIR, all_checkpoints, publish_checkpoint
 from tweetdora.errors import InputError
 from tweetdora.records import GitState, RunRecord, TrackerRecord
 from tweetdora.resume import (
@@ -35,11 +35,15 @@ def going_on(settings: TrainConfig) -> tuple[str | None, list[str]]:
 
 def make_checkpoint(run_dir: Path, step: int) -> str:
     """A checkpoint as far as plan_resume looks."""
+    return publish_checkpoint_of(run_dir, step, keep=None)
+
+
+def publish_checkpoint_of(run_dir: Path, step: int, keep: int | None) -> str:
     beside = run_dir / SAVING_DIR / f"checkpoint-{step}"
     beside.mkdir(parents=True)
-    for name in ("trainer_state.json", "optimizer.pt"):
-        (beside / name).write_text("{}")
-    return publish_checkpoint(str(run_dir), step, keep=None)
+    (beside / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (beside / "optimizer.pt").write_text("{}")
+    return publish_checkpoint(str(run_dir), step, keep)
 
 
 def make_record(run_dir: Path, status: str) -> RunRecord:
@@ -384,12 +388,30 @@ def test_a_new_run_whose_folder_another_process_has_taken_meanwhile_is_refused(t
 
 def test_checkpoints_newer_than_the_one_that_is_named_are_set_aside(training, tmp_path):
     """Otherwise the next `true` would go on from them, with the steps that were given up."""
-    make_record(tmp_path / "run", "interrupted")
-    for _ in range(2):
-        old, new = (make_checkpoint(tmp_path / "run", step) for step in (10, 20))
-        notes = set_aside_newer(str(tmp_path / "run"), old)
-        assert len(notes) == 1 and notes[0].startswith(f"note: {new} is newer than {old}; it was renamed to {new}.set")
-        assert plan_resume(training(resume_from_checkpoint="true")).checkpoint == old
-    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint*"))
-    assert names == ["checkpoint-10", "checkpoint-20.set-aside-1", "checkpoint-20.set-aside-2"]
-    assert set_aside_newer(str(tmp_path / "fork"), old) == [], "a fork leaves the other run's alone"
+    run = tmp_path / "run"
+    make_record(run, "interrupted")
+    make_checkpoint(run, 5)
+    for count in (1, 2):
+        old, new = (make_checkpoint(run, step) for step in (10, 20))
+        (note,) = set_aside_newer(training(resume_from_checkpoint=old), old)
+        assert note == f"note: {new} is newer than {old}; it was renamed to {run}/set-aside-20-{count}."
+        assert all_checkpoints(str(run)) == [old, f"{run}/checkpoint-5"], "older ones stay"
+    assert plan_resume(training(resume_from_checkpoint="true")).checkpoint == old
+    publish_checkpoint_of(run, 11, keep=1)
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [
+        "checkpoint-11",
+        "set-aside-20-1",
+        "set-aside-20-2",
+    ]
+
+
+def test_no_checkpoint_is_set_aside_but_for_one_that_is_named(training, tmp_path):
+    """Nor for a fork, which leaves the other run's alone, nor for a link to the newest."""
+    run = tmp_path / "run"
+    old, new = (make_checkpoint(run, step) for step in (10, 20))
+    assert set_aside_newer(training(resume_from_checkpoint="true"), old) == []
+    assert set_aside_newer(training(resume_from_checkpoint=old, output_dir=str(tmp_path / "fork")), old) == []
+    assert set_aside_newer(training(), None) == []
+    (run / "latest").symlink_to(new)
+    assert set_aside_newer(training(resume_from_checkpoint=f"{run}/latest"), f"{run}/latest") == []
+    assert all_checkpoints(str(run)) == [new, old]

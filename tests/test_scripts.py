@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from accelerate import PartialState
@@ -84,8 +85,13 @@ def finished(teachable_dir, data_dir, tmp_path_factory):
     """A run folder that all three scripts have been through, and what they printed."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     printed = [launch("train.py", *train_flags(teachable_dir, data_dir, folder))]
-    printed.append(run("evaluate.py", str(folder), "--precision", "fp32", "--bootstrap_samples", "500"))
-    printed.append(run("push_to_hub.py", str(folder), "--dry_run", "true", "--check_samples", "12"))
+    for script, *flags in (
+        ("evaluate.py", "--precision", "fp32", "--bootstrap_samples", "500"),
+        ("push_to_hub.py", "--dry_run", "true", "--check_samples", "12"),
+    ):
+        process = forked.start([ROOT / script, folder, *flags], ROOT)
+        printed.append(process.end())
+        assert process.returncode == 0, printed[-1]
     return folder, printed
 
 

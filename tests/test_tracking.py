@@ -21,7 +21,7 @@ from tweetdora.errors import InputError
 from tweetdora.generation import UNPARSED, Generation
 from tweetdora.plan import _tracker_line
 from tweetdora.records import TrackerRecord
-from tweetdora.tracking import SAMPLE_ROWS, finish_wandb, log_generations, start_wandb, wandb_mode
+from tweetdora.tracking import SAMPLE_ROWS, finish_wandb, log_generations, open_run, start_wandb, wandb_mode
 
 WORDS = ["negative", "neutral", "positive"]
 EXAMPLES = make_examples(["awful", "fine", "a table", "great", "?"], [0, 2, 1, 2, 1])
@@ -116,13 +116,16 @@ def test_the_server_that_wandb_login_has_stored_is_the_one_of_the_login(monkeypa
 
 def test_a_disabled_session_leaves_the_tracker_of_a_run_as_it_was(monkeypatch, tmp_path):
     """W&B calls the entity of a disabled run "dummy", for which the next session would ask the server."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    known = TrackerRecord("abc", "online", "https://wandb.test/abc", "tweetdora", "me")
     try:
         assert start_wandb(str(tmp_path), "run", {}).entity is None
+        finish_wandb()
+        assert start_wandb(str(tmp_path), "run", {}, known) is known
+        assert open_run() is not None, "without a run, transformers' callback would open one, and not a disabled one"
     finally:
         finish_wandb()
-    known = TrackerRecord("abc", "online", "https://wandb.test/abc", "tweetdora", "me")
-    assert start_wandb(str(tmp_path), "run", {}, known) is known
+    assert list(tmp_path.rglob("*.wandb")) == []
 
 
 def test_an_unreadable_netrc_is_no_login():

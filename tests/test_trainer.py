@@ -637,6 +637,17 @@ def goes_on_to_the_same_end(stopped, laboratory, validation_examples) -> None:
     assert_close(adapter(resumed), adapter(straight), 0)
 
 
+def test_a_checkpoint_of_before_the_peak_memory_was_kept_is_gone_on_with(laboratory):
+    first = laboratory.train(save_strategy="steps", save_steps=2, **VALIDATED)
+    checkpoint = Path(first.args.output_dir) / "checkpoint-2"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["KeepPeakMemory"]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    resumed = laboratory.trainer(save_strategy="steps", save_steps=4, **VALIDATED)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert (Path(resumed.args.output_dir) / "checkpoint-4").is_dir()
+
+
 @pytest.mark.parametrize("steps_left", [True, False])
 def test_the_peak_memory_of_earlier_sessions_counts_for_a_resumed_run(steps_left, laboratory, monkeypatch):
     monkeypatch.setattr("tweetdora.callbacks.own_peak_memory_bytes", lambda: {"process": 5_000_000_000_000})

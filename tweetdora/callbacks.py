@@ -3,7 +3,7 @@
 import signal
 import time
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import gather, gather_object
@@ -69,10 +69,9 @@ class KeepPeakMemory(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take over what the checkpoint has; also for a run that has no steps left."""
-        found = (
-            state.stateful_callbacks.get(type(self).__name__) if isinstance(state.stateful_callbacks, dict) else None
-        )
-        self.earlier_peak_memory = found["attributes"]["earlier_peak_memory"] if found else {}
+        callbacks = cast(dict[str, Any], state.stateful_callbacks)
+        found = callbacks.setdefault(type(self).__name__, self.state())  # an older checkpoint has none
+        self.earlier_peak_memory = found["attributes"]["earlier_peak_memory"]
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes to the checkpoint; of several processes, the first one's."""

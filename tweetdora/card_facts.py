@@ -380,9 +380,13 @@ def _training_facts(run: RunRecord, result: TrainingResult) -> dict[str, Any]:
 def _data_facts(run: RunRecord, evaluation: EvaluationRecord) -> dict[str, Any]:
     """Return facts about the training, validation and evaluation data."""
     train = run.train_data
-    own = [data for data in (train, run.validation_data) if data is not None and data.split != evaluation.split]
+    validation, measured = run.validation_data, evaluation.data
+    known = [train] if validation is None else [train, validation]
+    if evaluation.split == "validation" and validation is not None:
+        if (validation.name, validation.split) == (measured.name, measured.split):
+            known = [train]  # the run's validation may have had some of these examples only
     return {
-        "data": [_data_row(data) for data in (*own, evaluation.data)],
+        "data": [_data_row(data) for data in (*known, measured)],
         "dataset_link": _dataset_link(train),
         "dataset_url": f"https://huggingface.co/datasets/{train.hub_id}" if train.hub_id else None,
         "dataset_config": train.config,

@@ -459,12 +459,15 @@ def _check_ids(found: set[Any], what: str, task: TaskConfig) -> None:
     count, numbers = len(task.label_words), sorted(found)
     steps = {after - before for before, after in itertools.pairwise(numbers)}
     spaced = len(numbers) == count and len(steps) == 1 and found != set(range(count))
+    spaced = spaced and (count > 2 or 0 not in found)  # any two numbers are; the other may mark rows without a label
     if spaced or (count in found and 0 not in found):
         numbers = numbers if spaced else [*range(1, count + 1)]
+        ids = " ".join(map(str, range(count)))
+        other = f"; if some of these mark rows without a label, --label_values {ids}" if 0 in found else ""
         raise InputError(
             f"{what} numbers from {min(found):g} to {max(found):g}, but label ids are 0 to {count - 1}. Give the "
             f"values with --label_values, in the order of --label_words (for example: --label_values "
-            f"{' '.join(map(_spelled, numbers))})."
+            f"{' '.join(map(_spelled, numbers))}{other})."
         )
 
 

@@ -26,6 +26,7 @@ _FORMS = {
     "a home folder": r"(?<![A-Za-z0-9.])(/home/|/Users/|[A-Za-z]:\\\\?Users\\\\?)[A-Za-z0-9._-]+",
 }
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
+_OF_ENV = " in .env"
 _SHORTEST_VALUE = 8  # shorter values in .env are words that may occur anywhere
 _COMMON_USERS = (
     "root",
@@ -60,7 +61,8 @@ def check_contents(folder: str, repo_id: str | None, kinds: tuple[str, ...] = _K
                     f"{', '.join(_BY_NAME)}). Remove it, or rebuild the folder."
                 )
             # A vocabulary holds words, which a value in .env may be as well (ENVIRONMENT=production).
-            own = {} if file in _VOCABULARIES else values
+            words = file in _VOCABULARIES
+            own = {what: value for what, value in values.items() if not (words and what.endswith(_OF_ENV))}
             for line, text in _lines(path):
                 if what := find_secret(text, own, names):
                     raise InputError(
@@ -105,7 +107,7 @@ def known_secrets(environment: Mapping[str, str], folder: str) -> dict[str, str]
             for line in stream:
                 name, sign, value = line.partition("=")
                 if sign:
-                    found[f"the value of {name.strip().removeprefix('export ')} in .env"] = _unquoted(value.strip())
+                    found[f"the value of {name.strip().removeprefix('export ')}{_OF_ENV}"] = _unquoted(value.strip())
     except (OSError, UnicodeDecodeError):
         pass
     return {what: value for what, value in found.items() if len(value) >= _SHORTEST_VALUE}
@@ -135,7 +137,7 @@ def _names_of_the_machine(repo_id: str | None) -> dict[str, str]:
     home = os.path.expanduser("~")
     names = {}
     if len(user) > 3 and user not in _COMMON_USERS and user not in (repo_id or "").split("/"):
-        names["the login name of this machine"] = rf"(?<![\w.:/~-])(/[\w.+-]+)+/{re.escape(user)}(?![\w-])"
+        names["the login name of this machine"] = rf"(?<![\w./~-])(/[\w.+-]+)+/{re.escape(user)}(?![\w-])"
     if home.count(os.sep) > 1:
         names["the home folder of this machine"] = rf"(?<![\w-]){re.escape(home)}(?![\w-])"
     return names

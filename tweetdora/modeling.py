@@ -268,7 +268,7 @@ def _model_load_error(
         hint = " `make assets` makes the quickstart's model." if name_or_path.startswith("assets") else ""
         return InputError(f"{name}: there is no such folder, and it is not a Hub id (owner/name).{hint}")
     # An address may hold the words below (…/resolve/main/…), so the kind of error comes first.
-    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
+    if any(isinstance(one, (RepositoryNotFoundError, RevisionNotFoundError)) for one in (error, error.__cause__)):
         return InputError(f"{name}: {said}")
     if re.search(r"connect|offline|resolve|couldn't reach", said, re.IGNORECASE):
         return HubError(
@@ -510,7 +510,7 @@ def _fetch(repo_id: str, file: str) -> str | None:
                     return None
                 raise HubError(
                     f"{repo_id} is in the cache, but not whether it has a {TASK_FILE}, which holds its labels and "
-                    "prompt. Load it once with the Hub, or name a recipe with the task (evaluate.py --config)."
+                    "prompt. Load it once with the Hub; or name its folder, or a recipe with evaluate.py --config."
                 ) from error
         raise _model_load_error(repo_id, None, error, "model or adapter") from error
 

@@ -15,12 +15,17 @@ from tweetdora.records import Bootstrap, OtherClassifier
 TFIDF, VADER = "TF-IDF and logistic regression", "VADER"
 _PACKAGES = {TFIDF: ("sklearn", "scikit-learn"), VADER: ("vaderSentiment", "vaderSentiment")}  # module, distribution
 _VADER_NEUTRAL = 0.05  # the thresholds of its README
-# Scripts that put no space between words: Thai to Myanmar, Khmer, kana, Chinese characters.
+# Scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters; and their marks.
 _UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_MARKS = (
+    "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece"
+    "\u102b-\u103e\u17b4-\u17d3\u3099\u309a\uff9e\uff9f"
 )
 # Two or more letters or digits, as in scikit-learn, but each letter of such a script by itself: pairs stand for words.
-_TOKEN = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]{{2,}}"
+_TOKEN = rf"(?=\w)[{_UNSPACED}][{_MARKS}]*|[^\W{_UNSPACED}]{{2,}}"
 
 
 def other_classifiers(
@@ -37,13 +42,14 @@ def other_classifiers(
         if importlib.util.find_spec(module) is None:
             missing.append(f"{name} was not measured for comparison; to add it: pip install {distribution}")
             continue
-        try:
-            predictions = (
-                _tfidf(train, examples) if name == TFIDF and train is not None else _vader(examples, label_words)
-            )
-        except ValueError as error:  # such as training examples of one label, or without words
-            missing.append(f"{name} was not measured for comparison: {error}")
-            continue
+        if name == TFIDF and train is not None:
+            try:
+                predictions = _tfidf(train, examples)
+            except ValueError as error:  # training examples of one label, or without words
+                missing.append(f"{name} was not measured for comparison: {error}")
+                continue
+        else:
+            predictions = _vader(examples, label_words)
         matrix = confusion_matrix(examples.labels, predictions, len(label_words))
         intervals = bootstrap_intervals(examples.labels, predictions, len(label_words), bootstrap)
         found.append(

@@ -417,13 +417,13 @@ def read_input(config: PredictConfig) -> tuple[Iterator[Row], list[str]]:
     Raises:
         InputError: standard input is empty or in another encoding.
     """
+    encoding = config.encoding or getattr(sys.stdin, "encoding", None) or "utf-8"
     if isinstance(sys.stdin, io.TextIOWrapper):  # in some locales, it would take other encodings without an error
-        encoding = config.encoding or sys.stdin.encoding
         # As for files, a byte order mark, which Excel writes, is no text.
         marked = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
         sys.stdin.reconfigure(encoding=marked, errors="strict")
     stream = read_stream(sys.stdin, config.input_format, config.csv_delimiter)
-    rows = _decoded(stream, config.encoding or getattr(sys.stdin, "encoding", None))
+    rows = _decoded(stream, encoding)
     rows = map(_checked, rows) if config.input_format == "jsonl" else rows
     first = next(rows, None)
     if first is None:
@@ -437,11 +437,11 @@ def read_input(config: PredictConfig) -> tuple[Iterator[Row], list[str]]:
     return again(), list(first.values)
 
 
-def _decoded(rows: Iterator[Row], encoding: str | None) -> Iterator[Row]:
+def _decoded(rows: Iterator[Row], encoding: str) -> Iterator[Row]:
     """The rows, with an error that names the flag if they are in another encoding."""
     try:
         yield from rows
     except UnicodeError as error:
         raise InputError(
-            f"standard input is not in the encoding {encoding or 'utf-8'} ({error}). Set it with --encoding."
+            f"standard input is not in the encoding {encoding} ({error}). Set it with --encoding."
         ) from error

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tweetdora.checkpoints import all_checkpoints, find_damage, last_whole_checkpoint, saved_run
+from tweetdora.checkpoints import all_checkpoints, checkpoint_step, find_damage, last_whole_checkpoint, saved_run
 from tweetdora.config import ModelConfig, TaskConfig
 from tweetdora.errors import InputError
 from tweetdora.files import held_lock
@@ -42,6 +42,9 @@ class ResumePlan:
     is_fork: bool = False
 
 
+_NEWEST = ("true", "True")  # --resume_from_checkpoint: the newest intact checkpoint
+
+
 @contextlib.contextmanager
 def only_training_in(folder: str, is_main_process: bool) -> Iterator[None]:
     """Hold a lock on a run folder during training; with several processes, the main process holds it.
@@ -72,20 +75,23 @@ def check_unchanged(training: TrainConfig, planned: ResumePlan) -> None:
         )
 
 
-def set_aside_newer(folder: str, checkpoint: str) -> list[str]:
+def set_aside_newer(training: TrainConfig, checkpoint: str | None) -> list[str]:
     """Rename the checkpoints of a run that are newer than the one that is resumed by name; return notes on them.
 
     Otherwise a later --resume_from_checkpoint true would take one of them, which belongs to what is now given up.
     """
-    if _is_elsewhere(checkpoint, folder):
+    folder = training.output_dir
+    by_name = training.resume_from_checkpoint not in _NEWEST
+    if checkpoint is None or not by_name or _is_elsewhere(checkpoint, folder):
         return []
-    notes = []
+    step, notes = checkpoint_step(checkpoint), []
     for path in all_checkpoints(folder):
-        if os.path.abspath(path) == os.path.abspath(checkpoint):
-            break
-        away = next(name for number in itertools.count(1) if not os.path.exists(name := f"{path}.set-aside-{number}"))
-        os.rename(path, away)
-        notes.append(f"note: {path} is newer than {checkpoint}; it was renamed to {away}.")
+        number = int(path.rpartition("-")[2])
+        if number > step and not os.path.samefile(path, checkpoint):
+            names = (os.path.join(folder, f"set-aside-{number}-{count}") for count in itertools.count(1))
+            away = next(name for name in names if not os.path.exists(name))
+            os.rename(path, away)
+            notes.append(f"note: {path} is newer than {checkpoint}; it was renamed to {away}.")
     return notes
 
 
@@ -113,7 +119,7 @@ def plan_resume(training: TrainConfig) -> ResumePlan:
         return ResumePlan()
     if status == "finished":
         raise InputError(f"the run in {folder} is finished; there is nothing to resume. Choose another --output_dir.")
-    if asked in ("true", "True"):
+    if asked in _NEWEST:
         # A run that was killed before its first checkpoint loses only those steps, so it starts over. A scheduler can
         # then always restart the same command.
         if status and not all_checkpoints(folder):

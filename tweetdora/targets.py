@@ -127,9 +127,16 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
                 f"note: no {TASK_FILE} was found with {name}, so the published run's task is used, on "
                 f"{default.dataset_name}. --config names a recipe with another task."
             ]
+    task = published.task if published else read_task(config.config)
     prompt_format = published.prompt_format if published else None
     if config.prompt_of is not None:
-        prompt_format = read_run(config.prompt_of).prompt_format
+        asked = read_run(config.prompt_of)
+        if (task.system_prompt, task.label_words) != (asked.task.system_prompt, asked.task.label_words):
+            raise InputError(
+                f"--prompt_of {config.prompt_of}: that run has another system prompt or other label words than the "
+                f"task of {name}. Name the run's recipe with --config."
+            )
+        prompt_format = asked.prompt_format
     target = EvalTarget(
         name=name,
         kind="model",
@@ -137,7 +144,7 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
         base_revision=read_revision(config.config, name),
         adapter_dir=None,
         tokenizer=None,
-        task=published.task if published else read_task(config.config),
+        task=task,
         prompt_format=prompt_format,
         max_new_tokens=published.max_new_tokens if published else None,
         run=None,

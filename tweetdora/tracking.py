@@ -79,8 +79,6 @@ def start_wandb(
     import wandb  # takes a second, which evaluate.py and predict.py need not wait for
 
     mode, _ = wandb_mode()
-    if mode == "disabled" and tracker is not None:
-        return tracker  # the run can be gone on with later
     settings: dict[str, Any] = {
         "project": tracker.project if tracker else os.environ.get("WANDB_PROJECT", "tweetdora"),
         "entity": tracker.entity if tracker else None,
@@ -105,6 +103,8 @@ def start_wandb(
             "note: W&B cannot start the run (%s). It is stored locally; upload it with %s.", reason, _sync(run)
         )
     url = run.url if mode == "online" else None
+    if mode == "disabled" and tracker is not None:
+        return tracker  # it can be gone on with later
     # A disabled run has a made-up entity, which a later session would ask the server for.
     entity = None if mode == "disabled" else run.entity or None
     return TrackerRecord(id=run.id, mode=mode, url=url, project=run.project, entity=entity)
