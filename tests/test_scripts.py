@@ -160,6 +160,10 @@ def test_the_recorded_score_is_that_of_the_recorded_answers(finished):
         predicted = [row[when]["predicted"] or "none" for row in rows]
         score = f1_score([row["label"] for row in rows], predicted, labels=WORDS, average="macro", zero_division=0)
         assert read(folder / "evaluation/test.json")[when]["macro_f1"] == pytest.approx(score, abs=1e-12)
+        likeliest = [row[when]["likeliest"] for row in rows]
+        score = f1_score([row["label"] for row in rows], likeliest, labels=WORDS, average="macro", zero_division=0)
+        recorded = read(folder / "evaluation/test.json")[when]["likelihood"]
+        assert recorded["macro_f1"] == pytest.approx(score, abs=1e-12)
 
 
 def test_the_recipe_on_the_card_makes_the_same_run(finished, tmp_path):
