@@ -18,9 +18,11 @@ from forked import finish, launch, start
 from soak import STEPS, outcome, same, soak, train_flags
 
 from tweetdora.checkpoints import SAVING_DIR, all_checkpoints, find_damage
+from tweetdora.cli import parse_train
 from tweetdora.errors import InputError, ResourceError
 from tweetdora.modeling import load_base
 from tweetdora.prompts import PromptTokenizer
+from tweetdora.resume import ResumePlan, plan_resume
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIES = int(os.environ.get("TWEETDORA_SOAK", "2"))  # `make soak` says more
@@ -91,6 +93,23 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_the_steps_since_the_one_be
     assert f"note: skipped {run_dir}/checkpoint-6, which is damaged ({file} has changed since it was written" in said
     assert f"resuming from {run_dir}/checkpoint-4." in said
     assert is_as(straight, run_dir)
+
+
+def test_a_resume_from_an_older_checkpoint_sets_the_newer_one_aside(stopped, straight, capsys):
+    run_dir, command = stopped
+    older = f"{run_dir}/checkpoint-4"
+    assert train([*command, "--resume_from_checkpoint", older]) == 0
+    assert f"note: {run_dir}/checkpoint-6 is newer than {older}; it was renamed" in capsys.readouterr().out
+    assert (run_dir / "set-aside-6-1/trainer_state.json").is_file() and is_as(straight, run_dir)
+
+
+def test_a_resume_of_a_run_that_has_changed_while_it_was_loaded_is_refused(stopped, monkeypatch):
+    run_dir, command = stopped
+    plans = iter([plan_resume(parse_train(command, "")[2]), ResumePlan()])
+    monkeypatch.setattr("tweetdora.resume.plan_resume", lambda training: next(plans))
+    with pytest.raises(InputError, match=f"another process has changed the run in {run_dir}"):
+        train(command)
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "started", "nothing was written"
 
 
 def test_the_record_says_what_was_allowed_to_differ(stopped, capsys):

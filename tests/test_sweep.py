@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -18,7 +19,7 @@ from tweetdora.compare import main as compare
 from tweetdora.errors import InputError
 from tweetdora.files import held_lock
 from tweetdora.record_files import read_predictions, read_record
-from tweetdora.records import RunRecord
+from tweetdora.records import PromptFormat, RunRecord
 from tweetdora.sweep import SweepConfig, main, plan_runs, read_sweep, state_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -378,3 +379,16 @@ def test_no_run_begins_after_its_time(write, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
     with pytest.raises(InputError, match="--jobs is 0; expected 1 or more"):
         SweepConfig(jobs=0)
+
+
+def test_the_base_is_asked_with_the_runs_own_prompt(write, monkeypatch):
+    """A chat template may write the date: runs of two days are compared with the base of each."""
+    sweep = read_sweep(write())
+    (run, *_), runner, calls, folders = plan_runs(sweep), sweeps.Runner(SweepConfig()), [], []
+    monkeypatch.setattr(runner, "_call", lambda run, words: calls.append(words))
+    for day in ("Monday", "Monday", "Tuesday"):
+        record = SimpleNamespace(prompt_format=PromptFormat(day, "", ["a", "b"], "<stop>", False))
+        monkeypatch.setattr(sweeps, "read_record", lambda kind, path, found=record: found)
+        folders.append(runner._measure_base(sweep, run, "test"))
+    assert folders[0] == folders[1] != folders[2]
+    assert all(f"--prompt_of={run.run_dir}" in words for words in calls) and len(calls) == 3
