@@ -36,6 +36,7 @@ from tweetdora.memory import plan_memory
 from tweetdora.plan import check_disk, format_plan
 from tweetdora.processes import check_shared_folder
 from tweetdora.progress import print_summary
+from tweetdora.records import RunRecord
 from tweetdora.resume import (
     check_unchanged,
     continue_record,
@@ -107,16 +108,9 @@ def main(argv: list[str] | None = None) -> int:
 
         # save
         if stop.signal_number is not None and is_unfinished(trainer):
-            status = 128 + stop.signal_number
             if state.is_main_process:
-                write_run(dataclasses.replace(run, status="interrupted"), training.output_dir)
-                finish_wandb(exit_code=status)
-            say(
-                "\nStopped at step %d of %d; its checkpoint is in %s. To resume, repeat the command with "
-                "--resume_from_checkpoint true.",
-                *(trainer.state.global_step, run.steps, training.output_dir),
-            )
-            return status
+                save_interrupted(run, trainer.state.global_step, training.output_dir, 128 + stop.signal_number)
+            return 128 + stop.signal_number
         peak_memory = peak_memory_bytes(trainer.kept_memory.earlier_peak_memory)  # collective: every process calls it
         if state.is_main_process:
             run = save_run(trainer, run, peak_memory)
@@ -124,6 +118,17 @@ def main(argv: list[str] | None = None) -> int:
             print_summary(run)
             log.info("\nWrote %s. Next: python evaluate.py %s", training.output_dir, training.output_dir)
         return 0
+
+
+def save_interrupted(run: RunRecord, step: int, run_dir: str, status: int) -> None:
+    """Record that a signal has stopped the run, and say how to resume it."""
+    write_run(dataclasses.replace(run, status="interrupted"), run_dir)
+    finish_wandb(exit_code=status)
+    log.info(
+        "\nStopped at step %d of %d; its checkpoint is in %s. To resume, repeat the command with "
+        "--resume_from_checkpoint true.",
+        *(step, run.steps, run_dir),
+    )
 
 
 if __name__ == "__main__":

@@ -99,25 +99,7 @@ def _is_moved(before: str, now: str) -> bool:
 
 def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
     if _is_run(name):
-        run = read_run(name)
-        if config.config is not None:
-            raise InputError(f"--config {config.config}: the task of {name} is in its {RUN_FILE}; leave the flag out.")
-        if config.prompt_of is not None:
-            raise InputError(f"--prompt_of {config.prompt_of}: {name} has its own prompt; leave the flag out.")
-        return EvalTarget(
-            name=name,
-            kind="run",
-            base=run.base_model.name_or_path,
-            base_revision=run.base_model.revision,
-            adapter_dir=os.path.join(name, ADAPTER_DIR),
-            tokenizer=tokenizer_folder(os.path.join(name, ADAPTER_DIR)),
-            task=run.task,
-            prompt_format=run.prompt_format,
-            max_new_tokens=run.max_new_tokens,
-            run=run,
-            label_shares=label_shares(run.train_data, run.task.label_words, run.task.balance_labels),
-            results_dir=config.output_dir or os.path.join(name, "evaluation"),
-        )
+        return _run_target(name, config)
     published, notes = None, []
     if config.config is None:
         published = read_published_task(name)
@@ -130,13 +112,7 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
     task = published.task if published else read_task(config.config)
     prompt_format = published.prompt_format if published else None
     if config.prompt_of is not None:
-        asked = read_run(config.prompt_of)
-        if (task.system_prompt, task.label_words) != (asked.task.system_prompt, asked.task.label_words):
-            raise InputError(
-                f"--prompt_of {config.prompt_of}: that run has another system prompt or other label words than the "
-                f"task of {name}. Name the run's recipe with --config."
-            )
-        prompt_format = asked.prompt_format
+        prompt_format = _prompt_of(config.prompt_of, name, task)
     target = EvalTarget(
         name=name,
         kind="model",
@@ -167,6 +143,40 @@ def _find_target(name: str, config: EvaluateConfig) -> EvalTarget:
         adapter_dir=folder,
         tokenizer=tokenizer_folder(folder),
     )
+
+
+def _run_target(name: str, config: EvaluateConfig) -> EvalTarget:
+    """The target of a finished run, whose record holds task and prompt."""
+    run = read_run(name)
+    if config.config is not None:
+        raise InputError(f"--config {config.config}: the task of {name} is in its {RUN_FILE}; leave the flag out.")
+    if config.prompt_of is not None:
+        raise InputError(f"--prompt_of {config.prompt_of}: {name} has its own prompt; leave the flag out.")
+    return EvalTarget(
+        name=name,
+        kind="run",
+        base=run.base_model.name_or_path,
+        base_revision=run.base_model.revision,
+        adapter_dir=os.path.join(name, ADAPTER_DIR),
+        tokenizer=tokenizer_folder(os.path.join(name, ADAPTER_DIR)),
+        task=run.task,
+        prompt_format=run.prompt_format,
+        max_new_tokens=run.max_new_tokens,
+        run=run,
+        label_shares=label_shares(run.train_data, run.task.label_words, run.task.balance_labels),
+        results_dir=config.output_dir or os.path.join(name, "evaluation"),
+    )
+
+
+def _prompt_of(run_dir: str, name: str, task: TaskConfig) -> PromptFormat:
+    """The prompt format of a run with the same question as the task of the model `name`."""
+    run = read_run(run_dir)
+    if (task.system_prompt, task.label_words) != (run.task.system_prompt, run.task.label_words):
+        raise InputError(
+            f"--prompt_of {run_dir}: that run has another system prompt or other label words than the task of {name}. "
+            "Name the run's recipe with --config."
+        )
+    return run.prompt_format
 
 
 def _is_run(name: str) -> bool:
