@@ -62,15 +62,17 @@ def measure_prediction(settings: Settings, precision: str) -> dict[str, Any]:
 
 
 def make_pipeline(model: Any, prompt_tokenizer: PromptTokenizer, settings: Settings, examples: Examples) -> Any:
-    """Build transformers' text-generation pipeline as a user would call it; the conversations, longest first, and
-    the places of their texts among the examples."""
+    """Build transformers' text-generation pipeline as a user would call it.
+
+    Also returns the conversations, longest first, and the places of their texts among the examples.
+    """
     task, tokenizer = settings.task(), prompt_tokenizer.tokenizer
     freeze_template(tokenizer, prompt_tokenizer.format, task)
     tokenizer.padding_side = "left"
     stop = prompt_tokenizer.stop_token_id
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = stop
     made: Any = pipeline("text-generation", model=model, tokenizer=cast(Any, tokenizer))
-    # By length, as score_all and generate_all batch by themselves: it is the faster order here too.
+    # By length, as score_all and generate_all batch by themselves.
     prompts, _ = prompt_tokenizer.prompt_ids(examples.texts)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     chats = [prompt_tokenizer.format.messages(task.system_prompt, examples.texts[place]) for place in order]

@@ -32,6 +32,7 @@ from tweetdora.model_card import (
 from tweetdora.record_files import decode
 from tweetdora.records import BaseModelCard, Comparison, DatasetCard, EvaluationRecord, PredictionRecord, RunRecord
 from tweetdora.seeds import find_sisters, summarise
+from tweetdora.space import build_space
 
 CHECK = Comparison(num_examples=32, equal_generations=31, max_logit_difference=4.6e-05)
 
@@ -555,12 +556,14 @@ def test_a_folder_that_is_not_published_is_named_without_its_place(records):
     assert 'model_id = "publish"' in card and "/home/" not in card
 
 
-def test_the_user_can_name_the_samples(records):
+def test_the_user_can_name_the_samples(records, tmp_path):
     chosen, left_out = choose_samples(sample_predictions(), WORDS, [4, 1])
     assert ([row["text"] for row in chosen], left_out) == (["nice", "fine"], {})
     text = render(records, sample_ids=[4, 1])
     assert "\nChosen by the publisher; ✗ marks a wrong answer" in text and "awful |" not in text
     assert '"content": "nice"' in render(records, sample_ids=[4]), "the code shows one of them too"
+    publication = Publication(None, "out", None, [], sample_ids=[4])
+    assert build_space(str(tmp_path), "out", made(records), publication) == ["nice"], "so do the page's examples"
     assert [example["example_title"] for example in ModelCard(text).data.to_dict()["widget"]] == ["good"]
     with pytest.raises(InputError, match=r"--sample_ids 9: the evaluation has no such example"):
         plan_publication(made(records), PushConfig(dry_run=True, sample_ids=[1, 9]), "out")

@@ -870,6 +870,9 @@ def test_only_a_repository_that_has_no_adapter_config_has_no_adapter(monkeypatch
     answer(hub_answer(RemoteEntryNotFoundError))
     assert read_adapter_config("someone/tiny") is None
     unknown = [hub_answer(kind) for kind in (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError)]
+    wrapped = OSError("You are trying to access a gated repo: https://huggingface.co/someone/tiny/resolve/main")
+    wrapped.__cause__ = unknown[1]  # as transformers raises it
+    unknown.append(wrapped)
     for error, kind in [*((error, InputError) for error in unknown), (httpx2.ProxyError("refused"), HubError)]:
         answer(error)
         with pytest.raises(kind, match="^model or adapter someone/tiny: "):

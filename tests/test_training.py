@@ -17,7 +17,7 @@ from tweetdora.errors import InputError
 from tweetdora.prompts import read_prompt_format
 from tweetdora.resume import Commits, ResumePlan
 from tweetdora.train_config import TrainConfig
-from tweetdora.training import check_optimizer, load, trained_format
+from tweetdora.training import check_optimizer, check_processes, load, trained_format
 
 PROMPT = "Say it: negative and I am afraid so, or what you like; or plain."
 LONG = ["negative and I am afraid so", "neither of the two of them", "positive and altogether so"]
@@ -213,3 +213,12 @@ def test_settings_with_which_no_training_can_begin_are_refused_by_their_flags(se
 
 def test_the_model_folder_of_the_tests_is_left_as_it_was(model_dir):
     assert not (Path(model_dir) / "adapter_config.json").exists()
+
+
+def test_processes_on_other_gpus_may_train_together_in_the_same_precision(load_with, monkeypatch):
+    """Why a precision was chosen names the GPU."""
+    compared: dict = {}
+    monkeypatch.setattr("tweetdora.training.check_same", compared.update)
+    settings = TrainConfig(output_dir="x", precision="fp32", report_to=[])
+    check_processes(load_with()[1], settings, None)
+    assert settings.precision_reason and "--precision_reason" not in compared and compared["--precision"] == "fp32"

@@ -54,11 +54,11 @@ def default_hub_model_id(task: TaskConfig, model: ModelConfig, training: TrainCo
 def count_steps(training: TrainConfig, num_examples: int) -> int:
     """Number of optimizer steps of a run, as the Trainer counts them.
 
-    Raises:
-        InputError: --dataloader_drop_last leaves no batch.
-
     The Trainer itself reports this number only once it trains. The plan is shown before that, and the record of a run
     that is killed in its first step needs the number too.
+
+    Raises:
+        InputError: --dataloader_drop_last leaves no batch.
     """
     # Each process gets a share of the examples; a last, partial batch counts as a batch.
     batches = num_examples / (training.world_size * training.per_device_train_batch_size)
@@ -71,7 +71,7 @@ def count_steps(training: TrainConfig, num_examples: int) -> int:
     if training.max_steps > 0:
         return training.max_steps
     # The last passes of an epoch form one step, however few they are.
-    steps_per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    steps_per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     return math.ceil(training.num_train_epochs * steps_per_epoch)
 
 
