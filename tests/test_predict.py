@@ -100,6 +100,14 @@ def test_one_text_is_a_list_of_one_and_an_empty_text_has_no_label(classifier):
     assert classifier([]) == []
 
 
+def test_which_task_a_model_without_one_is_given_is_said(teachable_dir, model, capsys):
+    """Or labels and prompt of the published run would be taken for the model's own."""
+    Classifier(model, precision="fp32")
+    assert "task.json" not in capsys.readouterr().err
+    Classifier(teachable_dir, precision="fp32")
+    assert f"note: no task.json was found with {teachable_dir}, so the published" in capsys.readouterr().err
+
+
 def test_the_package_offers_the_classifier_without_importing_torch():
     assert tweetdora.Classifier is Classifier
     with pytest.raises(AttributeError, match="has no attribute 'Clasifier'"):
